@@ -1,0 +1,1 @@
+"""MODPO on HelpSteer as Dagster software-defined assets."""

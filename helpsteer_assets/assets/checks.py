@@ -1,0 +1,59 @@
+"""Checks: what must hold before policies are trained, and whether the trade-off moves as the role asks."""
+
+from typing import Any
+
+import dagster as dg
+
+from helpsteer_assets.assets.display import shorten, table_metadata
+from helpsteer_assets.assets.materialization import Lab
+from helpsteer_assets.errors import HelpsteerError
+from helpsteer_assets.experiment import Experiment
+from helpsteer_assets.modpo.statistics import judge_margin_adapter
+from helpsteer_assets.resources.artifacts import ALL, Artifact
+
+
+@dg.asset_check(asset="margin_adapter", blocking=True)
+def margin_adapter_prefers_chosen(lab: dg.ResourceParam[Lab]) -> dg.AssetCheckResult:
+    """On validation pairs of the margin attribute the adapter rewards chosen more than rejected."""
+    metrics = _finished(lab, "margin_adapter").manifest["metrics"]
+    sanity: dict[str, Any] = metrics["sanity"]
+    threshold = lab.experiment.checks.margin_adapter_min_accuracy
+    reasons = judge_margin_adapter(sanity, threshold)
+    failures = [
+        {k: shorten(v) if isinstance(v, str) else v for k, v in row.items()} for row in metrics["worst_failures"]
+    ]
+    return dg.AssetCheckResult(
+        passed=not reasons,
+        severity=dg.AssetCheckSeverity.ERROR,
+        description="; ".join(reasons)
+        or f"chosen beats rejected in {sanity['accuracy']:.1%} of {sanity['n']} validation pairs",
+        metadata={key: value for key, value in sanity.items() if value is not None}
+        | {"threshold": threshold, "worst_failures": table_metadata(failures)},
+    )
+
+
+@dg.asset_check(asset="tradeoff")
+def margin_follows_weight(lab: dg.ResourceParam[Lab]) -> dg.AssetCheckResult:
+    """The margin reward moves with w in the direction that the role asks for. A warning: nothing guarantees it."""
+    direction = _finished(lab, "tradeoff").manifest["metrics"]["direction"]
+    return dg.AssetCheckResult(
+        passed=direction["verdict"] is not False,
+        severity=dg.AssetCheckSeverity.WARN,
+        description=direction["sentence"],
+        metadata={
+            key: value for key, value in direction.items() if isinstance(value, int | float) and key != "verdict"
+        },
+    )
+
+
+def build_checks(experiment: Experiment) -> list[dg.AssetChecksDefinition]:
+    """The checks of an experiment's graph."""
+    return [*([margin_adapter_prefers_chosen] if experiment.has_margin_adapter else []), margin_follows_weight]
+
+
+def _finished(lab: Lab, asset: str) -> Artifact:
+    fingerprint = lab.fingerprints()[asset, ALL]
+    artifact = lab.store.find(asset, ALL, fingerprint.value)
+    if artifact is None:
+        raise HelpsteerError(f"{asset} has not been materialized with the present settings; materialize it first")
+    return artifact

@@ -1,0 +1,353 @@
+"""Group `training`: the reference policy, the margin adapter, and one policy per weight.
+
+sft_model/model/ is a whole model with its tokenizer. margin_adapter/adapter/ and modpo_models/<w>/adapter/ are LoRA
+adapters on it, with a model card; they load with PeftModel.from_pretrained. reference_log_probs/log_probs.parquet and
+margin_rewards/margin_rewards.parquet hold one row per unique (prompt, response), computed once for all weights.
+"""
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from helpsteer_assets.assets.display import shorten, table_metadata
+from helpsteer_assets.assets.materialization import AssetDeclaration, Inputs, Metrics, StageRun
+from helpsteer_assets.errors import HelpsteerError
+from helpsteer_assets.experiment import Experiment
+from helpsteer_assets.modpo.pairs import unique_responses
+from helpsteer_assets.modpo.plots import loss_curve, markdown_image, png_bytes
+from helpsteer_assets.modpo.statistics import judge_margin_adapter
+from helpsteer_assets.resources.artifacts import Artifact
+from helpsteer_assets.stages import fetch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from helpsteer_assets.modpo.preference_trainer import PreferencePair
+    from helpsteer_assets.modpo.tokenization import Sequence
+    from helpsteer_assets.modpo.training import TrainingResult
+
+
+def sft_model(run: StageRun) -> Metrics:
+    """The base model fine-tuned on chosen responses by LoRA and merged: the reference policy of all that follows."""
+    from helpsteer_assets.modpo.models import attach_lora, check_lengths, choose_device, load_model, load_tokenizer
+    from helpsteer_assets.modpo.sft import train_sft
+
+    experiment, settings = run.experiment, run.experiment.model
+    device = choose_device(experiment.run, settings.precision)
+    base = fetch(experiment, "model")
+    check_lengths(settings, base, settings.max_length, "model.max_length")
+    tokenizer = load_tokenizer(base, trust_remote_code=settings.trust_remote_code)
+    model = load_model(base, precision=settings.precision, device=device, trust_remote_code=settings.trust_remote_code)
+    metrics: Metrics = {}
+    if experiment.sft.enabled:
+        pairs = run.table("preference_pairs", "pairs.parquet")
+        model = attach_lora(model, experiment.lora, experiment.seed)
+        result = train_sft(
+            model,
+            tokenizer,
+            train_sequences=_chosen(run, tokenizer, pairs, "train"),
+            selection_sequences=_chosen(run, tokenizer, pairs, "selection"),
+            settings=experiment.sft,
+            max_length=settings.max_length,
+            seed=experiment.seed,
+            report_to=experiment.run.report_to,
+            checkpoints=run.checkpoints,
+            progress=run.progress,
+        )
+        metrics = asdict(result)
+        model = model.merge_and_unload()
+    model.save_pretrained(run.folder / "model")
+    tokenizer.save_pretrained(run.folder / "model")
+    return metrics
+
+
+def _chosen(run: StageRun, tokenizer: "PreTrainedTokenizerBase", pairs: pa.Table, split: str) -> "list[Sequence]":
+    """Tokens of the unique chosen responses of a split."""
+    from helpsteer_assets.modpo.tokenization import encode_responses
+
+    of_split = pairs.filter(pc.equal(pairs["split"], split))
+    responses = unique_responses(of_split)
+    chosen = responses.filter(pc.is_in(responses["response_id"], of_split["chosen_id"].combine_chunks()))
+    model = run.experiment.model
+    return list(encode_responses(tokenizer, chosen, model.max_length, model.max_prompt_length).values())
+
+
+def reference_log_probs(run: StageRun) -> Metrics:
+    """log p_sft(y|x) and token count of every unique (prompt, response) of the pairs, computed once for all weights."""
+    from helpsteer_assets.modpo.log_probs import BASE, score_sequences
+
+    pair_sets = [
+        run.table(name, "pairs.parquet") for name in ("preference_pairs", "margin_pairs") if name in run.inputs
+    ]
+    responses = unique_responses(*pair_sets)
+    model, tokenizer = _load_sft(run)
+    sequences = list(_encode(run, tokenizer, responses).values())
+    scored = score_sequences(
+        model,
+        sequences,
+        pad_id=tokenizer.pad_token_id,
+        progress=run.progress,
+        checkpoint=run.checkpoints / "log_probs.jsonl",
+    )
+    truncated = [sequence.truncated for sequence in sequences]
+    table = responses.select(["prompt_id", "response_id"])
+    table = table.append_column("log_prob", pa.array(scored[BASE], pa.float64()))
+    table = table.append_column("response_tokens", pa.array([len(s.response_ids) for s in sequences], pa.int32()))
+    run.write(table.append_column("truncated", pa.array(truncated, pa.bool_())), "log_probs.parquet")
+    return {
+        "responses": len(sequences),
+        "truncated": sum(truncated),
+        "tokens": sum(len(sequence) for sequence in sequences),
+        "responses_of_pairs": 2 * sum(len(pairs) for pairs in pair_sets),
+    }
+
+
+def margin_adapter(run: StageRun) -> Metrics:
+    """LoRA trained by DPO on the margin pairs; margin_beta (log p_adapter - log p_sft) is its implicit reward."""
+    from helpsteer_assets.modpo.log_probs import score_sequences
+    from helpsteer_assets.modpo.margins import judge_pairs
+
+    experiment = run.experiment
+    settings = experiment.margin_adapter
+    assert settings is not None  # validated with the experiment: this asset would not be there
+    model, tokenizer = _load_sft(run)
+    pairs = run.table("margin_pairs", "pairs.parquet")
+    result, model = _train(
+        run, model, tokenizer, pairs, settings, w=1.0, beta=settings.beta, margins=None, what="margin_adapter"
+    )
+    validation = pairs.filter(pc.equal(pairs["split"], "validation"))
+    encoded = _encode(run, tokenizer, unique_responses(validation)) if validation.num_rows else {}
+    adapter = model.active_adapter
+    scored = score_sequences(
+        model, list(encoded.values()), pad_id=tokenizer.pad_token_id, adapters=(adapter,), progress=run.progress
+    )
+    reference = _reference(run)
+    ratios = {
+        response: log_prob - reference[response] for response, log_prob in zip(encoded, scored[adapter], strict=True)
+    }
+    sanity, failures = judge_pairs(
+        validation,
+        ratios,
+        beta=settings.beta,
+        samples=SANITY_BOOTSTRAP_SAMPLES,
+        seed=experiment.seed,
+    )
+    return asdict(result) | {"sanity": sanity, "worst_failures": failures}
+
+
+def margin_rewards(run: StageRun) -> Metrics:
+    """The unscaled margin reward of every response in the preference pairs, once for all weights and roles."""
+    from helpsteer_assets.modpo.log_probs import score_sequences
+    from helpsteer_assets.modpo.models import load_adapters
+    from helpsteer_assets.modpo.tokenization import count_response_tokens
+
+    responses = unique_responses(run.table("preference_pairs", "pairs.parquet"))
+    model, tokenizer = _load_sft(run)
+    log_ratios: list[float | None] = [None] * responses.num_rows
+    if run.experiment.has_margin_adapter:
+        encoded = _encode(run, tokenizer, responses)
+        scored = score_sequences(
+            load_adapters(model, {"margin": run.input("margin_adapter").path / "adapter"}),
+            list(encoded.values()),
+            pad_id=tokenizer.pad_token_id,
+            adapters=("margin",),
+            progress=run.progress,
+            checkpoint=run.checkpoints / "log_probs.jsonl",
+        )
+        reference = _reference(run)
+        log_ratios = [
+            log_prob - reference[response] for response, log_prob in zip(encoded, scored["margin"], strict=True)
+        ]
+    tokens = count_response_tokens(tokenizer, responses)
+    table = responses.select(["prompt_id", "response_id"])
+    table = table.append_column("log_ratio", pa.array(log_ratios, pa.float64()))
+    run.write(
+        table.append_column(
+            "response_tokens", pa.array([tokens[r] for r in responses["response_id"].to_pylist()], pa.int32())
+        ),
+        "margin_rewards.parquet",
+    )
+    return {"responses": responses.num_rows}
+
+
+def modpo_models(run: StageRun) -> Metrics:
+    """The policy of one weight: a LoRA on the SFT model, trained by MODPO; w on the preference, 1 - w on the margin."""
+    from helpsteer_assets.modpo.margins import margins_by_response
+
+    experiment = run.experiment
+    model, tokenizer = _load_sft(run)
+    result, _ = _train(
+        run,
+        model,
+        tokenizer,
+        run.table("preference_pairs", "pairs.parquet"),
+        experiment.modpo,
+        w=float(run.partition),
+        beta=experiment.objective.beta,
+        margins=margins_by_response(experiment.objective, run.table("margin_rewards", "margin_rewards.parquet")),
+        what=f"w={run.partition}",
+    )
+    return asdict(result)
+
+
+SANITY_BOOTSTRAP_SAMPLES = 2000
+
+
+def adapter_gate(experiment: Experiment, inputs: Inputs) -> None:
+    """Refuse to train or reuse a policy on a margin adapter that fails its check.
+
+    Dagster's blocking check stops downstream in the same run only; a backfill goes past it. This stops every path.
+    """
+    if "margin_adapter" in inputs:
+        (adapter,) = inputs["margin_adapter"].values()
+        require_good_adapter(adapter, experiment)
+
+
+def require_good_adapter(adapter: Artifact, experiment: Experiment) -> None:
+    """Raise HelpsteerError with the reasons why a margin adapter must not be used."""
+    reasons = judge_margin_adapter(adapter.manifest["metrics"]["sanity"], experiment.checks.margin_adapter_min_accuracy)
+    if reasons:
+        raise HelpsteerError(
+            "the margin adapter does not prefer chosen over rejected well enough to train on: " + "; ".join(reasons)
+        )
+
+
+def _load_sft(run: StageRun) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    from helpsteer_assets.modpo.models import choose_device, load_model, load_tokenizer
+
+    settings = run.experiment.model
+    path = run.input("sft_model").path / "model"
+    device = choose_device(run.experiment.run, settings.precision)
+    trust = settings.trust_remote_code
+    model = load_model(path, precision=settings.precision, device=device, trust_remote_code=trust)
+    return model, load_tokenizer(path, trust_remote_code=trust)
+
+
+def _encode(run: StageRun, tokenizer: "PreTrainedTokenizerBase", responses: pa.Table) -> "dict[str, Sequence]":
+    from helpsteer_assets.modpo.tokenization import encode_responses
+
+    model = run.experiment.model
+    return encode_responses(tokenizer, responses, model.max_length, model.max_prompt_length)
+
+
+def _reference(run: StageRun) -> dict[str, float]:
+    """log p_sft by response_id."""
+    table = run.table("reference_log_probs", "log_probs.parquet")
+    return dict(zip(table["response_id"].to_pylist(), table["log_prob"].to_pylist(), strict=True))
+
+
+def _train(
+    run: StageRun,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    pairs: pa.Table,
+    settings: Any,
+    *,
+    w: float,
+    beta: float,
+    margins: dict[str, float] | None,
+    what: str,
+) -> "tuple[TrainingResult, Any]":
+    """Train a LoRA on the SFT model by MODPO (DPO at w = 1) and save it with its model card."""
+    from helpsteer_assets.modpo.models import attach_lora
+    from helpsteer_assets.modpo.preference_trainer import make_pairs, train_preference
+
+    experiment = run.experiment
+    pairs = pairs.filter(pc.is_in(pairs["split"], pa.array(["train", "selection"])))
+    sequences = _encode(run, tokenizer, unique_responses(pairs))
+    reference = _reference(run)
+
+    def of_split(split: str) -> "list[PreferencePair]":
+        rows = pairs.filter(pc.equal(pairs["split"], split)).select(["chosen_id", "rejected_id"]).to_pylist()
+        return make_pairs(rows, sequences, reference, margins)
+
+    peft_model = attach_lora(model, experiment.lora, experiment.seed)
+    result = train_preference(
+        peft_model,
+        train_pairs=of_split("train"),
+        selection_pairs=of_split("selection"),
+        w=w,
+        beta=beta,
+        settings=settings,
+        pad_id=tokenizer.pad_token_id,
+        seed=experiment.seed,
+        report_to=experiment.run.report_to,
+        what=what,
+        checkpoints=run.checkpoints,
+        progress=run.progress,
+    )
+    peft_model.save_pretrained(run.folder / "adapter")
+    return result, peft_model
+
+
+def _describe_training(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
+    metrics = artifact.manifest["metrics"]
+    if "history" not in metrics:
+        return {"trained": False}
+    history = metrics["history"]
+    title = artifact.asset if artifact.partition == "all" else f"{artifact.asset} w={artifact.partition}"
+    described = {
+        "trained": True,
+        "steps": metrics["steps"],
+        "best_step": metrics["best_step"],
+        "loss_curve": dg.MetadataValue.md(markdown_image(png_bytes(loss_curve(history, title)), "loss curve")),
+    }
+    last = next((row for row in reversed(history) if "loss" in row), {})
+    described |= {f"final_{key}": last[key] for key in ("loss", "accuracy", "grad_norm") if key in last}
+    if metrics["best_loss"] is not None:
+        described["best_selection_loss"] = metrics["best_loss"]
+    return described
+
+
+def _describe_adapter(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
+    sanity = artifact.manifest["metrics"]["sanity"]
+    failures = artifact.manifest["metrics"]["worst_failures"]
+    return _describe_training(artifact, inputs, experiment) | {
+        "sanity": table_metadata(
+            [{"measure": key, "value": "" if value is None else f"{value:.4g}"} for key, value in sanity.items()]
+        ),
+        "worst_failures": table_metadata(
+            [{key: shorten(v) if isinstance(v, str) else v for key, v in row.items()} for row in failures]
+        ),
+    }
+
+
+def _describe_counts(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
+    return dict(artifact.manifest["metrics"])
+
+
+TRAINING_ASSETS = (
+    AssetDeclaration(sft_model, "training", {"pytorch", "huggingface"}, describe=_describe_training, loads_model=True),
+    AssetDeclaration(
+        reference_log_probs,
+        "training",
+        {"pytorch", "parquet"},
+        describe=_describe_counts,
+        table="reference_log_probs",
+        file="log_probs.parquet",
+        loads_model=True,
+    ),
+    AssetDeclaration(
+        margin_adapter, "training", {"pytorch", "huggingface"}, describe=_describe_adapter, loads_model=True
+    ),
+    AssetDeclaration(
+        margin_rewards,
+        "training",
+        {"pytorch", "parquet"},
+        describe=_describe_counts,
+        table="margin_rewards",
+        file="margin_rewards.parquet",
+        loads_model=True,
+    ),
+    AssetDeclaration(
+        modpo_models,
+        "training",
+        {"pytorch", "huggingface"},
+        describe=_describe_training,
+        gate=adapter_gate,
+        loads_model=True,
+    ),
+)

@@ -1,0 +1,166 @@
+"""The command line: helpsteer check | run | status | query | ui.
+
+Modules that take seconds to import (dagster, torch) are imported by the commands that need them.
+"""
+
+import csv
+import json
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+from helpsteer_assets.errors import HelpsteerError
+from helpsteer_assets.experiment import Experiment, load_experiment
+from helpsteer_assets.home import dagster_home, home_path
+
+
+def _readable_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Print what the user can mend without a traceback, and exit with 2."""
+
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except HelpsteerError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(2)
+
+    return wrapped
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("-e", "--experiment", metavar="NAME|PATH", help="Experiment; default HELPSTEER_EXPERIMENT, else demo.")
+@click.option(
+    "--home", type=click.Path(path_type=Path), help="Where results are kept; default HELPSTEER_HOME, else ./.helpsteer."
+)
+@click.version_option(package_name="helpsteer_assets")
+def main(experiment: str | None, home: Path | None) -> None:
+    """MODPO on HelpSteer: one policy per weight, and the trade-off between them."""
+    # The code location, and every process that a command starts, reads the same two variables.
+    if experiment is not None:
+        os.environ["HELPSTEER_EXPERIMENT"] = experiment
+    if home is not None:
+        os.environ["HELPSTEER_HOME"] = str(home)
+
+
+@main.command()
+@_readable_errors
+def check() -> None:
+    """Validate the experiment and its source without computing anything."""
+    from helpsteer_assets.preflight import report
+
+    for line in report(load_experiment(), home_path()):
+        click.echo(line)
+
+
+@main.command()
+@click.option(
+    "--select", metavar="SELECTION", help="Assets, in Dagster's selection syntax: 'scores', 'key:\"modpo_models\"+'."
+)
+@click.option("--weights", metavar="W[,W]", help="Only these weights of the experiment's grid.")
+@_readable_errors
+def run(select: str | None, weights: str | None) -> None:
+    """Materialize what is missing, and show the trade-off. Finished assets are reused, killed ones go on."""
+    from helpsteer_assets.running import run_experiment
+
+    experiment = load_experiment()
+    chosen = None if weights is None else _chosen_weights(weights, experiment)
+    if not run_experiment(experiment, home_path(), select=select, weights=chosen, announce=_announce):
+        sys.exit(1)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@_readable_errors
+def status(as_json: bool) -> None:
+    """Print the state of every asset and weight, and why what is out of date is."""
+    from helpsteer_assets.status import label
+    from helpsteer_assets.status import status as find_status
+
+    experiment = load_experiment()
+    found = find_status(experiment, home_path())
+    if as_json:
+        click.echo(json.dumps([vars(item) for item in found], indent=2))
+        return
+    click.echo(f"experiment {experiment.name}, home {home_path()}")
+    rows = [(label(s.asset, s.partition), s.state, s.detail, s.fingerprint[:8]) for s in found]
+    _print_table(["asset", "state", "detail", "fingerprint"], rows)
+
+
+@main.command()
+@click.argument("sql")
+@click.option("--format", "form", type=click.Choice(["table", "csv", "json"]), default="table", help="Default: table.")
+@_readable_errors
+def query(sql: str, form: str) -> None:
+    """Read the warehouse by SQL, read-only. Tables: `helpsteer query "show tables"`."""
+    from helpsteer_assets.resources.warehouse import Warehouse
+
+    names, rows = Warehouse(home_path()).query(sql)
+    if form == "csv":
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(names)
+        writer.writerows(rows)
+    elif form == "json":
+        click.echo(json.dumps([dict(zip(names, row, strict=True)) for row in rows], default=str, ensure_ascii=False))
+    else:
+        _print_table(names, [[_cell(value) for value in row] for row in rows])
+
+
+@main.command()
+@click.option("--port", default=3000, show_default=True, help="Port.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@_readable_errors
+def ui(port: int, host: str) -> None:
+    """Open the Dagster UI on the same home as `helpsteer run`: each shows the other's work."""
+    experiment = load_experiment()
+    home = home_path()
+    os.environ["HELPSTEER_HOME"] = str(home)
+    os.environ["DAGSTER_HOME"] = str(dagster_home(home, experiment.name))
+    click.echo(f"experiment {experiment.name}: http://{host}:{port}")
+    module = "helpsteer_assets.definitions"
+    os.execv(sys.executable, [sys.executable, "-m", "dagster", "dev", "-m", module, "-h", host, "-p", str(port)])
+
+
+def _chosen_weights(text: str, experiment: Experiment) -> list[str]:
+    from helpsteer_assets.experiment import canonical_weight
+
+    chosen = []
+    for item in text.split(","):
+        try:
+            weight = canonical_weight(item)
+        except ValueError as error:
+            raise HelpsteerError(f"--weights: {error}") from None
+        if weight not in experiment.objective.weights:
+            raise HelpsteerError(
+                f"--weights: {weight} is not in the grid of experiment {experiment.name} "
+                f"({', '.join(experiment.objective.weights)}); add it to objective.weights"
+            )
+        chosen.append(weight)
+    return list(dict.fromkeys(chosen))
+
+
+def _announce(message: str) -> None:
+    click.echo(message)
+
+
+def _cell(value: object) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _print_table(names: list[str], rows: list[Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in names:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    # A file or a pipe has no width to fold to.
+    Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False).print(table)

@@ -1,0 +1,96 @@
+"""The generator's rules applied to any answer, without an annotator's noise.
+
+An answer is read sentence by sentence. A sentence is useful, padding, an evasion, foreign (the generator would say it
+about another task or object), a repetition, or damaged (the generator never says it). What was read is rated by the
+rules that the generated rows were rated with, so a generated answer gets its latent rating back.
+"""
+
+import re
+from functools import cache
+
+from helpsteer_assets.embedded.generator import (
+    EVASIONS,
+    OBJECTS,
+    PADDING,
+    PHRASINGS,
+    TASKS,
+    Contents,
+    prompt_of,
+    rate_contents,
+    useful_sentences,
+)
+
+_SENTENCE = re.compile(r"[^.!?]*[.!?]+|[^.!?]+$")
+_WORD = re.compile(r"[a-z]+")
+
+
+def rate(prompt: str, response: str) -> dict[str, float | None]:
+    """The five attributes of `response` as an answer to `prompt`, each 0 to 4.
+
+    Where the prompt is about no known task and object nobody can say what would help: helpfulness, correctness and
+    complexity are None, and the other two are rated.
+    """
+    subject = subject_of(prompt)
+    ratings: dict[str, float | None] = dict(rate_contents(read_response(subject, response)))
+    if subject is None:
+        ratings |= {"helpfulness": None, "correctness": None, "complexity": None}
+    return ratings
+
+
+def subject_of(prompt: str) -> tuple[str, str] | None:
+    """The (task, object) that a prompt asks about, None where it names not exactly one of each."""
+    known = _subjects().get(prompt)
+    if known is not None:
+        return known
+    words = set(_WORD.findall(prompt.lower()))
+    tasks = [task for task in TASKS if task in words]
+    objects = [name for name in OBJECTS if name in words]
+    return (tasks[0], objects[0]) if len(tasks) == len(objects) == 1 else None
+
+
+def read_response(subject: tuple[str, str] | None, response: str) -> Contents:
+    """What a response holds as an answer about `subject`; about an unknown one no useful sentence is foreign.
+
+    Sentences end at a full stop, a question mark or an exclamation mark; white space between words does not matter.
+    """
+    sentences = [" ".join(match.split()) for match in _SENTENCE.findall(response)]
+    sentences = [sentence for sentence in sentences if sentence]
+    vague, lead, details = useful_sentences(*subject) if subject else ("", "", ())
+    unique = set(sentences)
+    own = {vague, lead, *details}
+    others = {s for s in unique if s not in own and s not in PADDING and s not in EVASIONS}
+    foreign = {s for s in others if s in _all_useful_sentences()}
+    return Contents(
+        words=len(response.split()),
+        difficulty=TASKS[subject[0]].difficulty if subject else 0,
+        vague=vague in unique,
+        lead=lead in unique,
+        details=sum(detail in unique for detail in details),
+        padding=sum(sentence in PADDING for sentence in unique),
+        evasive=any(sentence in EVASIONS for sentence in unique),
+        foreign=len(foreign) if subject else 0,
+        damaged=len(others - foreign),
+        repeated=len(sentences) - len(unique),
+    )
+
+
+@cache
+def _subjects() -> dict[str, tuple[str, str]]:
+    """The (task, object) of every prompt that the generator knows."""
+    return {
+        prompt_of(task, name, phrasing): (task, name)
+        for task in TASKS
+        for name in OBJECTS
+        for phrasing in range(len(PHRASINGS))
+    }
+
+
+@cache
+def _all_useful_sentences() -> frozenset[str]:
+    """Every useful sentence about any task and object."""
+    sentences: set[str] = set()
+    for task in TASKS:
+        for name in OBJECTS:
+            vague, lead, details = useful_sentences(task, name)
+            sentences.update((vague, lead, *details))
+    return frozenset(sentences)

@@ -1,0 +1,639 @@
+"""The experiment: one declarative description of everything that determines a result.
+
+An experiment is a YAML file. Three are shipped (`demo`, `smollm2`, `helpsteer`); another is named by its path, and may
+say `extends: <name or path>` to change only a few keys. `HELPSTEER_EXPERIMENT` chooses it. Two sections determine no
+result and enter no fingerprint: `run` (how things run) and `checks` (thresholds).
+"""
+
+import difflib
+import os
+import re
+from decimal import Decimal, InvalidOperation
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+
+from helpsteer_assets.errors import HelpsteerError
+
+SHIPPED = ("demo", "smollm2", "helpsteer")
+Attribute = Literal["helpfulness", "correctness", "coherence", "complexity", "verbosity", "overall"]
+_INHERITED = "in a file that extends another, set it to null"
+
+
+def canonical_weight(value: object) -> str:
+    """The one spelling of a weight, which is also its partition key: `0.50` and `.5` are `0.5`.
+
+    Raises ValueError for what is no number in (0, 1].
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
+        raise ValueError(f"a weight is a number in (0, 1], got {value!r}")
+    try:
+        number = Decimal(str(value).strip())
+    except InvalidOperation:
+        raise ValueError(f"a weight is a number in (0, 1], got {value!r}") from None
+    if not number.is_finite() or not 0 < number <= 1:
+        raise ValueError(f"a weight is a number in (0, 1] (0 is excluded: the loss divides by w), got {value!r}")
+    text = format(number.normalize(), "f")
+    if len(text) > 12 or Decimal(text) != number:
+        raise ValueError(f"a weight has at most ten decimals, got {value!r}")
+    return text
+
+
+class Section(BaseModel):
+    """Strict and closed: a wrong type or an unknown key is an error, never a guess."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class DataSettings(Section):
+    """Which ratings, and what is learnt from them."""
+
+    source: str = Field(
+        min_length=1,
+        description="Where the ratings come from: `embedded`, a path that starts with `.`, `/` or `~` (a folder with "
+        "train and validation files, or one file; jsonl, json, csv or parquet, gzipped or not), or a data set id on "
+        "the hub such as `nvidia/HelpSteer`. A relative path is relative to the experiment file (for the shipped "
+        "experiments: to the working directory).",
+    )
+    revision: str | None = Field(
+        None, description="Commit hash of the hub data set; required there, refused elsewhere."
+    )
+    preference_attribute: Attribute = Field(
+        "helpfulness", description="The attribute the policy is trained to prefer; `overall` is the sum of all five."
+    )
+    margin_attribute: Attribute = Field(
+        "verbosity", description="The attribute the margin adapter learns; unused under `margin: length_penalty`."
+    )
+    on_bad_rows: Literal["error", "drop"] = Field(
+        "error", description="`error` stops and lists the bad rows, `drop` drops and counts them."
+    )
+    selection_share: float = Field(
+        0.05, gt=0, lt=0.5, description="Share of the train prompts held out, by a stable hash, to choose checkpoints."
+    )
+    validation_share: float = Field(
+        0.05,
+        gt=0,
+        lt=1,
+        description="Share of prompts, by a stable hash, that becomes validation where the source is one file.",
+    )
+    max_train_prompts: int | None = Field(
+        None, ge=2, description="Keep only so many train prompts, chosen by a stable hash; null keeps all."
+    )
+    max_validation_prompts: int | None = Field(
+        None, ge=1, description="Keep only so many validation prompts, chosen by a stable hash; null keeps all."
+    )
+
+
+class ModelSettings(Section):
+    """The base model, its precision, and how long its texts may be in training and scoring."""
+
+    base: str = Field(
+        min_length=1,
+        description="Base model: `embedded`, a path that starts with `.`, `/` or `~`, or a model id on the hub.",
+    )
+    revision: str | None = Field(None, description="Commit hash of the hub model; required there, refused elsewhere.")
+    precision: Literal["fp32", "bf16"] = Field(
+        description="Precision of the weights and of training. Stated, never guessed from the machine."
+    )
+    trust_remote_code: bool = Field(False, description="Run the modelling code that comes with the base model.")
+    max_length: int = Field(512, ge=8, description="Tokens of prompt and response together in training and scoring.")
+    max_prompt_length: int = Field(
+        256, ge=4, description="A longer prompt keeps its last so many tokens in training and scoring."
+    )
+
+    @model_validator(mode="after")
+    def _response_has_room(self) -> "ModelSettings":
+        if self.max_prompt_length >= self.max_length:
+            raise ValueError(
+                f"max_prompt_length ({self.max_prompt_length}) must be below max_length ({self.max_length}): "
+                "the rest is what a response gets"
+            )
+        return self
+
+
+def _target_modules(value: object) -> object:
+    names = isinstance(value, list) and value and all(isinstance(name, str) for name in value)
+    if value != "all-linear" and not names:
+        raise ValueError(
+            f"expected `all-linear` or a list of module names such as [q_proj, v_proj], got {_shown(value)}"
+        )
+    return value
+
+
+class LoraSettings(Section):
+    """The adapters that the SFT model, the margin adapter and the policies are trained as."""
+
+    r: int = Field(16, ge=1, description="Rank.")
+    alpha: int = Field(32, ge=1, description="Scale; the update is multiplied by alpha / r.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input while training.")
+    target_modules: Annotated[Literal["all-linear"] | list[str], BeforeValidator(_target_modules)] = Field(
+        "all-linear", description="`all-linear` (every linear layer of attention and MLP) or a list of module names."
+    )
+
+
+class TrainingSettings(Section):
+    """How one stage trains. The batch an optimizer step sees is batch_size times accumulation."""
+
+    epochs: float | None = Field(None, gt=0, description="Passes over the train pairs; give this or `steps`.")
+    steps: int | None = Field(None, ge=1, description="Optimizer steps; give this or `epochs`.")
+    batch_size: int = Field(8, ge=1, description="Sequences (SFT) or pairs (DPO, MODPO) per micro-batch.")
+    accumulation: int = Field(1, ge=1, description="Micro-batches per optimizer step.")
+    learning_rate: float = Field(gt=0, description="Peak learning rate of AdamW.")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="Learning rate after the warm-up.")
+    warmup_share: float = Field(0.05, ge=0, lt=1, description="Share of the steps in which the learning rate rises.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass: less memory.")
+    evaluate_every: int | None = Field(
+        None,
+        ge=1,
+        description="Steps between losses on the held-out train prompts. Each leaves a checkpoint, from which a killed "
+        "training goes on. null: ten times in a training.",
+    )
+    early_stopping: int | None = Field(
+        None, ge=1, description="Stop after so many evaluations in a row without a better loss; null: never."
+    )
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainingSettings":
+        if self.epochs is None and self.steps is None:
+            raise ValueError("give `steps` (optimizer steps) or `epochs` (passes over the train pairs)")
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError(f"give `steps` or `epochs`, not both; remove one ({_INHERITED})")
+        return self
+
+
+class SftSettings(TrainingSettings):
+    """How the SFT model trains: on chosen responses, the loss on the response only."""
+
+    enabled: bool = Field(True, description="false uses the base model itself as the reference policy.")
+
+
+class MarginAdapterSettings(TrainingSettings):
+    """How the margin adapter trains: by DPO on the margin pairs."""
+
+    beta: float = Field(0.1, gt=0, description="DPO beta that trains the margin adapter.")
+
+
+class ModpoSettings(TrainingSettings):
+    """How the policy of each weight trains."""
+
+
+def _canonical_weights(value: object) -> object:
+    if not isinstance(value, list) or not value:
+        raise ValueError("give a list of at least one weight in (0, 1], such as [0.1, 0.5, 0.9]")
+    weights = [canonical_weight(item) for item in value]
+    for weight in weights:
+        if weights.count(weight) > 1:
+            spelled = ", ".join(str(item) for item, w in zip(value, weights, strict=True) if w == weight)
+            raise ValueError(f"weight {weight} stands there more than once ({spelled}); leave one")
+    return weights
+
+
+class ObjectiveSettings(Section):
+    """MODPO's objective: beta, the weights, and the margin with its direction."""
+
+    beta: float = Field(0.1, gt=0, description="MODPO's beta: how strongly the policy is held to the SFT model.")
+    weights: Annotated[list[str], BeforeValidator(_canonical_weights)] = Field(
+        max_length=99,
+        description="The weights w in (0, 1], one policy each: w on the preference, 1 - w on the margin. "
+        "At 1 it is DPO.",
+    )
+    margin: Literal["implicit_reward", "length_penalty"] = Field(
+        "implicit_reward",
+        description="`implicit_reward`: r_m = margin_beta (log p_adapter - log p_sft). "
+        "`length_penalty`: r_m = -penalty * response tokens, always encouraged; needs no adapter.",
+    )
+    margin_role: Literal["cost", "reward"] | None = Field(
+        None,
+        description="`cost` penalizes what the margin adapter prefers (m = -r_m), `reward` encourages it (m = +r_m). "
+        "Required with an implicit reward, refused with a length penalty.",
+    )
+    margin_beta: float | None = Field(
+        None,
+        description="Magnitude that scales the margin adapter's log-ratio. Positive: the direction is margin_role. "
+        "Default 0.1; refused with a length penalty.",
+    )
+    penalty: float | None = Field(
+        None, gt=0, description="Reward lost per response token under `length_penalty`; required there."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _margin_defaults(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("margin", "implicit_reward") == "implicit_reward":
+            return data if data.get("margin_beta") is not None else {**data, "margin_beta": 0.1}
+        return data
+
+    @model_validator(mode="after")
+    def _margin_is_complete(self) -> "ObjectiveSettings":
+        if self.margin == "length_penalty":
+            wrong = [key for key in ("margin_role", "margin_beta") if getattr(self, key) is not None]
+            if wrong:
+                raise ValueError(
+                    f"{' and '.join(wrong)} cannot stand beside `margin: length_penalty`, under which shorter is "
+                    f"always encouraged, by `penalty` per token; remove what is too much ({_INHERITED})"
+                )
+            if self.penalty is None:
+                raise ValueError("`margin: length_penalty` needs `penalty`, the reward lost per response token")
+            return self
+        if self.penalty is not None:
+            raise ValueError(f"`penalty` goes with `margin: length_penalty` only; remove it ({_INHERITED})")
+        if self.margin_beta == 0:
+            raise ValueError("margin_beta must be positive, got 0: with 0 the margin counts for nothing")
+        if self.margin_beta is not None and self.margin_beta < 0:
+            raise ValueError(
+                f"margin_beta is a magnitude and must be positive, got {self.margin_beta}. In the described pipeline a "
+                "negative MARGIN_BETA was documented as reward and acted as cost; choose `margin_role: cost` (penalize "
+                "what the margin adapter prefers) or `margin_role: reward` (encourage it) by what you want"
+            )
+        if self.margin_role is None:
+            raise ValueError(
+                "margin_role is missing: `cost` penalizes what the margin adapter prefers, `reward` encourages it"
+            )
+        return self
+
+    @property
+    def margin_sign(self) -> int:
+        """m = margin_sign * r_m: -1 for the role `cost`, +1 for `reward` and for a length penalty."""
+        return -1 if self.margin_role == "cost" else 1
+
+
+class GenerationSettings(Section):
+    """How the policies answer the evaluation prompts."""
+
+    max_prompt_length: int = Field(1536, ge=4, description="A longer prompt keeps its last so many tokens.")
+    max_new_tokens: int = Field(512, ge=1, description="Longest response in tokens, its end-of-text token included.")
+    do_sample: bool = Field(False, description="false: greedy. true: sample with temperature and top_p.")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature; used with do_sample.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus share; used with do_sample.")
+    repetition_penalty: float = Field(1.0, gt=0, description="1.0: none.")
+    no_repeat_ngram_size: int = Field(0, ge=0, description="0: none.")
+    max_batch_tokens: int = Field(
+        16384, ge=1, description="Padded tokens (prompt and response) in one batch. In fp32 it changes no response."
+    )
+
+
+class RewardModelSettings(Section):
+    """A sequence-classification reward model that rates the answers."""
+
+    model: str = Field(
+        min_length=1, description="Sequence-classification reward model: a path or a model id on the hub."
+    )
+    revision: str | None = Field(None, description="Commit hash of the hub model; required there, refused elsewhere.")
+    heads: dict[Literal["helpfulness", "correctness", "coherence", "complexity", "verbosity"], int] = Field(
+        min_length=1, description="Which output of the model rates which attribute."
+    )
+    scale: float = Field(1.0, description="rating = scale * output + shift.")
+    shift: float = Field(0.0, description="rating = scale * output + shift.")
+    output: Literal["logits", "rewards"] = Field(
+        "logits", description="Which field of the model's output holds the heads (`rewards` for ArmoRM)."
+    )
+    max_length: int = Field(4096, ge=8, description="Tokens of prompt and response; a longer text keeps its last ones.")
+    batch_size: int = Field(8, ge=1, description="Responses per forward pass.")
+    trust_remote_code: bool = Field(False, description="Run the modelling code that comes with the reward model.")
+
+
+def _rater_kind(value: object) -> str | None:
+    if isinstance(value, dict | RewardModelSettings):
+        return "RewardModelSettings"
+    return "name" if value in ("none", "embedded") else None
+
+
+class EvaluationSettings(Section):
+    """How many prompts are answered, and who rates the answers."""
+
+    prompts: int = Field(300, ge=2, description="Unique held-out prompts that every policy answers.")
+    rater: Annotated[
+        Annotated[Literal["none", "embedded"], Tag("name")]
+        | Annotated[RewardModelSettings, Tag("RewardModelSettings")],
+        Discriminator(
+            _rater_kind,
+            custom_error_type="rater",
+            custom_error_message="expected `none`, `embedded`, or a section that describes a reward model "
+            "(`model`, `heads`, ...)",
+        ),
+    ] = Field(
+        "none",
+        description="Who rates the generated responses: `none`, `embedded` (the demo generator's own rules), or a "
+        "sequence-classification reward model.",
+    )
+    bootstrap_samples: int = Field(2000, ge=100, description="Resamples of the prompts behind every interval.")
+
+
+class CheckSettings(Section):
+    """Thresholds. They judge results and determine none."""
+
+    margin_adapter_min_accuracy: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="The margin adapter must prefer chosen over rejected in a larger share of the "
+        "validation pairs than this, with the lower end of the 95% interval of its mean margin above 0.",
+    )
+
+
+class RunSettings(Section):
+    """How things run. Results do not depend on it, but for rounding: the manifest records what was used."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one, else cpu.")
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads of torch; 1 gives the same bytes in every run. null: torch's choice."
+    )
+    report_to: list[str] = Field(
+        default_factory=list, description="Experiment trackers of transformers' Trainer: wandb, tensorboard, trackio."
+    )
+
+
+class Experiment(Section):
+    """Everything that determines a result."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$",
+        description="Names Dagster's state folder and stands in every row of the warehouse.",
+    )
+    description: str = Field("", description="What it is for, in a sentence.")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of initialisation, data order and sampling.")
+    data: DataSettings = Field(description="The ratings and what is learnt from them.")
+    model: ModelSettings = Field(description="The base model, its precision and its limits.")
+    objective: ObjectiveSettings = Field(description="What MODPO optimizes, and the weights.")
+    lora: LoraSettings = Field(default_factory=LoraSettings, description="The adapters of all three trainings.")
+    sft: SftSettings = Field(description="How the SFT model trains.")
+    margin_adapter: MarginAdapterSettings | None = Field(
+        None, description="How the margin adapter trains; needed with an implicit reward, unused with a length penalty."
+    )
+    modpo: ModpoSettings = Field(description="How each weight's policy trains.")
+    generation: GenerationSettings = Field(default_factory=GenerationSettings, description="How policies answer.")
+    evaluation: EvaluationSettings = Field(
+        default_factory=EvaluationSettings, description="Which prompts are answered and who rates the answers."
+    )
+    checks: CheckSettings = Field(default_factory=CheckSettings, description="Thresholds; they determine no result.")
+    run: RunSettings = Field(default_factory=RunSettings, description="How things run; it determines no result.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Experiment":
+        if self.has_margin_adapter:
+            if self.margin_adapter is None:
+                raise ValueError(
+                    "margin_adapter: missing; `margin: implicit_reward` needs this section (how the adapter trains)"
+                )
+            if self.data.margin_attribute == self.data.preference_attribute:
+                raise ValueError(
+                    f"data.margin_attribute: the same as data.preference_attribute ({self.data.margin_attribute}); "
+                    "choose two attributes to trade against each other"
+                )
+        for key, source, revision in self.hub_references().values():
+            key = key.rpartition(".")[0]
+            if is_hub_id(source):
+                if revision is None or not re.fullmatch(r"[0-9a-f]{40}", revision):
+                    found = "missing" if revision is None else f"got {revision!r}"
+                    raise ValueError(
+                        f"{key}.revision: {found}; {source} comes from the hub and needs its full commit hash (40 "
+                        "lower-case hex digits), because a branch can move under finished results. "
+                        f"If {source} is meant to be a path, write ./{source}"
+                    )
+            elif revision is not None:
+                raise ValueError(
+                    f"{key}.revision: goes with an id on the hub only, and {source} is none; remove it ({_INHERITED})"
+                )
+        if self.data.source != "embedded" and self.evaluation.rater == "embedded":
+            raise ValueError(
+                "evaluation.rater: `embedded` rates answers to the embedded data's prompts only; use `none`, or "
+                "describe a reward model"
+            )
+        return self
+
+    def hub_references(self) -> dict[str, tuple[str, str, str | None]]:
+        """(key, value, revision) of what may come from the hub: `data`, `model` and, where it is a model, `rater`."""
+        found = {
+            "data": ("data.source", self.data.source, self.data.revision),
+            "model": ("model.base", self.model.base, self.model.revision),
+        }
+        if isinstance(self.evaluation.rater, RewardModelSettings):
+            rater = self.evaluation.rater
+            found["rater"] = ("evaluation.rater.model", rater.model, rater.revision)
+        return found
+
+    @property
+    def has_margin_adapter(self) -> bool:
+        """Whether the graph has `margin_pairs` and `margin_adapter`: a length penalty needs neither."""
+        return self.objective.margin == "implicit_reward"
+
+
+def is_path(source: str) -> bool:
+    """Whether a source or model is a local path: it starts with `.`, `/` or `~`."""
+    return source.startswith((".", "/", "~"))
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a source or model is an id on the hub, such as `nvidia/HelpSteer`."""
+    return source != "embedded" and not is_path(source)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-4 as a number, as YAML 1.2 does, and refuses a key that stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            key = str(key_node.value)
+            if key in seen:
+                raise HelpsteerError(f"line {key_node.start_mark.line + 1}: the key {key!r} stands twice; leave one")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:float"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        close = difflib.get_close_matches(path.name, SHIPPED, n=1)
+        hint = f"; did you mean `{close[0]}`?" if close else ""
+        raise HelpsteerError(
+            f"experiment {path} not found{hint} (shipped experiments: {', '.join(SHIPPED)}; else give the path of a "
+            "YAML file, by HELPSTEER_EXPERIMENT or --experiment)"
+        ) from None
+    except OSError as error:
+        raise HelpsteerError(f"experiment {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise HelpsteerError(f"experiment {path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    try:
+        data = yaml.load(text, Loader=_Loader)  # a SafeLoader: it makes plain values only
+    except HelpsteerError as error:
+        raise HelpsteerError(f"experiment {path}: {error}") from None
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        context = f" ({error.context})" if error.context else ""
+        raise HelpsteerError(f"experiment {path} is not valid YAML: {line}{error.problem}{context}") from None
+    except yaml.YAMLError as error:
+        raise HelpsteerError(f"experiment {path} is not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        found = "nothing" if data is None else "a list" if isinstance(data, list) else _shown(data)
+        raise HelpsteerError(f"experiment {path}: expected `key: value` lines, found {found}")
+    return data
+
+
+def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        merged[key] = (
+            _merge(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+        )
+    return merged
+
+
+def _absolute_paths(data: dict[str, Any], folder: Path) -> None:
+    """Relative paths of a file mean its own folder; make them absolute, in place."""
+    evaluation = data.get("evaluation")
+    places = [(data.get("data"), "source"), (data.get("model"), "base")]
+    places.append((evaluation.get("rater") if isinstance(evaluation, dict) else None, "model"))
+    for section, key in places:
+        value = section.get(key) if isinstance(section, dict) else None
+        if isinstance(value, str) and is_path(value):
+            section[key] = _absolute(value, folder)
+
+
+def _absolute(path: str, folder: Path) -> str:
+    # Path.expanduser raises for a user that does not exist; a path that is not found says more.
+    return os.path.normpath(folder / os.path.expanduser(path))  # noqa: PTH111
+
+
+def _load_data(name_or_path: str, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], Path]:
+    shipped = name_or_path in SHIPPED
+    if shipped:
+        path = Path(str(resources.files("helpsteer_assets") / "experiments" / f"{name_or_path}.yaml"))
+    else:
+        path = Path(_absolute(name_or_path, Path.cwd()))
+    if path in seen:
+        circle = " -> ".join(str(step) for step in (*seen, path))
+        raise HelpsteerError(f"experiment {path}: `extends` goes round in a circle: {circle}")
+    data = _read_yaml(path)
+    _absolute_paths(data, Path.cwd() if shipped else path.parent)
+    parent = data.pop("extends", None)
+    if parent is not None:
+        if not isinstance(parent, str):
+            raise HelpsteerError(f"experiment {path}: `extends` names an experiment or a path, got {_shown(parent)}")
+        if parent not in SHIPPED:
+            name, parent = parent, _absolute(parent, path.parent)
+            if not Path(parent).is_file():
+                raise HelpsteerError(
+                    f"experiment {path}: it extends {name!r}, which is neither a shipped experiment "
+                    f"({', '.join(SHIPPED)}) nor a file at {parent}"
+                )
+        base, _ = _load_data(parent, (*seen, path))
+        if "name" not in data:
+            raise HelpsteerError(f"experiment {path}: give it a `name` of its own; it extends {base.get('name')!r}")
+        data = _merge(base, data)
+    return data, path
+
+
+def load_experiment(name_or_path: str | None = None) -> Experiment:
+    """Read and validate an experiment; without an argument the one that HELPSTEER_EXPERIMENT names (default `demo`).
+
+    Raises HelpsteerError with one line per mistake, each naming its key and what is allowed.
+    """
+    data, path = _load_data(name_or_path or os.environ.get("HELPSTEER_EXPERIMENT") or "demo")
+    try:
+        return Experiment.model_validate(data)
+    except ValidationError as error:
+        lines = "\n".join(f"  {line}" for line in _explain(error))
+        raise HelpsteerError(f"experiment {path} is not valid:\n{lines}") from None
+
+
+def _shown(value: object) -> str:
+    """A value as YAML spells it, shortened."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+_EXPECTED = {
+    "int_type": "expected a whole number",
+    "int_from_float": "expected a whole number",
+    "float_type": "expected a number",
+    "bool_type": "expected true or false",
+    "string_type": "expected text",
+    "list_type": "expected a list, such as [a, b]",
+    "dict_type": "expected a section of `key: value` lines",
+    "model_type": "expected a section of `key: value` lines",
+    "string_pattern_mismatch": "expected letters, digits, `-` and `_`, at most 64, the first a letter or digit",
+    "string_too_short": "must not be empty",
+    "too_short": "must not be empty",
+    "invalid_key": "a key is text",
+}
+"""Words for pydantic's error types whose own would name Python's types or a regular expression."""
+
+
+def _explain(error: ValidationError) -> list[str]:
+    lines = []
+    for item in error.errors():
+        location = [part for part in item["loc"] if part not in ("RewardModelSettings", "[key]")]
+        where = ".".join(str(part) for part in location)
+        if item["type"] == "extra_forbidden":
+            allowed = _keys_at(location[:-1])
+            close = difflib.get_close_matches(str(location[-1]), allowed, n=1)
+            hint = f"; did you mean `{close[0]}`?" if close else ""
+            lines.append(f"{where}: unknown key{hint} (allowed: {', '.join(allowed)})")
+        elif item["type"] == "missing":
+            lines.append(f"{where}: missing, and there is no default")
+        elif item["type"] == "value_error":
+            message = item["msg"].removeprefix("Value error, ")
+            lines.append(f"{where}: {message}" if where else message)
+        else:
+            message = _EXPECTED.get(item["type"]) or item["msg"].replace("Input should be", "must be")
+            lines.append(f"{where}: {message}, got {_shown(item['input'])}{_quotes_hint(item['type'], item['input'])}")
+    return lines
+
+
+def _quotes_hint(error_type: str, value: object) -> str:
+    if error_type == "string_type" and isinstance(value, int | float):
+        return " (put it in quotes)"
+    if error_type in ("int_type", "float_type") and isinstance(value, str):
+        try:
+            float(value)
+        except ValueError:
+            return ""
+        return " (remove the quotes)"
+    return ""
+
+
+def _keys_at(location: list[Any]) -> list[str]:
+    model: type[BaseModel] = Experiment
+    for part in location:
+        field = model.model_fields.get(str(part))
+        if field is not None:
+            model = next(iter(_sections(field.annotation)), model)
+    return sorted([*model.model_fields, *(["extends"] if model is Experiment else [])])
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """The models in a field's type."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections(part)]

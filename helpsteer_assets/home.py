@@ -1,0 +1,52 @@
+"""The home: the folder that holds artifacts, warehouse, locks and Dagster's state.
+
+<home>/artifacts/<asset>/<weight or "all">/<fingerprint>/   finished artifacts, each with its manifest.json
+<home>/warehouse/helpsteer.duckdb                           the published tables
+<home>/dagster/<experiment>/                                DAGSTER_HOME of an experiment
+<home>/locks/, <home>/cache/                                locks; digests of local sources
+"""
+
+import os
+from pathlib import Path
+
+from helpsteer_assets.resources.files import readable_os_errors
+
+DAGSTER_YAML = """\
+# Written once by helpsteer_assets, and yours to change.
+concurrency:
+  pools:
+    # How many assets that load a model run at once, whoever starts them (UI, backfill, command line).
+    default_limit: {pool_limit}
+    granularity: op
+run_monitoring:
+  # Finds runs whose process died, and frees what they held.
+  enabled: true
+  free_slots_after_run_end_seconds: 30
+telemetry:
+  enabled: false
+"""
+
+
+def home_path() -> Path:
+    """`HELPSTEER_HOME`, else `.helpsteer` in the working directory; absolute."""
+    return Path(os.environ.get("HELPSTEER_HOME") or ".helpsteer").expanduser().absolute()
+
+
+def dagster_home(home: Path, experiment: str) -> Path:
+    """DAGSTER_HOME of an experiment, made with its dagster.yaml where it is not there.
+
+    One for each experiment, so that the materializations of two never mix.
+    """
+    folder = home / "dagster" / experiment
+    config = folder / "dagster.yaml"
+    if not config.exists():
+        with readable_os_errors("write", config):
+            folder.mkdir(parents=True, exist_ok=True)
+            config.write_text(DAGSTER_YAML.format(pool_limit=_pool_limit()), encoding="utf-8")
+    return folder
+
+
+def _pool_limit() -> int:
+    """One model per GPU; without any, one per core pair, for a training keeps more than one core busy."""
+    gpus = len([p for p in Path("/dev").glob("nvidia[0-9]*") if p.name.removeprefix("nvidia").isdigit()])
+    return gpus or max(1, (os.cpu_count() or 1) // 2)

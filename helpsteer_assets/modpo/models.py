@@ -1,0 +1,106 @@
+"""Loading models and tokenizers, and attaching LoRA adapters."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+from helpsteer_assets.errors import HelpsteerError
+
+if TYPE_CHECKING:
+    from helpsteer_assets.experiment import LoraSettings, ModelSettings, RunSettings
+
+
+def choose_device(run: "RunSettings", precision: str) -> torch.device:
+    """The device to compute on, with the thread count set.
+
+    Raises HelpsteerError where the device is missing or lacks the stated precision.
+    """
+    if run.device == "cuda" and not torch.cuda.is_available():
+        raise HelpsteerError("run.device is cuda, and torch sees no CUDA device here; set run.device: auto or cpu")
+    device = torch.device("cuda" if run.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise HelpsteerError(
+            f"model.precision is bf16, which {torch.cuda.get_device_name()} does not have; set model.precision: fp32"
+        )
+    if run.threads is not None:
+        torch.set_num_threads(run.threads)
+    # Saturated logits make denormal numbers, on which CPU steps are an order of magnitude slower.
+    torch.set_flush_denormal(True)
+    return device
+
+
+def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, with a pad token (the end-of-text token where it has none of its own)."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise HelpsteerError(f"no tokenizer can be loaded from {path}: {error}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    path: Path, *, precision: str, device: torch.device | str = "cpu", trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A causal language model from a folder, in the stated precision, in evaluation mode."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
+        )
+    except (OSError, ValueError) as error:
+        raise HelpsteerError(f"no causal language model can be loaded from {path}: {error}") from error
+    return model.to(device).eval()
+
+
+def context_length(path: Path, *, trust_remote_code: bool = False) -> int | None:
+    """Tokens that the model can attend to, None where its config does not say."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).get_text_config()
+    return getattr(config, "max_position_embeddings", None)
+
+
+def check_lengths(settings: "ModelSettings", path: Path, needed: int, key: str) -> None:
+    """Raise HelpsteerError where a stage asks for more tokens than the model's context holds."""
+    limit = context_length(path, trust_remote_code=settings.trust_remote_code)
+    if limit is not None and needed > limit:
+        raise HelpsteerError(
+            f"{key} ask(s) for {needed} tokens of context, and {settings.base} has {limit}; lower {key} or choose a "
+            "base model with a longer context"
+        )
+
+
+def attach_lora(model: PreTrainedModel, lora: "LoraSettings", seed: int) -> PeftModel:
+    """A new LoRA on every targeted linear layer; its initial weights depend on the seed alone."""
+    set_seed(seed)
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise HelpsteerError(f"lora.target_modules {lora.target_modules!r}: {error}") from error
+
+
+def load_adapters(model: PreTrainedModel, adapters: dict[str, Path]) -> PeftModel:
+    """Load adapters by name onto a model, for scoring."""
+    names = iter(adapters.items())
+    first, path = next(names)
+    peft_model = PeftModel.from_pretrained(model, path, adapter_name=first)
+    for name, path in names:
+        peft_model.load_adapter(path, adapter_name=name)
+    return peft_model.eval()

@@ -1,0 +1,103 @@
+"""Supervised fine-tuning of the reference policy: LoRA by TRL's SFTTrainer, loss on the response only."""
+
+import logging
+from collections.abc import Sequence as Items
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from helpsteer_assets.errors import HelpsteerError
+from helpsteer_assets.modpo.progress import Progress, silent
+from helpsteer_assets.modpo.tokenization import Sequence
+from helpsteer_assets.modpo.training import TrainingResult, train, training_arguments
+
+if TYPE_CHECKING:
+    from helpsteer_assets.experiment import SftSettings
+
+
+def train_sft(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    train_sequences: Items[Sequence],
+    selection_sequences: Items[Sequence],
+    settings: "SftSettings",
+    max_length: int,
+    seed: int,
+    report_to: list[str],
+    checkpoints: Path,
+    progress: Progress = silent,
+) -> TrainingResult:
+    """Train the LoRA of `model` on responses and leave its best weights in it.
+
+    Args:
+        model: the base model with a fresh LoRA.
+        tokenizer: its tokenizer; the sequences are tokenized already, it only pads.
+        train_sequences, selection_sequences: prompts with the responses to learn; the latter choose the checkpoint.
+        settings: how the stage trains.
+        max_length: tokens of the longest sequence.
+        seed: seed of data order and dropout.
+        report_to: experiment trackers.
+        checkpoints: folder of the checkpoints; an earlier attempt's are gone on from.
+        progress: called at each logged step.
+    """
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    if not train_sequences:
+        raise HelpsteerError(
+            "training sft_model: there is no chosen response; look at the pair counts of `helpsteer check`"
+        )
+
+    def tokenized(sequences: Items[Sequence]) -> Dataset:
+        # SFTTrainer takes token ids as they are, so that training reads what scoring and generation read.
+        return Dataset.from_list(
+            [
+                {
+                    "input_ids": s.prompt_ids + s.response_ids,
+                    "completion_mask": [0] * len(s.prompt_ids) + [1] * len(s.response_ids),
+                }
+                for s in sequences
+            ]
+        )
+
+    class CountingSFTTrainer(SFTTrainer):
+        """Counts tokens for the progress report."""
+
+        tokens_seen = 0
+
+        def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            if model.training:
+                self.tokens_seen += inputs["input_ids"].numel()
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    logging.getLogger("trl").setLevel(logging.ERROR)
+    trainer = CountingSFTTrainer(
+        model,
+        args=training_arguments(
+            settings,
+            items=len(train_sequences),
+            has_selection=bool(selection_sequences),
+            output_dir=checkpoints,
+            seed=seed,
+            device=model.device,
+            report_to=report_to,
+            arguments=SFTConfig,
+            max_length=max_length,
+            completion_only_loss=True,
+            packing=False,
+        ),
+        train_dataset=tokenized(train_sequences),
+        eval_dataset=tokenized(selection_sequences) if selection_sequences else None,
+        processing_class=tokenizer,
+    )
+    return train(
+        trainer,
+        settings,
+        what="sft_model",
+        likely_causes=f"a learning rate ({settings.learning_rate:g}) too high; weights that overflow in model.precision: bf16",
+        progress=progress,
+    )

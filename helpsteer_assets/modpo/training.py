@@ -1,0 +1,220 @@
+"""What every training shares: arguments, resume, progress, and the guard against NaN.
+
+A checkpoint is written at each evaluation. Resuming restores weights, optimizer, schedule, random state and data order,
+and ends in the same bytes (fp32, CPU, one thread) as an undisturbed training.
+"""
+
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import IntervalStrategy
+
+from helpsteer_assets.errors import HelpsteerError
+from helpsteer_assets.modpo.checkpoints import mark_complete, newest_checkpoint
+from helpsteer_assets.modpo.progress import Progress
+
+if TYPE_CHECKING:
+    from helpsteer_assets.experiment import TrainingSettings
+
+EVALUATIONS = 10
+"""Evaluations, each with a checkpoint, in a training whose settings name no interval."""
+LOGS_PER_EVALUATION = 5
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a training reports; goes into the artifact's manifest."""
+
+    steps: int
+    """Optimizer steps done."""
+    best_step: int
+    """Step of the checkpoint that was kept: the lowest loss on the held-out train prompts, else the last."""
+    best_loss: float | None
+    """Its loss on the held-out train prompts; None where there are none."""
+    resumed_from: int | None
+    """Step of the checkpoint that this attempt went on from."""
+    history: list[dict[str, float]] = field(default_factory=list)
+    """Per logged step: step, loss, grad_norm, ...; eval_loss where evaluated."""
+
+
+def count_steps(settings: "TrainingSettings", items: int) -> int:
+    """Optimizer steps of a training on `items` sequences or pairs."""
+    if settings.steps is not None:
+        return settings.steps
+    assert settings.epochs is not None  # the settings hold exactly one of the two
+    micro_batches = math.ceil(items / settings.batch_size)
+    return max(1, math.ceil(settings.epochs * math.ceil(micro_batches / settings.accumulation)))
+
+
+def training_arguments(
+    settings: "TrainingSettings",
+    *,
+    items: int,
+    has_selection: bool,
+    output_dir: Path,
+    seed: int,
+    device: torch.device,
+    report_to: list[str],
+    arguments: type[TrainingArguments] = TrainingArguments,
+    **extra: Any,
+) -> TrainingArguments:
+    """transformers' arguments for one stage.
+
+    Args:
+        settings: the stage's settings.
+        items: train sequences or pairs.
+        has_selection: whether held-out train prompts are there to choose a checkpoint by.
+        output_dir: folder of the checkpoints.
+        seed: seed of data order and dropout.
+        device: where to train.
+        report_to: experiment trackers.
+        arguments: the class to make (TRL has its own).
+        extra: further arguments of that class.
+    """
+    steps = count_steps(settings, items)
+    evaluate_every = min(settings.evaluate_every or math.ceil(steps / EVALUATIONS), steps)
+    # Evaluations fall on logged steps, so that a non-finite loss is seen before a checkpoint holds its weights.
+    log_every = next(n for n in range(math.ceil(evaluate_every / LOGS_PER_EVALUATION), 0, -1) if not evaluate_every % n)
+    made = arguments(
+        output_dir=str(output_dir),
+        max_steps=steps,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(settings.schedule, settings.schedule),
+        warmup_steps=math.ceil(settings.warmup_share * steps),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        logging_steps=log_every,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if has_selection else "no",
+        eval_steps=evaluate_every,
+        save_strategy="steps",
+        save_steps=evaluate_every,
+        save_total_limit=2,
+        load_best_model_at_end=has_selection,
+        metric_for_best_model="eval_loss" if has_selection else None,
+        greater_is_better=False if has_selection else None,
+        seed=seed,
+        use_cpu=device.type == "cpu",
+        bf16=False,  # the weights already are what model.precision says; no autocast on top
+        report_to=report_to or "none",
+        disable_tqdm=True,
+        dataloader_num_workers=0,
+        remove_unused_columns=False,
+        **extra,
+    )
+    # One process trains on one device: several visible GPUs would make transformers wrap the model in DataParallel.
+    made._n_gpu = min(made.n_gpu, 1)
+    return made
+
+
+def train(
+    trainer: Trainer, settings: "TrainingSettings", *, what: str, likely_causes: str, progress: Progress
+) -> TrainingResult:
+    """Train, going on from the newest complete checkpoint where there is one; the trainer then holds the best weights.
+
+    Args:
+        trainer: made with `training_arguments`.
+        settings: the stage's settings.
+        what: what is trained, for messages ("w=0.1").
+        likely_causes: what a non-finite loss may come from, for its message.
+        progress: called at each logged step.
+
+    Raises:
+        HelpsteerError: the loss or its gradient is no longer finite.
+    """
+    watch = _Watch(trainer, what, likely_causes, progress)
+    trainer.add_callback(watch)
+    trainer.add_callback(_CompleteCheckpoints())
+    if settings.early_stopping is not None and trainer.args.eval_strategy != IntervalStrategy.NO:
+        trainer.add_callback(EarlyStoppingCallback(settings.early_stopping))
+    checkpoint = newest_checkpoint(Path(trainer.args.output_dir))
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    state = trainer.state
+    best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    return TrainingResult(
+        steps=state.global_step,
+        best_step=int(Path(best).name.rpartition("-")[2]) if best else state.global_step,
+        best_loss=state.best_metric if best else None,
+        resumed_from=None if checkpoint is None else int(checkpoint.name.rpartition("-")[2]),
+        history=_history(state),
+    )
+
+
+def _history(state: TrainerState) -> list[dict[str, float]]:
+    by_step: dict[int, dict[str, float]] = {}
+    for entry in state.log_history:
+        measured = {key: value for key, value in entry.items() if isinstance(value, int | float)}
+        by_step.setdefault(int(entry["step"]), {}).update(measured)
+    kept = ("step", "loss", "eval_loss", "grad_norm", "learning_rate", "accuracy", "eval_accuracy")
+    return [
+        {key: row[key] for key in kept if key in row}
+        for _, row in sorted(by_step.items())
+        if "loss" in row or "eval_loss" in row
+    ]
+
+
+class _CompleteCheckpoints(TrainerCallback):
+    """Marks a checkpoint as complete after everything in it was written."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        mark_complete(folder, state.global_step, state.max_steps)
+
+
+class _Watch(TrainerCallback):
+    """Reports progress, and stops the run at the first loss or gradient that is not finite."""
+
+    def __init__(self, trainer: Trainer, what: str, likely_causes: str, progress: Progress) -> None:
+        self._trainer = trainer
+        self._what = what
+        self._likely_causes = likely_causes
+        self._progress = progress
+        self._last = (0, time.monotonic(), 0)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._last = (state.global_step, time.monotonic(), self._tokens())
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        logs = logs or {}
+        for name in ("loss", "grad_norm", "eval_loss"):
+            value = logs.get(name, 0.0)
+            if not math.isfinite(value):
+                raise HelpsteerError(
+                    f"training {self._what}: {name} is {value} by step {state.global_step} of {state.max_steps}. "
+                    f"Likely causes: {self._likely_causes}. Finished checkpoints are kept; a changed setting starts anew"
+                )
+        if "loss" not in logs:
+            return
+        step, then, tokens = self._last
+        now, tokens_now = time.monotonic(), self._tokens()
+        self._last = (state.global_step, now, tokens_now)
+        numbers = {key: logs[key] for key in ("loss", "accuracy", "grad_norm") if key in logs}
+        if tokens_now > tokens:
+            numbers["tokens_per_second"] = (tokens_now - tokens) / max(now - then, 1e-9)
+        self._progress(state.global_step, state.max_steps, **numbers)
+
+    def _tokens(self) -> int:
+        return int(getattr(self._trainer, "tokens_seen", 0))

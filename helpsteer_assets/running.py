@@ -1,0 +1,166 @@
+"""Materializing an experiment from the command line: on its Dagster instance, in this process, without a daemon."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import dagster as dg
+import pyarrow.parquet as pq
+from dagster import DagsterInstance
+
+from helpsteer_assets.assets import build_assets
+from helpsteer_assets.assets.checks import build_checks
+from helpsteer_assets.assets.evaluation import wide_summary
+from helpsteer_assets.assets.materialization import Lab
+from helpsteer_assets.errors import HelpsteerError
+from helpsteer_assets.experiment import Experiment
+from helpsteer_assets.home import dagster_home
+from helpsteer_assets.jobs import build_jobs, phases
+from helpsteer_assets.resources.artifacts import ALL, Artifact
+from helpsteer_assets.status import status
+
+
+def run_experiment(
+    experiment: Experiment,
+    home: Path,
+    *,
+    select: str | None = None,
+    weights: list[str] | None = None,
+    announce: Callable[[str], None] = print,
+) -> bool:
+    """Materialize assets phase by phase: before the weights, each weight, after the weights. True if all went well.
+
+    Args:
+        experiment: what to run.
+        home: where results are kept.
+        select: assets in Dagster's selection syntax; None: all.
+        weights: weights to run; None: the whole grid. The summary needs the whole grid, so it follows only when all
+            weights are there.
+        announce: gets what a person at a terminal wants to read.
+    """
+    lab = Lab(experiment, home, announce)
+    defs = dg.Definitions(
+        assets=build_assets(experiment),
+        asset_checks=build_checks(experiment),
+        jobs=build_jobs(experiment),
+        resources={"lab": lab},
+    )
+    job = defs.resolve_implicit_global_asset_job_def()
+    selected = _selected(defs, select)
+    os.environ["DAGSTER_HOME"] = str(dagster_home(home, experiment.name))
+    announce(f"experiment {experiment.name}, home {home}")
+    _announce_plan(experiment, home, selected, weights, announce)
+    with DagsterInstance.get() as instance:
+
+        def materialize(assets: list[str], weight: str | None) -> bool:
+            wanted = [dg.AssetKey(name) for name in assets if name in selected]
+            if not wanted:
+                return True
+            result = job.execute_in_process(
+                instance=instance,
+                asset_selection=wanted,
+                partition_key=weight,
+                raise_on_error=False,
+                run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+                tags={"helpsteer/started_by": "helpsteer run"},
+            )
+            for event in result.all_events:
+                _announce_event(event, announce)
+            return result.success
+
+        grid = weights or experiment.objective.weights
+        by_phase = phases(experiment)
+        if not materialize(by_phase["prepare"], None):
+            return False
+        done = [materialize(by_phase["tradeoff_grid"], weight) for weight in grid]
+        if not all(done):
+            return False
+        missing = [s.partition for s in status(experiment, home) if s.asset == "scores" and s.state != "complete"]
+        if missing and "score_summary" in selected:
+            announce(f"the summary follows when all weights are there; missing: {', '.join(missing)}")
+            return True
+        if not materialize(by_phase["evaluate"], None):
+            return False
+    if selected >= {"score_summary", "tradeoff"}:
+        _announce_results(lab, announce)
+    return True
+
+
+def _selected(defs: dg.Definitions, select: str | None) -> set[str]:
+    graph = defs.resolve_asset_graph()
+    if select is None:
+        return {key.to_user_string() for key in graph.get_all_asset_keys()}
+    try:
+        keys = dg.AssetSelection.from_string(select).resolve(graph)
+    except Exception as error:
+        known = ", ".join(sorted(key.to_user_string() for key in graph.get_all_asset_keys()))
+        raise HelpsteerError(f"--select {select!r} selects no asset: {error}\nAssets: {known}") from error
+    return {key.to_user_string() for key in keys}
+
+
+def _announce_plan(
+    experiment: Experiment, home: Path, selected: set[str], weights: list[str] | None, announce: Callable[[str], None]
+) -> None:
+    states = [
+        s.state
+        for s in status(experiment, home)
+        if s.asset in selected and (weights is None or s.partition == ALL or s.partition in weights)
+    ]
+    reused = sum(state in ("complete", "reusable") for state in states)
+    resumed = states.count("partial")
+    announce(
+        f"{len(states)} assets and weights: {reused} to reuse, {resumed} to resume, {len(states) - reused - resumed} to compute"
+    )
+
+
+def _announce_event(event: dg.DagsterEvent, announce: Callable[[str], None]) -> None:
+    if event.is_step_failure:
+        data = event.step_failure_data
+        # A user's mistake has its own words; anything else is a defect, and its traceback is what helps.
+        described = None if data.user_failure_data is None else data.user_failure_data.description
+        announce(f"{event.step_key} failed: {described or data.error_display_string}")
+    elif event.event_type == dg.DagsterEventType.ASSET_CHECK_EVALUATION:
+        evaluation = event.asset_check_evaluation_data
+        warns = evaluation.severity == dg.AssetCheckSeverity.WARN
+        verdict = "passed" if evaluation.passed else "warns" if warns else "FAILED"
+        announce(f"check {evaluation.check_name} {verdict}: {evaluation.description}")
+
+
+def _announce_results(lab: Lab, announce: Callable[[str], None]) -> None:
+    present = lab.fingerprints()
+
+    def finished(asset: str) -> Artifact:
+        artifact = lab.store.find(asset, ALL, present[asset, ALL].value)
+        assert artifact is not None  # materialized a moment ago
+        return artifact
+
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = wide_summary(pq.read_table(finished("score_summary").file("score_summary.parquet")).to_pylist())
+    table = Table(box=box.SIMPLE_HEAD, title="Mean [95% interval] per policy")
+    measures = list(rows[0])
+    shown = [
+        m
+        for m in measures
+        if m in ("policy", "helpfulness", "verbosity", "margin_reward", "log_ratio_to_sft", "response_words", "capped")
+    ]
+    for name in shown:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*(row[name] for name in shown))
+    console = Console(width=160)
+    with console.capture() as capture:
+        console.print(table)
+    announce(capture.get())
+    tradeoff = json.loads(finished("tradeoff").file("tradeoff.json").read_text(encoding="utf-8"))
+    front = ", ".join(point["label"] for point in tradeoff["points"] if point["on_front"])
+    announce(f"Pareto front: {front}")
+    announce(f"plot:    {finished('tradeoff').file('tradeoff.png')}")
+    announce(
+        'scores:  helpsteer query "SELECT w, measure, mean, ci_low, ci_high FROM score_summary ORDER BY w, measure"'
+    )
+    announce(f"         or duckdb -readonly {lab.warehouse.path}")
+    announce("UI:      make ui (or helpsteer ui)")

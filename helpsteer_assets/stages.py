@@ -1,0 +1,346 @@
+"""The graph as data: which stage reads what, which settings it depends on, and so its fingerprints.
+
+A fingerprint is a hash of the stage's name, the versions of the code it runs, the settings it depends on and the
+fingerprints of its inputs; at the roots stand the revision or content digest of the source, of the base model and of
+the rater. It needs no database: two machines with the same experiment and sources compute the same fingerprints.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from helpsteer_assets.errors import HelpsteerError
+from helpsteer_assets.experiment import Experiment, is_hub_id
+from helpsteer_assets.modpo.hub import content_digest, download
+from helpsteer_assets.resources.artifacts import ALL
+
+CODE_VERSIONS = {
+    "assets/data.py:helpsteer_ratings": 1,
+    "assets/data.py:preference_pairs": 1,
+    "assets/data.py:margin_pairs": 1,
+    "assets/data.py:evaluation_prompts": 1,
+    "assets/training.py:sft_model": 1,
+    "assets/training.py:reference_log_probs": 1,
+    "assets/training.py:margin_adapter": 1,
+    "assets/training.py:margin_rewards": 1,
+    "assets/training.py:modpo_models": 1,
+    "assets/evaluation.py:sft_generations": 1,
+    "assets/evaluation.py:generations": 1,
+    "assets/evaluation.py:sft_scores": 1,
+    "assets/evaluation.py:scores": 1,
+    "assets/evaluation.py:score_summary": 1,
+    "assets/evaluation.py:tradeoff": 1,
+    "embedded/generator.py": 1,
+    "embedded/rater.py": 1,
+    "modpo/batching.py": 1,
+    "modpo/generation.py": 1,
+    "modpo/log_probs.py": 1,
+    "modpo/losses.py": 1,
+    "modpo/margins.py": 1,
+    "modpo/models.py": 1,
+    "modpo/pairs.py": 1,
+    "modpo/plots.py": 1,
+    "modpo/preference_trainer.py": 1,
+    "modpo/raters.py": 1,
+    "modpo/ratings.py": 1,
+    "modpo/sft.py": 1,
+    "modpo/statistics.py": 1,
+    "modpo/tokenization.py": 1,
+    "modpo/training.py": 1,
+}
+"""Version of each piece of code that determines results. Raise it when a change alters what the code computes: all
+that was made by it is then out of date. A test holds a digest of each piece and asks whoever changes one."""
+
+_SCORING = ("modpo/batching.py", "modpo/log_probs.py", "modpo/tokenization.py")
+_PREFERENCE = ("modpo/losses.py", "modpo/preference_trainer.py", "modpo/training.py", "modpo/models.py", *_SCORING)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One asset of the graph."""
+
+    name: str
+    inputs: tuple[str, ...]
+    settings: tuple[str, ...]
+    """Dotted keys of the experiment; a section stands for all of its keys."""
+    code: tuple[str, ...]
+    """Keys of CODE_VERSIONS."""
+    partitioned: bool = False
+    """One partition per weight."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """A fingerprint with all that went into it."""
+
+    asset: str
+    partition: str
+    value: str
+    settings: dict[str, Any]
+    code: dict[str, int]
+    inputs: dict[str, dict[str, str]]
+    """Fingerprints by input asset and partition."""
+
+
+def stages(experiment: Experiment) -> dict[str, Stage]:
+    """The graph of an experiment in topological order; a length penalty has no margin pairs and no margin adapter."""
+    adapter = experiment.has_margin_adapter
+    margin_pairs = ("margin_pairs",) if adapter else ()
+    margin_adapter = ("margin_adapter",) if adapter else ()
+    lengths = ("model.max_length", "model.max_prompt_length")
+    objective = ("objective.margin", "objective.margin_role", "objective.margin_beta", "objective.penalty")
+    model = ("model.base", "model.precision", "model.trust_remote_code")
+    generation = tuple(
+        f"generation.{key}"
+        for key in type(experiment.generation).model_fields
+        # In fp32 the batch a response was made in does not change it; in bf16 it may.
+        if key != "max_batch_tokens" or experiment.model.precision != "fp32"
+    ) + (("seed",) if experiment.generation.do_sample else ())
+    sft = experiment.sft.enabled
+    generating = ("modpo/generation.py", "modpo/models.py", "modpo/batching.py", "modpo/tokenization.py")
+    scoring = ("assets/evaluation.py:scores", "modpo/raters.py", "modpo/models.py", *_SCORING)
+    if experiment.evaluation.rater == "embedded":
+        scoring += ("embedded/rater.py",)
+
+    def stage(
+        name: str, inputs: tuple[str, ...], settings: tuple[str, ...], *code: str, partitioned: bool = False
+    ) -> Stage:
+        return Stage(name, inputs, settings, code, partitioned)
+
+    declared = [
+        stage(
+            "helpsteer_ratings",
+            (),
+            (
+                "data.source",
+                "data.on_bad_rows",
+                "data.validation_share",
+                "data.max_train_prompts",
+                "data.max_validation_prompts",
+            ),
+            "assets/data.py:helpsteer_ratings",
+            "modpo/ratings.py",
+            *(("embedded/generator.py",) if experiment.data.source == "embedded" else ()),
+        ),
+        stage(
+            "preference_pairs",
+            ("helpsteer_ratings",),
+            ("data.preference_attribute", "data.selection_share"),
+            "assets/data.py:preference_pairs",
+            "modpo/pairs.py",
+        ),
+        stage(
+            "margin_pairs",
+            ("helpsteer_ratings",),
+            ("data.margin_attribute", "data.selection_share"),
+            "assets/data.py:margin_pairs",
+            "modpo/pairs.py",
+        ),
+        stage(
+            "evaluation_prompts",
+            ("helpsteer_ratings",),
+            ("evaluation.prompts",),
+            "assets/data.py:evaluation_prompts",
+            "modpo/pairs.py",
+        ),
+        stage(
+            "sft_model",
+            ("preference_pairs",) if sft else (),
+            (*model, "sft", "lora", "seed", *lengths) if sft else (*model, "sft.enabled"),
+            "assets/training.py:sft_model",
+            "modpo/models.py",
+            *(("modpo/sft.py", "modpo/training.py", "modpo/tokenization.py") if sft else ()),
+        ),
+        stage(
+            "reference_log_probs",
+            ("sft_model", "preference_pairs", *margin_pairs),
+            lengths,
+            "assets/training.py:reference_log_probs",
+            "modpo/pairs.py",
+            *_SCORING,
+        ),
+        stage(
+            "margin_adapter",
+            ("sft_model", "margin_pairs", "reference_log_probs"),
+            ("margin_adapter", "lora", "seed", *lengths),
+            "assets/training.py:margin_adapter",
+            "modpo/margins.py",
+            "modpo/statistics.py",
+            *_PREFERENCE,
+        ),
+        stage(
+            "margin_rewards",
+            ("sft_model", "preference_pairs", *(("reference_log_probs", "margin_adapter") if adapter else ())),
+            ("objective.margin", *(lengths if adapter else ())),
+            "assets/training.py:margin_rewards",
+            "modpo/pairs.py",
+            *_SCORING,
+        ),
+        stage(
+            "modpo_models",
+            ("sft_model", "preference_pairs", "reference_log_probs", *margin_adapter, "margin_rewards"),
+            ("objective.beta", *objective, "modpo", "lora", "seed", *lengths),
+            "assets/training.py:modpo_models",
+            "modpo/margins.py",
+            *_PREFERENCE,
+            partitioned=True,
+        ),
+        stage(
+            "sft_generations",
+            ("evaluation_prompts", "sft_model"),
+            generation,
+            "assets/evaluation.py:sft_generations",
+            *generating,
+        ),
+        stage(
+            "generations",
+            ("evaluation_prompts", "sft_model", "modpo_models"),
+            generation,
+            "assets/evaluation.py:generations",
+            *generating,
+            partitioned=True,
+        ),
+        stage(
+            "sft_scores",
+            ("sft_generations", "sft_model", *margin_adapter),
+            ("evaluation.rater",),
+            "assets/evaluation.py:sft_scores",
+            *scoring,
+        ),
+        stage(
+            "scores",
+            ("generations", "sft_model", "modpo_models", *margin_adapter),
+            ("evaluation.rater",),
+            *scoring,
+            partitioned=True,
+        ),
+        stage(
+            "score_summary",
+            ("sft_scores", "scores"),
+            ("evaluation.bootstrap_samples", "seed", "objective.weights", *objective),
+            "assets/evaluation.py:score_summary",
+            "modpo/statistics.py",
+            "modpo/margins.py",
+        ),
+        stage(
+            "tradeoff",
+            ("score_summary",),
+            ("data.preference_attribute", *objective),
+            "assets/evaluation.py:tradeoff",
+            "modpo/statistics.py",
+            "modpo/plots.py",
+        ),
+    ]
+    return {s.name: s for s in declared if adapter or s.name not in ("margin_pairs", "margin_adapter")}
+
+
+def partitions_of(stage: Stage, experiment: Experiment) -> list[str]:
+    """The partitions of a stage's asset."""
+    return list(experiment.objective.weights) if stage.partitioned else [ALL]
+
+
+def fingerprints(experiment: Experiment, digest_cache: Path | None = None) -> dict[tuple[str, str], Fingerprint]:
+    """The fingerprint of every asset and partition of an experiment, in topological order.
+
+    Args:
+        experiment: the experiment.
+        digest_cache: a file that remembers digests of local sources by path, size and modification time.
+
+    Raises:
+        HelpsteerError: a local source, model or rater is not there.
+    """
+    flat = _flatten(experiment.model_dump(mode="json")) | _roots(experiment, digest_cache)
+    found: dict[tuple[str, str], Fingerprint] = {}
+    graph = stages(experiment)
+    for stage in graph.values():
+        for partition in partitions_of(stage, experiment):
+            settings = _settings_of(stage, flat)
+            if stage.partitioned:
+                settings["w"] = partition
+            inputs: dict[str, dict[str, str]] = {}
+            for name in stage.inputs:
+                read = _partitions_read(stage, partition, graph[name], experiment)
+                inputs[name] = {p: found[name, p].value for p in read}
+            code = {piece: CODE_VERSIONS[piece] for piece in stage.code}
+            value = _hash({"stage": stage.name, "code": code, "settings": settings, "inputs": inputs})
+            found[stage.name, partition] = Fingerprint(stage.name, partition, value, settings, code, inputs)
+    return found
+
+
+def code_version(stage: Stage, experiment: Experiment) -> str:
+    """The part of a stage's fingerprint that depends neither on its inputs nor on w: Dagster's `code_version`.
+
+    For an asset at the root it holds no digest of a source that is not there (yet).
+    """
+    flat = _flatten(experiment.model_dump(mode="json"))
+    try:
+        flat |= _roots(experiment, None)
+    except HelpsteerError:
+        pass  # Loading the definitions must not fail on a missing source; materializing says what is missing.
+    code = {piece: CODE_VERSIONS[piece] for piece in stage.code}
+    return _hash({"stage": stage.name, "code": code, "settings": _settings_of(stage, flat)})
+
+
+def _partitions_read(stage: Stage, partition: str, source: Stage, experiment: Experiment) -> list[str]:
+    return [partition] if stage.partitioned and source.partitioned else partitions_of(source, experiment)
+
+
+def _settings_of(stage: Stage, flat: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in flat.items()
+        if any(key == wanted or key.startswith(f"{wanted}.") for wanted in stage.settings)
+    }
+
+
+def _roots(experiment: Experiment, digest_cache: Path | None) -> dict[str, str]:
+    """What stands for a source in fingerprints: its pinned revision, or a digest of its content wherever it lies."""
+    roots = {}
+    for section, (key, source, revision) in experiment.hub_references().items():
+        if is_hub_id(source):
+            roots[key] = f"{source}@{revision}"
+        elif section != "data" or source != "embedded":
+            roots[key] = f"sha256:{content_digest(local_path(key, source), digest_cache)}"
+    return roots
+
+
+def local_path(key: str, source: str) -> Path:
+    """The path that a local source or model names; `embedded` is the tiny model that is shipped with the package.
+
+    Raises HelpsteerError, naming the setting `key`, where nothing is there.
+    """
+    if source == "embedded":
+        return Path(str(resources.files("helpsteer_assets") / "embedded" / "model"))
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise HelpsteerError(f"{key}: {source} does not exist; correct the path in the experiment")
+    return path
+
+
+def fetch(experiment: Experiment, section: Literal["data", "model", "rater"]) -> Path:
+    """The local folder or file of the source, the base model or the rater, downloaded from the hub where it lives there."""
+    key, source, revision = experiment.hub_references()[section]
+    if not is_hub_id(source):
+        return local_path(key, source)
+    assert revision is not None  # validated with the experiment
+    if section == "data":
+        return download(source, revision, "dataset")
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+    return download(source, revision, "model", patterns)
+
+
+def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, dict) and value:
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _hash(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
