@@ -19,7 +19,7 @@ from helpsteer_assets.experiment import Experiment
 from helpsteer_assets.modpo.pairs import unique_responses
 from helpsteer_assets.modpo.plots import loss_curve, markdown_image, png_bytes
 from helpsteer_assets.modpo.statistics import judge_margin_adapter
-from helpsteer_assets.resources.artifacts import Artifact
+from helpsteer_assets.resources.artifacts import ALL, Artifact
 from helpsteer_assets.stages import fetch
 
 if TYPE_CHECKING:
@@ -252,6 +252,7 @@ def _train(
     what: str,
 ) -> "tuple[TrainingResult, Any]":
     """Train a LoRA on the SFT model by MODPO (DPO at w = 1) and save it with its model card."""
+    from helpsteer_assets.modpo.model_card import model_card
     from helpsteer_assets.modpo.models import attach_lora
     from helpsteer_assets.modpo.preference_trainer import make_pairs, train_preference
 
@@ -280,6 +281,13 @@ def _train(
         progress=run.progress,
     )
     peft_model.save_pretrained(run.folder / "adapter")
+    card = model_card(
+        experiment,
+        result,
+        w=None if run.partition == ALL else run.partition,
+        base=str(run.input("sft_model").path / "model"),
+    )
+    (run.folder / "adapter" / "README.md").write_text(card, encoding="utf-8")
     return result, peft_model
 
 

@@ -350,13 +350,9 @@ def _prompts(*, held_out: bool, seed: int) -> list[tuple[str, str, int]]:
     rng = random.Random(f"prompts/{held_out}/{seed}")
     combinations = [(task, name) for task in TASKS for name in OBJECTS if is_held_out(task, name) == held_out]
     rng.shuffle(combinations)
-    phrasings = {
-        combination: rng.sample(range(len(PHRASINGS)), len(PHRASINGS)) for combination in combinations
-    }
+    phrasings = {combination: rng.sample(range(len(PHRASINGS)), len(PHRASINGS)) for combination in combinations}
     return [
-        (*combination, phrasings[combination][turn])
-        for turn in range(len(PHRASINGS))
-        for combination in combinations
+        (*combination, phrasings[combination][turn]) for turn in range(len(PHRASINGS)) for combination in combinations
     ]
 
 

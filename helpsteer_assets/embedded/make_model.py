@@ -59,9 +59,7 @@ def training_text(settings: Settings) -> list[tuple[str, str]]:
 
     An answer occurs as often as the generator gave it, so that the model learns how common each kind is.
     """
-    rows = (
-        row for seed in settings.text_seeds for row in build_rows(settings.text_prompts, 0, seed)["train"]
-    )
+    rows = (row for seed in settings.text_seeds for row in build_rows(settings.text_prompts, 0, seed)["train"])
     return [(str(row["prompt"]), str(row["response"])) for row in rows]
 
 
@@ -126,9 +124,7 @@ def encode(tokenizer: "PreTrainedTokenizerFast", prompt: str, response: str) -> 
     return [*prompt_ids, *response_ids, tokenizer.eos_token_id], len(prompt_ids)
 
 
-def response_loss(
-    model: "LlamaForCausalLM", examples: list[tuple[list[int], int]], padding: int
-) -> "torch.Tensor":
+def response_loss(model: "LlamaForCausalLM", examples: list[tuple[list[int], int]], padding: int) -> "torch.Tensor":
     """The mean cross-entropy (nats a token) of the responses in a batch of `encode`'s results."""
     import torch
 
@@ -154,9 +150,7 @@ def train_model(
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: _learning_rate_factor(step, settings)
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_factor(step, settings))
     examples = [encode(tokenizer, prompt, response) for prompt, response in text]
     rng = random.Random(settings.seed)
     for step in range(settings.steps):
@@ -212,9 +206,7 @@ def file_digest(path: Path) -> str:
 def main() -> None:
     """Read the command line and make the model."""
     parser = argparse.ArgumentParser(description="Make the embedded base model from the generator's text.")
-    parser.add_argument(
-        "--out", type=Path, default=MODEL_PATH, help="folder to write to (default: %(default)s)"
-    )
+    parser.add_argument("--out", type=Path, default=MODEL_PATH, help="folder to write to (default: %(default)s)")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     make_model(arguments.out, Settings())

@@ -13,11 +13,15 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
+from transformers.utils import logging as transformers_logging
 
 from helpsteer_assets.errors import HelpsteerError
 
 if TYPE_CHECKING:
     from helpsteer_assets.experiment import LoraSettings, ModelSettings, RunSettings
+
+# A bar per loaded checkpoint drowns the progress that matters.
+transformers_logging.disable_progress_bar()
 
 
 def choose_device(run: "RunSettings", precision: str) -> torch.device:

@@ -49,7 +49,7 @@ RATINGS_SCHEMA = pa.schema(
 Split = Literal["train", "validation"]
 _SPLITS: tuple[Split, ...] = ("train", "validation")
 _NAME = re.compile(
-    r"(?P<split>train|validation)(?P<shard>-\d+-of-(?P<shards>\d+)(?:-[0-9a-f]+)?)?"
+    r"(?P<split>train|validation)(?:-\d+-of-(?P<shards>\d+)(?:-[0-9a-f]+)?)?"
     r"(?P<format>\.jsonl|\.jsonl\.gz|\.json|\.json\.gz|\.csv|\.csv\.gz|\.parquet)"
 )
 _FORMATS = (".jsonl", ".json", ".csv", ".parquet")

@@ -1,6 +1,5 @@
 """Supervised fine-tuning of the reference policy: LoRA by TRL's SFTTrainer, loss on the response only."""
 
-import logging
 from collections.abc import Sequence as Items
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,8 +43,10 @@ def train_sft(
         checkpoints: folder of the checkpoints; an earlier attempt's are gone on from.
         progress: called at each logged step.
     """
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars
     from trl import SFTConfig, SFTTrainer
+
+    disable_progress_bars()
 
     if not train_sequences:
         raise HelpsteerError(
@@ -74,7 +75,6 @@ def train_sft(
                 self.tokens_seen += inputs["input_ids"].numel()
             return super().compute_loss(model, inputs, *args, **kwargs)
 
-    logging.getLogger("trl").setLevel(logging.ERROR)
     trainer = CountingSFTTrainer(
         model,
         args=training_arguments(

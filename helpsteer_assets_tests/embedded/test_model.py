@@ -1,0 +1,129 @@
+"""The shipped model: that it is what its script makes of today's generator, that it loads anywhere, that it learnt."""
+
+import json
+import math
+from dataclasses import asdict
+
+import pytest
+
+from helpsteer_assets.embedded.generator import build_rows
+from helpsteer_assets.embedded.make_model import (
+    MODEL_PATH,
+    Settings,
+    build_config,
+    build_tokenizer,
+    encode,
+    file_digest,
+    make_model,
+    response_loss,
+    text_digest,
+    training_text,
+)
+
+SETTINGS = Settings()
+
+
+@pytest.fixture(scope="module")
+def provenance():
+    return json.loads((MODEL_PATH / "provenance.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(MODEL_PATH)
+
+
+@pytest.fixture(scope="module")
+def examples(tokenizer):
+    """Answers to prompts that the base has not seen."""
+    rows = build_rows(0, 16, seed=11)["validation"]
+    return [encode(tokenizer, row["prompt"], row["response"]) for row in rows]
+
+
+def test_model_was_made_from_todays_text_and_settings(provenance):
+    assert provenance["text_sha256"] == text_digest(training_text(SETTINGS))
+    assert provenance["settings"] == json.loads(json.dumps(asdict(SETTINGS)))
+
+
+def test_shipped_files_are_those_that_the_script_wrote(provenance):
+    assert provenance["tokenizer_sha256"] == file_digest(MODEL_PATH / "tokenizer.json")
+    assert provenance["weights_sha256"] == file_digest(MODEL_PATH / "model.safetensors")
+    assert sum(path.stat().st_size for path in MODEL_PATH.iterdir()) < 3_000_000
+
+
+def test_tokenizer_and_config_of_the_script_are_the_shipped_ones(tmp_path):
+    from transformers import AutoConfig
+
+    rebuilt = build_tokenizer(training_text(SETTINGS), SETTINGS)
+    rebuilt.save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        assert (tmp_path / name).read_bytes() == (MODEL_PATH / name).read_bytes()
+    build_config(rebuilt, SETTINGS).save_pretrained(tmp_path)
+    fields = AutoConfig.from_pretrained(tmp_path).to_dict()
+    shipped = AutoConfig.from_pretrained(MODEL_PATH).to_dict()
+    written_with_weights = {"architectures", "dtype", "_name_or_path"}
+    assert {k: v for k, v in fields.items() if k not in written_with_weights} == {
+        k: v for k, v in shipped.items() if k not in written_with_weights
+    }
+
+
+def test_tokenizer_encodes_any_text_and_knows_its_chat_form(tokenizer):
+    text = "Völlig anderes 文字 🚲\n"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False
+    )
+    assert prompt == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+
+
+def test_shipped_weights_know_the_text_and_random_ones_do_not(tokenizer, examples):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(MODEL_PATH, dtype=torch.float32)
+    assert sum(weight.numel() for weight in model.parameters()) < 600_000
+    assert all(weight.isfinite().all() for weight in model.parameters())
+    untrained = AutoModelForCausalLM.from_config(model.config)
+    with torch.no_grad():
+        assert response_loss(model, examples, tokenizer.pad_token_id).item() < 0.4
+        assert response_loss(untrained, examples, tokenizer.pad_token_id).item() > 0.8 * math.log(
+            len(tokenizer)
+        )
+
+
+def test_shipped_model_answers_a_held_out_prompt_and_stops(tokenizer):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from helpsteer_assets.embedded.rater import rate
+
+    model = AutoModelForCausalLM.from_pretrained(MODEL_PATH, dtype=torch.float32)
+    prompts = list(dict.fromkeys(row["prompt"] for row in build_rows(0, 16, seed=11)["validation"]))
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    inputs = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True
+    )
+    outputs = model.generate(**inputs, max_new_tokens=96)[:, inputs["input_ids"].shape[1] :]
+    assert (outputs == tokenizer.eos_token_id).any(dim=1).all()
+    answers = tokenizer.batch_decode(outputs, skip_special_tokens=True)
+    whole = [
+        rate(prompt, answer)["coherence"] >= 2.5 for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    assert sum(whole) >= 0.75 * len(whole)
+
+
+def test_script_writes_a_loadable_model_repeatably(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    short = Settings(text_seeds=(1,), text_prompts=8, vocabulary=300, hidden_size=32, steps=3, batch_size=4)
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        make_model(tmp_path / name, short)
+    for file in ("model.safetensors", "tokenizer.json", "provenance.json"):
+        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(tmp_path / "first"))
+    assert model.generation_config.do_sample is False
