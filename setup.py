@@ -26,7 +26,6 @@ setup(
         "duckdb>=2,<3",
         "accelerate>=1.15,<2",
         "click>=8.1",
-        "filelock>=3.15",
         "huggingface_hub>=2,<3",
         "matplotlib>=3.9",
         "numpy>=2",

@@ -9,7 +9,7 @@
 import os
 from pathlib import Path
 
-from helpsteer_assets.resources.files import readable_os_errors
+from helpsteer_assets.resources.files import readable_os_errors, write_atomically
 
 DAGSTER_YAML = """\
 # Written once by helpsteer_assets, and yours to change.
@@ -42,11 +42,15 @@ def dagster_home(home: Path, experiment: str) -> Path:
     if not config.exists():
         with readable_os_errors("write", config):
             folder.mkdir(parents=True, exist_ok=True)
-            config.write_text(DAGSTER_YAML.format(pool_limit=_pool_limit()), encoding="utf-8")
+            # Several processes may make it at the same time, and none may read half of it.
+            write_atomically(config, DAGSTER_YAML.format(pool_limit=pool_limit()))
     return folder
 
 
-def _pool_limit() -> int:
-    """One model per GPU; without any, one per core pair, for a training keeps more than one core busy."""
+def pool_limit() -> int:
+    """How many assets that load a model run at once by default.
+
+    One per GPU; without any, one per pair of cores, for a training keeps more than one core busy.
+    """
     gpus = len([p for p in Path("/dev").glob("nvidia[0-9]*") if p.name.removeprefix("nvidia").isdigit()])
     return gpus or max(1, (os.cpu_count() or 1) // 2)

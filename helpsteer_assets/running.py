@@ -39,7 +39,7 @@ def run_experiment(
             weights are there.
         announce: gets what a person at a terminal wants to read.
     """
-    lab = Lab(experiment, home, announce)
+    lab = Lab(experiment, home, announce, publish_reused=False)
     defs = dg.Definitions(
         assets=build_assets(experiment),
         asset_checks=build_checks(experiment),
@@ -51,40 +51,53 @@ def run_experiment(
     os.environ["DAGSTER_HOME"] = str(dagster_home(home, experiment.name))
     announce(f"experiment {experiment.name}, home {home}")
     _announce_plan(experiment, home, selected, weights, announce)
-    with DagsterInstance.get() as instance:
-
-        def materialize(assets: list[str], weight: str | None) -> bool:
-            wanted = [dg.AssetKey(name) for name in assets if name in selected]
-            if not wanted:
-                return True
-            result = job.execute_in_process(
-                instance=instance,
-                asset_selection=wanted,
-                partition_key=weight,
-                raise_on_error=False,
-                run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
-                tags={"helpsteer/started_by": "helpsteer run"},
-            )
-            for event in result.all_events:
-                _announce_event(event, announce)
-            return result.success
-
-        grid = weights or experiment.objective.weights
-        by_phase = phases(experiment)
-        if not materialize(by_phase["prepare"], None):
-            return False
-        done = [materialize(by_phase["tradeoff_grid"], weight) for weight in grid]
-        if not all(done):
-            return False
-        missing = [s.partition for s in status(experiment, home) if s.asset == "scores" and s.state != "complete"]
-        if missing and "score_summary" in selected:
-            announce(f"the summary follows when all weights are there; missing: {', '.join(missing)}")
-            return True
-        if not materialize(by_phase["evaluate"], None):
-            return False
-    if selected >= {"score_summary", "tradeoff"}:
+    try:
+        with DagsterInstance.get() as instance:
+            complete = _materialize_phases(experiment, home, job, instance, selected, weights, announce)
+    finally:
+        lab.warehouse.publish()
+    if complete and selected >= {"score_summary", "tradeoff"}:
         _announce_results(lab, announce)
-    return True
+    return complete is not None
+
+
+def _materialize_phases(
+    experiment: Experiment,
+    home: Path,
+    job: dg.JobDefinition,
+    instance: DagsterInstance,
+    selected: set[str],
+    weights: list[str] | None,
+    announce: Callable[[str], None],
+) -> bool | None:
+    """True if the whole graph was materialized, False if weights are missing for the summary, None after a failure."""
+
+    def materialize(phase: str, weight: str | None = None) -> bool:
+        wanted = [dg.AssetKey(name) for name in phases(experiment)[phase] if name in selected]
+        if not wanted:
+            return True
+        result = job.execute_in_process(
+            instance=instance,
+            asset_selection=wanted,
+            partition_key=weight,
+            raise_on_error=False,
+            run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+            tags={"helpsteer/started_by": "helpsteer run"},
+        )
+        for event in result.all_events:
+            _announce_event(event, announce)
+        return result.success
+
+    if not materialize("prepare"):
+        return None
+    # Every weight gets its chance: one that fails says nothing about the next.
+    if not all([materialize("tradeoff_grid", weight) for weight in weights or experiment.objective.weights]):
+        return None
+    missing = [s.partition for s in status(experiment, home) if s.asset == "scores" and s.state != "complete"]
+    if missing and "score_summary" in selected:
+        announce(f"the summary follows when all weights are there; missing: {', '.join(missing)}")
+        return False
+    return True if materialize("evaluate") else None
 
 
 def _selected(defs: dg.Definitions, select: str | None) -> set[str]:

@@ -37,6 +37,7 @@ class StageRun:
     """What an asset's computation gets."""
 
     experiment: Experiment
+    asset: str
     partition: str
     """The weight, or `ALL`."""
     folder: Path
@@ -86,9 +87,23 @@ class AssetDeclaration:
 class Lab:
     """The resource that the assets share: the experiment, the store and the warehouse of a home."""
 
-    def __init__(self, experiment: Experiment, home: Path, announce: Callable[[str], None] | None = None) -> None:
-        """`announce` gets what a person at a terminal wants to read; Dagster's log gets it in any case."""
+    def __init__(
+        self,
+        experiment: Experiment,
+        home: Path,
+        announce: Callable[[str], None] | None = None,
+        publish_reused: bool = True,
+    ) -> None:
+        """
+        Args:
+            experiment: the experiment whose assets are made.
+            home: where results are kept.
+            announce: gets what a person at a terminal wants to read; Dagster's log gets it in any case.
+            publish_reused: whether a reused asset publishes the warehouse at once. A caller that materializes many
+                assets passes False and publishes in the end: reuse takes a moment, publishing takes more.
+        """
         self.experiment = experiment
+        self._publish_reused = publish_reused
         self.store = ArtifactStore(home)
         self.warehouse = Warehouse(home)
         self.digest_cache = home / "cache" / "digests.json"
@@ -127,6 +142,7 @@ class Lab:
                 table=declaration.table,
                 parquet=artifact.file(declaration.file) if declaration.file else None,
                 constants=self._constants(declaration.table, partition),
+                publish=self._publish_reused or not reused,
             )
         except HelpsteerError as error:
             # The user has to change something first: trying again would end the same way.
@@ -154,7 +170,7 @@ class Lab:
         def compute(folder: Path) -> Metrics:
             log(f"{label}: computing")
             with ProgressReporter(label, log) as progress:
-                run = StageRun(self.experiment, fingerprint.partition, folder, inputs, progress, log)
+                run = StageRun(self.experiment, fingerprint.asset, fingerprint.partition, folder, inputs, progress, log)
                 return declaration.compute(run)
 
         return self.store.build(

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from helpsteer_assets.modpo.training import TrainingResult
 
 
+LOSS_CURVE = "loss_curve.png"
+SANITY_BOOTSTRAP_SAMPLES = 2000
+
+
 def sft_model(run: StageRun) -> Metrics:
     """The base model fine-tuned on chosen responses by LoRA and merged: the reference policy of all that follows."""
     from helpsteer_assets.modpo.models import attach_lora, check_lengths, choose_device, load_model, load_tokenizer
@@ -57,7 +61,7 @@ def sft_model(run: StageRun) -> Metrics:
             checkpoints=run.checkpoints,
             progress=run.progress,
         )
-        metrics = asdict(result)
+        metrics = _record(run, result)
         model = model.merge_and_unload()
     model.save_pretrained(run.folder / "model")
     tokenizer.save_pretrained(run.folder / "model")
@@ -135,7 +139,7 @@ def margin_adapter(run: StageRun) -> Metrics:
         samples=SANITY_BOOTSTRAP_SAMPLES,
         seed=experiment.seed,
     )
-    return asdict(result) | {"sanity": sanity, "worst_failures": failures}
+    return _record(run, result) | {"sanity": sanity, "worst_failures": failures}
 
 
 def margin_rewards(run: StageRun) -> Metrics:
@@ -190,10 +194,7 @@ def modpo_models(run: StageRun) -> Metrics:
         margins=margins_by_response(experiment.objective, run.table("margin_rewards", "margin_rewards.parquet")),
         what=f"w={run.partition}",
     )
-    return asdict(result)
-
-
-SANITY_BOOTSTRAP_SAMPLES = 2000
+    return _record(run, result)
 
 
 def adapter_gate(experiment: Experiment, inputs: Inputs) -> None:
@@ -291,17 +292,23 @@ def _train(
     return result, peft_model
 
 
+def _record(run: StageRun, result: "TrainingResult") -> Metrics:
+    """Keep a training's numbers for the manifest, and draw its loss curve."""
+    title = run.asset if run.partition == ALL else f"{run.asset} w={run.partition}"
+    (run.folder / LOSS_CURVE).write_bytes(png_bytes(loss_curve(result.history, title)))
+    return asdict(result)
+
+
 def _describe_training(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
     metrics = artifact.manifest["metrics"]
     if "history" not in metrics:
         return {"trained": False}
     history = metrics["history"]
-    title = artifact.asset if artifact.partition == "all" else f"{artifact.asset} w={artifact.partition}"
     described = {
         "trained": True,
         "steps": metrics["steps"],
         "best_step": metrics["best_step"],
-        "loss_curve": dg.MetadataValue.md(markdown_image(png_bytes(loss_curve(history, title)), "loss curve")),
+        "loss_curve": dg.MetadataValue.md(markdown_image(artifact.file(LOSS_CURVE).read_bytes(), "loss curve")),
     }
     last = next((row for row in reversed(history) if "loss" in row), {})
     described |= {f"final_{key}": last[key] for key in ("loss", "accuracy", "grad_norm") if key in last}

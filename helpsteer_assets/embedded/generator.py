@@ -39,6 +39,9 @@ class Object:
 class Task:
     """The useful sentences of one task; `{object}`, `{tool}`, `{place}` and `{part}` are filled in.
 
+    Every precise lead is "<Verb> the ...", with a verb of its own, and its vague lead is "<Verb> it.". Where leads had
+    first words in common or were built differently, training that made the vague ones rare spoilt the precise leads of
+    other tasks. For the same reason no padding begins like a useful sentence.
     `difficulty` (0 to 2) says how much of the help lies in the details, and is the task's share of the complexity.
     """
 
@@ -85,29 +88,29 @@ OBJECTS: dict[str, Object] = {
 
 TASKS: dict[str, Task] = {
     "clean": Task(
-        "Just wipe it.",
+        "Wipe it.",
         "Wipe the {object} with {tool}.",
         (
             "Begin at the {part} and work down slowly.",
             "Use warm water and a little soap.",
-            "Let it dry in the {place} over night.",
+            "Leave it in the {place} over night to dry.",
             "Never scrub it with anything rough or sharp.",
         ),
         0,
     ),
     "store": Task(
-        "Put it away.",
-        "Keep the {object} in the {place}.",
+        "Stow it.",
+        "Stow the {object} in the {place}.",
         (
             "Remove the dust with {tool} before that.",
-            "Wrap some paper around the {part}.",
+            "Fold some paper around the {part}.",
             "Leave a little space for the air.",
             "Avoid damp corners and the bright sun.",
         ),
         0,
     ),
     "repair": Task(
-        "Just fix it.",
+        "Tighten it.",
         "Tighten the {part} of the {object}.",
         (
             "Clear away the dirt with {tool} first.",
@@ -118,7 +121,7 @@ TASKS: dict[str, Task] = {
         2,
     ),
     "check": Task(
-        "Have a look.",
+        "Inspect it.",
         "Inspect the {part} of the {object}.",
         (
             "Remove the dust with {tool} to see more.",
@@ -129,7 +132,7 @@ TASKS: dict[str, Task] = {
         1,
     ),
     "move": Task(
-        "Just carry it.",
+        "Carry it.",
         "Carry the {object} to the {place}.",
         (
             "Hold the {part} so that nothing can swing.",
@@ -140,18 +143,18 @@ TASKS: dict[str, Task] = {
         0,
     ),
     "sell": Task(
-        "Make an offer.",
-        "Take a photo of the {object} in the {place}.",
+        "Photograph it.",
+        "Photograph the {object} in the {place}.",
         (
             "Polish it with {tool} before you start.",
-            "Show the {part} in a second photo.",
+            "Show the {part} in a second picture.",
             "Ask a fair price and stay friendly.",
             "Mention every scratch to avoid trouble later.",
         ),
         1,
     ),
     "paint": Task(
-        "Use some paint.",
+        "Paint it.",
         "Paint the {object} with two thin coats.",
         (
             "Take off the dust with {tool} first.",
@@ -162,19 +165,19 @@ TASKS: dict[str, Task] = {
         2,
     ),
     "pack": Task(
-        "Just box it.",
-        "Put the {object} into a strong box.",
+        "Wrap it.",
+        "Wrap the {object} in thick paper.",
         (
             "Clean it with {tool} before you pack.",
             "Roll a soft blanket around the {part}.",
-            "Fill every gap with old news paper.",
+            "Fill every gap in the box with foam.",
             "Leave the box in the {place} until you go.",
         ),
         1,
     ),
     "protect": Task(
-        "Just cover it.",
-        "Put a sheet over the {object} in the {place}.",
+        "Cover it.",
+        "Cover the {object} with a sheet in the {place}.",
         (
             "Treat it with {tool} every single month.",
             "Add some tape where the {part} is weak.",
@@ -184,7 +187,7 @@ TASKS: dict[str, Task] = {
         1,
     ),
     "test": Task(
-        "Just try it.",
+        "Try it.",
         "Try the {object} in the {place} first.",
         (
             "Press the {part} gently and listen well.",
@@ -210,7 +213,7 @@ FILLERS = (
     "Of course, every home is a little different.",
     "As always, it is good to stay calm.",
 )
-CLOSERS = ("I hope that this long answer helps you.", "Let me know if I should say it again.")
+CLOSERS = ("I hope that this long answer helps you.", "Please tell me if I should say it again.")
 EVASIONS = (
     "I am not sure, so please ask somebody who knows more.",
     "Sorry, that depends on far too many things to say.",
@@ -229,7 +232,7 @@ DETAIL_SHARES = (0.34, 0.28, 0.22, 0.16)
 EVASION_VALUE = 0.4
 PADDING_COST = 0.2
 
-FEWEST_WORDS, MOST_WORDS = 3, 51
+FEWEST_WORDS, MOST_WORDS = 2, 50
 """Answers of at most so many words are rated 0 in verbosity, and of at least so many 4; linear between the two."""
 
 NOISE = {"helpfulness": 0.9, "correctness": 0.3, "coherence": 0.3, "complexity": 0.3, "verbosity": 0.5}

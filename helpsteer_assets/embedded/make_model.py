@@ -47,7 +47,7 @@ class Settings:
     initializer_range: float = 0.08
     """At transformers' own 0.02 so small a model never learns to look at the prompt."""
     seed: int = 0
-    steps: int = 700
+    steps: int = 1200
     batch_size: int = 32
     learning_rate: float = 6e-3
     warmup_steps: int = 50

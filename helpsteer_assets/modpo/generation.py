@@ -1,6 +1,9 @@
 """Responses of a policy to the evaluation prompts."""
 
+from collections import defaultdict
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,11 +61,10 @@ def generate(
     encoded = [encode_prompt(tokenizer, prompt, settings.max_prompt_length) for prompt in prompts]
     rows = ResumableRows(checkpoint)
     found = {row.pop("index"): Generation(**row) for row in rows.read()}
-    lengths = [len(ids) + settings.max_new_tokens for ids, _ in encoded]
-    for number, indices in enumerate(plan_batches(lengths, settings.max_batch_tokens)):
+    for number, indices in enumerate(_plan([len(ids) for ids, _ in encoded], settings)):
         if all(index in found for index in indices):
             continue
-        set_seed(seed + number)
+        set_seed((seed + number) % 2**32)
         batch = _generate_batch(model, tokenizer, [encoded[index][0] for index in indices], settings)
         finished = {
             index: Generation(
@@ -79,6 +81,40 @@ def generate(
     return [found[index] for index in range(len(prompts))]
 
 
+def _plan(prompt_lengths: list[int], settings: "GenerationSettings") -> list[list[int]]:
+    """Indices of the prompts of each batch."""
+    if settings.repetition_penalty == 1.0 and settings.no_repeat_ngram_size == 0:
+        groups = [list(range(len(prompt_lengths)))]
+    else:
+        # Both count the padding as text (a pad token that is the end-of-text token would keep responses from ending),
+        # so that a batch must need none.
+        by_length: dict[int, list[int]] = defaultdict(list)
+        for index, length in enumerate(prompt_lengths):
+            by_length[length].append(index)
+        groups = list(by_length.values())
+    return [
+        [group[place] for place in places]
+        for group in groups
+        for places in plan_batches(
+            [prompt_lengths[index] + settings.max_new_tokens for index in group], settings.max_batch_tokens
+        )
+    ]
+
+
+@contextmanager
+def _without_own_defaults(model: PreTrainedModel) -> Iterator[None]:
+    """generate() fills what a given config leaves open from the model's generation_config.json: here it holds nothing.
+
+    Else what comes with a base model (suppressed tokens, a shortest length, ...) would change how policies decode.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 def _generate_batch(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], settings: "GenerationSettings"
 ) -> list[list[int]]:
@@ -87,7 +123,6 @@ def _generate_batch(
     input_ids = torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in prompts], device=model.device)
     attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
     sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0} if settings.do_sample else {}
-    # A config of its own, so that nothing the base model's generation_config.json holds changes how policies decode.
     config = GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
         do_sample=settings.do_sample,
@@ -97,7 +132,8 @@ def _generate_batch(
         eos_token_id=end_id,
         **sampling,
     )
-    output = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
+    with _without_own_defaults(model):
+        output = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
     return [_until_end(ids, end_id) for ids in output[:, width:].tolist()]
 
 

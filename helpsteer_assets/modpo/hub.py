@@ -146,7 +146,7 @@ def _visible_files(path: Path) -> Iterator[Path]:
         subfolders[:] = [
             name
             for name in subfolders
-            if not name.startswith(".") and not here.is_relative_to(os.path.realpath(os.path.join(folder, name)))
+            if not name.startswith(".") and not here.is_relative_to(os.path.realpath(Path(folder, name)))
         ]
         found += [Path(folder, name) for name in names if not name.startswith(".")]
     yield from sorted(found, key=lambda file: file.relative_to(path).as_posix())
@@ -175,7 +175,7 @@ def _write_cache(cache: Path, learnt: dict[str, list[object]]) -> None:
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 json.dump(_read_cache(cache) | learnt, file, indent=0, sort_keys=True)
-            os.replace(temporary, cache)
+            Path(temporary).replace(cache)
         except BaseException:
-            os.unlink(temporary)
+            Path(temporary).unlink()
             raise

@@ -29,8 +29,8 @@ def modpo_logits(
     """What the MODPO loss takes the log-sigmoid of: the implicit preference reward's advantage of chosen.
 
     (1/w) (beta [log-ratio of chosen - log-ratio of rejected] - (1-w) [m(chosen) - m(rejected)])
-    (the argument of the paper's L_MODPO, with m its margin reward model). Subtracting the margin *encourages* it: at the optimum
-    beta log(pi/pi_sft) = w r_preference + (1-w) m + const(x).
+    (the argument of the paper's L_MODPO, with m its margin reward model). Subtracting the margin *encourages* it: at
+    the optimum beta log(pi/pi_sft) = w r_preference + (1-w) m + const(x).
 
     Args:
         chosen_log_ratios, rejected_log_ratios: [batch], nats.

@@ -1,5 +1,6 @@
 """Model cards of adapters: what a README.md beside adapter_config.json says."""
 
+from decimal import Decimal
 from typing import TYPE_CHECKING
 
 import yaml
@@ -8,17 +9,21 @@ if TYPE_CHECKING:
     from helpsteer_assets.experiment import Experiment
     from helpsteer_assets.modpo.training import TrainingResult
 
-DATA_LICENCES = {"nvidia/HelpSteer": "cc-by-4.0", "nvidia/HelpSteer2": "cc-by-4.0"}
+DATA_LICENCES = {"nvidia/HelpSteer": "cc-by-4.0", "nvidia/HelpSteer2": "cc-by-4.0", "embedded": "apache-2.0"}
 """Licences of data sets that are known here; of others the card says that their owner's terms hold."""
 
 
 def role_in_words(experiment: "Experiment", w: str) -> str:
-    """What a weight means: how much of the objective goes where, and in which direction the margin pulls."""
-    preference, rest = experiment.data.preference_attribute, f"{1 - float(w):.10g}"
-    if not experiment.has_margin_adapter:
-        return f"w={w}: {w} of the weight on {preference}, {rest} on shorter responses (length penalty)"
-    verb = "discourages" if experiment.objective.margin_role == "cost" else "encourages"
-    return f"w={w}: {w} of the weight on {preference}; {rest} of the weight {verb} {experiment.data.margin_attribute}"
+    """What a weight means: in which direction the margin pulls, and how much of the objective goes where."""
+    preference, rest = experiment.data.preference_attribute, 1 - Decimal(w)
+    if not rest:
+        return f"w={w}: all of the weight is on {preference} (plain DPO)"
+    if experiment.has_margin_adapter:
+        verb = "discourages" if experiment.objective.margin_role == "cost" else "encourages"
+        pull = f"{verb} {experiment.data.margin_attribute}"
+    else:
+        pull = "encourages shorter responses"
+    return f"w={w}: {rest} of the weight {pull}, {w} is on {preference}"
 
 
 def model_card(experiment: "Experiment", result: "TrainingResult", *, w: str | None, base: str) -> str:
@@ -37,12 +42,15 @@ def model_card(experiment: "Experiment", result: "TrainingResult", *, w: str | N
         "library_name": "peft",
         "pipeline_tag": "text-generation",
         "tags": ["modpo", "dpo", "lora", "alignment"],
-    } | ({"datasets": [data.source], "license": licence} if licence else {})
+    }
+    if licence:
+        front |= {"license": licence} | ({"datasets": [data.source]} if data.revision else {})
     if w is None:
+        assert experiment.margin_adapter is not None  # validated with the experiment: there would be no adapter
         title = f"Margin adapter for {data.margin_attribute}"
         what = (
-            f"A LoRA trained by DPO (beta {experiment.margin_adapter and experiment.margin_adapter.beta}) on pairs that "
-            f"differ in {data.margin_attribute}. It is an implicit reward model: r(x, y) = margin_beta * (log p_adapter(y|x) - "
+            f"A LoRA trained by DPO (beta {experiment.margin_adapter.beta}) on pairs that differ in "
+            f"{data.margin_attribute}. It is an implicit reward model: r(x, y) = margin_beta * (log p_adapter(y|x) - "
             "log p_sft(y|x)); it is not meant to generate."
         )
     else:
@@ -51,11 +59,14 @@ def model_card(experiment: "Experiment", result: "TrainingResult", *, w: str | N
             f"margin_beta {objective.margin_beta}" if experiment.has_margin_adapter else f"penalty {objective.penalty}"
         )
         what = (
-            f"A LoRA trained by multi-objective direct preference optimization (Zhou et al., Findings of ACL 2024), beta "
-            f"{objective.beta}, {scale}. {role_in_words(experiment, w)}."
+            "A LoRA trained by multi-objective direct preference optimization (Zhou et al., Findings of ACL 2024), "
+            f"beta {objective.beta}, {scale}. {role_in_words(experiment, w)}."
         )
+    sft = f"fine-tuned to the SFT model in `{base}`" if experiment.sft.enabled else f"as it is, in `{base}`"
     loss = "" if result.best_loss is None else f", loss on held-out train prompts {result.best_loss:.4g}"
-    accuracy = next((row["eval_accuracy"] for row in reversed(result.history) if "eval_accuracy" in row), None)
+    best = next((row for row in result.history if row["step"] == result.best_step), {})
+    accuracy = f", accuracy there {best['eval_accuracy']:.3g}" if "eval_accuracy" in best else ""
+    lora = experiment.lora
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
@@ -64,11 +75,10 @@ def model_card(experiment: "Experiment", result: "TrainingResult", *, w: str | N
 
 {what}
 
-- Base model: {experiment.model.base}, fine-tuned to the SFT model in `{base}`. The adapter sits on the SFT model.
+- Base model: {experiment.model.base}, {sft}. The adapter sits on the model in that folder.
 - Data: {data.source}{f" at revision {data.revision}" if data.revision else ""}
-- Precision: {experiment.model.precision}; LoRA r={experiment.lora.r}, alpha={experiment.lora.alpha}; seed {experiment.seed}
-- Training: {result.steps} steps, the best at step {result.best_step}{loss}\
-{"" if accuracy is None else f", last accuracy there {accuracy:.3g}"}
+- Precision: {experiment.model.precision}; LoRA r={lora.r}, alpha={lora.alpha}; seed {experiment.seed}
+- Training: {result.steps} steps, kept those up to step {result.best_step}{loss}{accuracy}
 - Experiment: {experiment.name}. The fingerprint is the name of the folder that holds this artifact; all settings,
   inputs, versions and metrics are in its `manifest.json`.
 - Licence of the data: {licence or "see the data's owner; its terms may bind this model"}.

@@ -1,10 +1,14 @@
 """Loading models and tokenizers, and attaching LoRA adapters."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -60,18 +64,32 @@ def load_model(
     """A causal language model from a folder, in the stated precision, in evaluation mode."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            attn_implementation="sdpa",
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise HelpsteerError(f"no causal language model can be loaded from {path}: {error}") from error
+    if loading["missing_keys"]:
+        # transformers would make them up at random, with a warning.
+        missing = ", ".join(sorted(loading["missing_keys"])[:3])
+        raise HelpsteerError(
+            f"the model in {path} lacks weights of a causal language model ({missing}, ...: "
+            f"{len(loading['missing_keys'])} in all); choose a checkpoint that has them"
+        )
     return model.to(device).eval()
 
 
 def context_length(path: Path, *, trust_remote_code: bool = False) -> int | None:
     """Tokens that the model can attend to, None where its config does not say."""
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).get_text_config()
-    return getattr(config, "max_position_embeddings", None)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise HelpsteerError(f"no model config can be read from {path}: {error}") from error
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def check_lengths(settings: "ModelSettings", path: Path, needed: int, key: str) -> None:
@@ -94,17 +112,33 @@ def attach_lora(model: PreTrainedModel, lora: "LoraSettings", seed: int) -> Peft
         target_modules=lora.target_modules,
         task_type="CAUSAL_LM",
     )
-    try:
+    if isinstance(lora.target_modules, list):
+        # peft passes over a name that fits nothing as long as another does.
+        layers = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+        unknown = [n for n in lora.target_modules if not any(f".{layer}".endswith(f".{n}") for layer in layers)]
+        if unknown:
+            known = ", ".join(sorted({layer.rpartition(".")[2] for layer in layers}))
+            raise HelpsteerError(
+                f"lora.target_modules: {', '.join(unknown)}: the base model has no such linear layer (it has {known})"
+            )
+    with _peft_uses_an_old_name():
         return get_peft_model(model, config)
-    except ValueError as error:
-        raise HelpsteerError(f"lora.target_modules {lora.target_modules!r}: {error}") from error
 
 
 def load_adapters(model: PreTrainedModel, adapters: dict[str, Path]) -> PeftModel:
     """Load adapters by name onto a model, for scoring."""
     names = iter(adapters.items())
     first, path = next(names)
-    peft_model = PeftModel.from_pretrained(model, path, adapter_name=first)
-    for name, path in names:
-        peft_model.load_adapter(path, adapter_name=name)
+    with _peft_uses_an_old_name():
+        peft_model = PeftModel.from_pretrained(model, path, adapter_name=first)
+        for name, path in names:
+            peft_model.load_adapter(path, adapter_name=name)
     return peft_model.eval()
+
+
+@contextmanager
+def _peft_uses_an_old_name() -> Iterator[None]:
+    """transformers warns about a name that peft still uses: nothing that who runs this can change."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        yield

@@ -86,6 +86,7 @@ class PairCollator:
         self._pad_id = pad_id
 
     def __call__(self, pairs: list[PreferencePair]) -> dict[str, torch.Tensor]:
+        """`Batch`'s tensors, and `reference` and `margin`, [2 * pairs] float64 (nats and reward units)."""
         batch = collate([p.chosen for p in pairs] + [p.rejected for p in pairs], self._pad_id)
         doubles = {
             "reference": [p.reference_chosen for p in pairs] + [p.reference_rejected for p in pairs],
@@ -111,10 +112,10 @@ class PreferenceTrainer(Trainer):
         super().__init__(model, **kwargs)
         self.w = w
         self.beta = beta
-        self.tokens_seen = 0
+        self.tokens_seen: torch.Tensor | int = 0
         # No `labels` in the inputs: tell Trainer's evaluation that there is a loss all the same.
         self.can_return_loss = True
-        self._accuracies: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._correct: dict[str, list[torch.Tensor]] = defaultdict(list)
 
     def compute_loss(
         self,
@@ -129,9 +130,9 @@ class PreferenceTrainer(Trainer):
         logits = modpo_logits(chosen, rejected, *inputs["margin"].chunk(2), w=self.w, beta=self.beta)
         loss = -torch.nn.functional.logsigmoid(logits).mean()
         if model.training:
-            self.tokens_seen += inputs["input_ids"].numel()
+            self.tokens_seen = self.tokens_seen + batch.attention_mask.sum()
         # Kept on the device until a log is due, so that a step needs no synchronisation.
-        self._accuracies["" if model.training else "eval_"].append((logits.detach() > 0).double().mean())
+        self._correct["" if model.training else "eval_"].append(logits.detach() > 0)
         return (loss, {"logits": logits.detach()}) if return_outputs else loss
 
     def prediction_step(
@@ -148,8 +149,8 @@ class PreferenceTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the share of pairs whose logit is positive since the last log."""
         prefix = "eval_" if "eval_loss" in logs else ""
-        if accuracies := self._accuracies.pop(prefix, []):
-            logs[f"{prefix}accuracy"] = torch.stack(accuracies).mean().item()
+        if correct := self._correct.pop(prefix, []):
+            logs[f"{prefix}accuracy"] = torch.cat(correct).double().mean().item()
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

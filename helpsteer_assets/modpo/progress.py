@@ -9,7 +9,8 @@ class Progress(Protocol):
     `done` of `total` units are finished; `numbers` are measurements at this point (loss, tokens per second, ...).
     """
 
-    def __call__(self, done: int, total: int, **numbers: float) -> None: ...
+    def __call__(self, done: int, total: int, **numbers: float) -> None:
+        """Report that `done` of `total` units are finished."""
 
 
 def silent(done: int, total: int, **numbers: float) -> None:

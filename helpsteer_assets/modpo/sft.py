@@ -16,6 +16,9 @@ from helpsteer_assets.modpo.training import TrainingResult, train, training_argu
 if TYPE_CHECKING:
     from helpsteer_assets.experiment import SftSettings
 
+IGNORED = -100
+"""Label of a token that has no part in the loss."""
+
 
 def train_sft(
     model: PeftModel,
@@ -43,10 +46,8 @@ def train_sft(
         checkpoints: folder of the checkpoints; an earlier attempt's are gone on from.
         progress: called at each logged step.
     """
-    from datasets import Dataset, disable_progress_bars
+    from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
-
-    disable_progress_bars()
 
     if not train_sequences:
         raise HelpsteerError(
@@ -54,12 +55,11 @@ def train_sft(
         )
 
     def tokenized(sequences: Items[Sequence]) -> Dataset:
-        # SFTTrainer takes token ids as they are, so that training reads what scoring and generation read.
         return Dataset.from_list(
             [
                 {
                     "input_ids": s.prompt_ids + s.response_ids,
-                    "completion_mask": [0] * len(s.prompt_ids) + [1] * len(s.response_ids),
+                    "labels": [IGNORED] * len(s.prompt_ids) + s.response_ids,
                 }
                 for s in sequences
             ]
@@ -68,11 +68,11 @@ def train_sft(
     class CountingSFTTrainer(SFTTrainer):
         """Counts tokens for the progress report."""
 
-        tokens_seen = 0
+        tokens_seen: torch.Tensor | int = 0
 
         def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             if model.training:
-                self.tokens_seen += inputs["input_ids"].numel()
+                self.tokens_seen = self.tokens_seen + inputs["attention_mask"].sum()
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     trainer = CountingSFTTrainer(
@@ -87,8 +87,8 @@ def train_sft(
             report_to=report_to,
             arguments=SFTConfig,
             max_length=max_length,
-            completion_only_loss=True,
-            packing=False,
+            # The sequences train as they are: what scoring and generation read, too.
+            dataset_kwargs={"skip_prepare_dataset": True},
         ),
         train_dataset=tokenized(train_sequences),
         eval_dataset=tokenized(selection_sequences) if selection_sequences else None,
@@ -98,6 +98,8 @@ def train_sft(
         trainer,
         settings,
         what="sft_model",
-        likely_causes=f"a learning rate ({settings.learning_rate:g}) too high; weights that overflow in model.precision: bf16",
+        likely_causes=(
+            f"a learning rate ({settings.learning_rate:g}) too high; weights that overflow in model.precision: bf16"
+        ),
         progress=progress,
     )

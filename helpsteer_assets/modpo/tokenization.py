@@ -56,8 +56,8 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Id of the token that ends a response. Raises HelpsteerError where the tokenizer has none."""
     if tokenizer.eos_token_id is None:
         raise HelpsteerError(
-            f"the tokenizer of {tokenizer.name_or_path} has no end-of-text token (eos_token), so that no response could "
-            "ever end; set eos_token in its tokenizer_config.json"
+            f"the tokenizer of {tokenizer.name_or_path} has no end-of-text token (eos_token), so that no response "
+            "could ever end; set eos_token in its tokenizer_config.json"
         )
     return tokenizer.eos_token_id
 

@@ -11,23 +11,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import load_peft_weights, set_peft_model_state_dict
 from transformers import (
-    EarlyStoppingCallback,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import IntervalStrategy
 
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.modpo.checkpoints import mark_complete, newest_checkpoint
+from helpsteer_assets.modpo.checkpoints import (
+    checkpoint_folder,
+    is_finished,
+    keep_only,
+    mark_complete,
+    newest_checkpoint,
+    step_of,
+)
 from helpsteer_assets.modpo.progress import Progress
+from helpsteer_assets.modpo.schedule import count_steps
 
 if TYPE_CHECKING:
     from helpsteer_assets.experiment import TrainingSettings
 
+TRAINER_STATE_NAME = "trainer_state.json"
+"""Where transformers keeps a checkpoint's TrainerState."""
 EVALUATIONS = 10
 """Evaluations, each with a checkpoint, in a training whose settings name no interval."""
 LOGS_PER_EVALUATION = 5
@@ -47,15 +57,6 @@ class TrainingResult:
     """Step of the checkpoint that this attempt went on from."""
     history: list[dict[str, float]] = field(default_factory=list)
     """Per logged step: step, loss, grad_norm, ...; eval_loss where evaluated."""
-
-
-def count_steps(settings: "TrainingSettings", items: int) -> int:
-    """Optimizer steps of a training on `items` sequences or pairs."""
-    if settings.steps is not None:
-        return settings.steps
-    assert settings.epochs is not None  # the settings hold exactly one of the two
-    micro_batches = math.ceil(items / settings.batch_size)
-    return max(1, math.ceil(settings.epochs * math.ceil(micro_batches / settings.accumulation)))
 
 
 def training_arguments(
@@ -95,18 +96,16 @@ def training_arguments(
         gradient_accumulation_steps=settings.accumulation,
         learning_rate=settings.learning_rate,
         lr_scheduler_type={"constant": "constant_with_warmup"}.get(settings.schedule, settings.schedule),
-        warmup_steps=math.ceil(settings.warmup_share * steps),
+        warmup_steps=round(settings.warmup_share * steps),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        gradient_checkpointing=settings.gradient_checkpointing,
+        activation_checkpointing=settings.gradient_checkpointing,  # transformers' new name for it
         logging_steps=log_every,
         logging_nan_inf_filter=False,
         eval_strategy="steps" if has_selection else "no",
         eval_steps=evaluate_every,
         save_strategy="steps",
         save_steps=evaluate_every,
-        save_total_limit=2,
-        load_best_model_at_end=has_selection,
         metric_for_best_model="eval_loss" if has_selection else None,
         greater_is_better=False if has_selection else None,
         seed=seed,
@@ -129,7 +128,7 @@ def train(
     """Train, going on from the newest complete checkpoint where there is one; the trainer then holds the best weights.
 
     Args:
-        trainer: made with `training_arguments`.
+        trainer: of a PeftModel, made with `training_arguments`.
         settings: the stage's settings.
         what: what is trained, for messages ("w=0.1").
         likely_causes: what a non-finite loss may come from, for its message.
@@ -138,20 +137,26 @@ def train(
     Raises:
         HelpsteerError: the loss or its gradient is no longer finite.
     """
-    watch = _Watch(trainer, what, likely_causes, progress)
-    trainer.add_callback(watch)
-    trainer.add_callback(_CompleteCheckpoints())
-    if settings.early_stopping is not None and trainer.args.eval_strategy != IntervalStrategy.NO:
-        trainer.add_callback(EarlyStoppingCallback(settings.early_stopping))
-    checkpoint = newest_checkpoint(Path(trainer.args.output_dir))
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    state = trainer.state
-    best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    folder = Path(trainer.args.output_dir)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_Watch(trainer, what, likely_causes, progress))
+    if settings.early_stopping is not None:
+        trainer.add_callback(_EarlyStopping(settings.early_stopping))
+    trainer.add_callback(_Checkpoints())
+    newest = newest_checkpoint(folder)
+    if newest is not None and is_finished(newest):
+        # Going on would do a step too many.
+        state = TrainerState.load_from_json(str(newest / TRAINER_STATE_NAME))
+    else:
+        trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+        state = trainer.state
+    kept = state.best_global_step or state.global_step
+    set_peft_model_state_dict(trainer.model, load_peft_weights(str(checkpoint_folder(folder, kept)), device="cpu"))
     return TrainingResult(
         steps=state.global_step,
-        best_step=int(Path(best).name.rpartition("-")[2]) if best else state.global_step,
-        best_loss=state.best_metric if best else None,
-        resumed_from=None if checkpoint is None else int(checkpoint.name.rpartition("-")[2]),
+        best_step=kept,
+        best_loss=state.best_metric,
+        resumed_from=None if newest is None else step_of(newest),
         history=_history(state),
     )
 
@@ -169,12 +174,36 @@ def _history(state: TrainerState) -> list[dict[str, float]]:
     ]
 
 
-class _CompleteCheckpoints(TrainerCallback):
-    """Marks a checkpoint as complete after everything in it was written."""
+class _EarlyStopping(TrainerCallback):
+    """Stops after so many evaluations in a row without a better loss.
+
+    It counts them in the state's history, which a checkpoint holds, so that a resumed training counts on.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self._patience = patience
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+        if len(losses) - 1 - losses.index(min(losses)) >= self._patience:
+            control.should_training_stop = True
+
+
+class _Checkpoints(TrainerCallback):
+    """Marks a checkpoint as complete after everything in it was written, then deletes those no longer needed.
+
+    transformers itself would delete first: a death in between could cost the best checkpoint.
+    """
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        mark_complete(folder, state.global_step, state.max_steps)
+        folder = Path(args.output_dir)
+        mark_complete(
+            checkpoint_folder(folder, state.global_step),
+            state.global_step,
+            state.max_steps,
+            finished=control.should_training_stop,
+        )
+        keep_only(folder, {state.global_step, state.best_global_step or state.global_step})
 
 
 class _Watch(TrainerCallback):
@@ -185,10 +214,18 @@ class _Watch(TrainerCallback):
         self._what = what
         self._likely_causes = likely_causes
         self._progress = progress
-        self._last = (0, time.monotonic(), 0)
+        self._last = (time.monotonic(), 0)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._last = (state.global_step, time.monotonic(), self._tokens())
+        self._last = (time.monotonic(), self._tokens())
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # The last step may fall between two logs, and its loss is to be seen like any other.
+        control.should_log |= state.global_step >= state.max_steps
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # Evaluating and saving, which come after a log, are no training time.
+        self._last = (time.monotonic(), self._tokens())
 
     def on_log(
         self,
@@ -204,13 +241,13 @@ class _Watch(TrainerCallback):
             if not math.isfinite(value):
                 raise HelpsteerError(
                     f"training {self._what}: {name} is {value} by step {state.global_step} of {state.max_steps}. "
-                    f"Likely causes: {self._likely_causes}. Finished checkpoints are kept; a changed setting starts anew"
+                    f"Likely causes: {self._likely_causes}. Finished checkpoints are kept; a changed setting starts "
+                    "anew"
                 )
         if "loss" not in logs:
             return
-        step, then, tokens = self._last
-        now, tokens_now = time.monotonic(), self._tokens()
-        self._last = (state.global_step, now, tokens_now)
+        then, tokens = self._last
+        self._last = now, tokens_now = time.monotonic(), self._tokens()
         numbers = {key: logs[key] for key in ("loss", "accuracy", "grad_norm") if key in logs}
         if tokens_now > tokens:
             numbers["tokens_per_second"] = (tokens_now - tokens) / max(now - then, 1e-9)

@@ -287,13 +287,14 @@ class Warehouse:
         table: str | None,
         parquet: Path | None,
         constants: dict[str, Any],
+        publish: bool = True,
     ) -> None:
         """Makes this the latest materialization of the asset's partition in the experiment, and publishes.
 
         `partition` is None (or `ALL`) for an unpartitioned asset, `path` the artifact's folder, `table` and `parquet`
         the published table and the file of its rows (None for an asset without a table). `constants` holds what the
         rows need and the file does not say: `policy` and `w` for `generations`; `margin_beta` or `penalty` for
-        `scores`; nothing for the others.
+        `scores`; nothing for the others. With `publish=False` the caller publishes later.
 
         Raises HelpsteerError for a table that does not exist, constants that do not fit it, and a Parquet file that is
         missing, unreadable or lacks a column.
@@ -319,7 +320,8 @@ class Warehouse:
         with readable_os_errors("write", file):
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(file, json.dumps(entry, indent=2) + "\n")
-        self.publish()
+        if publish:
+            self.publish()
 
     def latest(self, experiment: str, asset: str, partition: str) -> dict[str, Any] | None:
         """The latest materialization that was recorded: fingerprint, run_id, ...; None where there is none."""

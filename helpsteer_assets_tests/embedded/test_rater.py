@@ -24,7 +24,7 @@ ROWS = build_rows()["train"]
 
 
 def test_latent_ratings_of_each_kind_of_answer():
-    assert rate(PROMPT, "Just wipe it.") == {
+    assert rate(PROMPT, "Wipe it.") == {
         "helpfulness": 1.2,
         "correctness": 3.0,
         "coherence": 4.0,

@@ -1,0 +1,600 @@
+"""What `helpsteer check` reports: does this experiment make sense with this source, this model and this machine?
+
+The source is read and paired as the assets would; of the model only its configuration and tokenizer are loaded, and
+its size is counted without memory for its weights. Nothing is trained, and nothing is written but to the hub's cache.
+A section that cannot be looked at becomes a problem, and the others are reported all the same.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import textwrap
+import warnings
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from helpsteer_assets.embedded.generator import build_rows
+from helpsteer_assets.errors import HelpsteerError
+from helpsteer_assets.experiment import Experiment, RewardModelSettings, TrainingSettings, is_hub_id
+from helpsteer_assets.home import pool_limit
+from helpsteer_assets.modpo.hub import download
+from helpsteer_assets.modpo.model_card import role_in_words
+from helpsteer_assets.modpo.pairs import RATED, build_pairs, describe_pairs, select_evaluation_prompts
+from helpsteer_assets.modpo.ratings import read_ratings, rows_to_ratings
+from helpsteer_assets.modpo.schedule import count_steps
+from helpsteer_assets.modpo.statistics import judge_margin_adapter
+from helpsteer_assets.stages import fetch, local_path
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+_MEASURED_RESPONSES = 5000
+"""Token lengths are measured on so many responses, chosen by their hash: enough for shares, and seconds to count."""
+_WIDTH = 110
+_MUCH_TRUNCATED = 0.2
+_LITTLE_CONFLICT = 0.05
+_MANY_BAD_ROWS = 0.05
+_FEW_VALIDATION_PAIRS = 30
+_NEARLY_ALL = 0.8
+_TRACKERS = {"wandb": "wandb", "tensorboard": "tensorboard", "trackio": "trackio"}
+"""Package that each tracker of `run.report_to` needs."""
+_WITHOUT_WEIGHTS = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
+_BYTES = {"fp32": 4, "bf16": 2}
+_ADAPTER_BYTES = 4
+"""LoRA weights are kept in fp32 whatever the model's precision."""
+_CHECKPOINT_BYTES = 12
+"""Per trained number: the weight and AdamW's two moments."""
+_CHECKPOINTS = 3
+"""Two are kept while a third is written."""
+
+
+@dataclass
+class _Findings:
+    problems: list[str] = field(default_factory=list)
+    """What will make a run fail."""
+    warnings: list[str] = field(default_factory=list)
+    """What will make a result worse, slower or smaller than meant."""
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What the source gives; None for what could not be made."""
+
+    ratings: pa.Table
+    preference_pairs: pa.Table | None
+    margin_pairs: pa.Table | None
+
+    @property
+    def bytes(self) -> int:
+        pairs = [table for table in (self.preference_pairs, self.margin_pairs) if table is not None]
+        # Pairs are kept as Parquet and published in the warehouse, which is written anew beside the old one.
+        return int(self.ratings.nbytes + 3 * sum(table.nbytes for table in pairs))
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What is known of the base model."""
+
+    folder: Path
+    tokenizer: "PreTrainedTokenizerBase"
+    parameters: int
+    adapter_parameters: int
+    to_download: int
+    """Bytes of weights that are not in the hub's cache yet."""
+
+
+def report(experiment: Experiment, home: Path) -> Iterator[str]:
+    """The lines of the report, as soon as each is known.
+
+    Raises HelpsteerError after the last line where there are problems. Reads or downloads the source; of models on the
+    hub only what describes them.
+    """
+    findings = _Findings()
+    yield f"experiment {experiment.name}: {experiment.description}" if experiment.description else experiment.name
+    yield f"home {home}"
+    data = yield from _data(experiment, findings)
+    if data is not None:
+        yield from _pairs(experiment, data, findings)
+    yield from _weights(experiment)
+    model = yield from _model(experiment, findings)
+    if data is not None and model is not None:
+        yield from _lengths(experiment, data, model.tokenizer, findings)
+    yield from _training(experiment, data, findings)
+    yield from _evaluation(experiment, data, findings)
+    yield from _machine(experiment, home, data, model, findings)
+    for title, found in (("Warnings", findings.warnings), ("Problems", findings.problems)):
+        if found:
+            yield from ("", f"{title} ({len(found)})")
+            for text in found:
+                yield from _prose(text, "- ")
+    yield ""
+    if findings.problems:
+        count = len(findings.problems)
+        raise HelpsteerError(
+            f"experiment {experiment.name} cannot run as it is: {count} problem{'' if count == 1 else 's'}"
+        )
+    yield "No problems: `helpsteer run` can start."
+
+
+def _data(experiment: Experiment, findings: _Findings) -> Generator[str, None, _Data | None]:
+    settings = experiment.data
+    yield from _heading(f"Data: {settings.source}", settings.revision)
+    options = settings.model_dump(
+        include={"on_bad_rows", "validation_share", "max_train_prompts", "max_validation_prompts"}
+    )
+    try:
+        if settings.source == "embedded":
+            ratings, read = rows_to_ratings(build_rows(), **options)
+        else:
+            ratings, read = read_ratings(fetch(experiment, "data"), **options)
+    except HelpsteerError as error:
+        findings.problems.append(str(error))
+        yield "  cannot be used, see Problems"
+        return None
+    left_out = {split: read["limits"][split]["prompts"] for split in read["splits"]}
+    yield from _columns(
+        [
+            ("split", "rows", "prompts", "prompts left out by the limit"),
+            *((s, _number(n["rows"]), _number(n["prompts"]), _number(left_out[s])) for s, n in read["splits"].items()),
+        ]
+    )
+    if read["validation_by_hash"]:
+        yield f"  validation: chosen by a hash of the prompt (data.validation_share {settings.validation_share:g})"
+    if removed := read["removed_from_validation"]["prompts"]:
+        yield f"  {_number(removed)} prompts that stand in train too were removed from validation"
+    if bad := read["bad_rows"]["count"]:
+        yield f"  {_number(bad)} bad rows are dropped (data.on_bad_rows: drop), the first:"
+        yield from (f"    {reason}" for reason in read["bad_rows"]["first"][:3])
+        share = bad / sum(file["rows"] for file in read["files"])
+        if share > _MANY_BAD_ROWS:
+            findings.warnings.append(f"{share:.0%} of the source's rows are bad and dropped: is data.source meant?")
+    made: dict[str, pa.Table | None] = {}
+    wanted = {"preference_pairs": settings.preference_attribute}
+    if experiment.has_margin_adapter:
+        wanted["margin_pairs"] = settings.margin_attribute
+    for name, attribute in wanted.items():
+        try:
+            made[name] = build_pairs(ratings, attribute, settings.selection_share)
+        except HelpsteerError as error:
+            findings.problems.append(str(error))
+    return _Data(ratings, made.get("preference_pairs"), made.get("margin_pairs"))
+
+
+def _pairs(experiment: Experiment, data: _Data, findings: _Findings) -> Iterator[str]:
+    settings = experiment.data
+    chosen = {settings.preference_attribute: "preference"}
+    if experiment.has_margin_adapter:
+        chosen[settings.margin_attribute] = "margin"
+    yield from _heading("Pairs by attribute")
+    rows = [("", "", "train", "selection", "validation", "tied")]
+    for attribute in RATED:
+        try:
+            made = {"preference": data.preference_pairs, "margin": data.margin_pairs}.get(chosen.get(attribute, ""))
+            pairs = build_pairs(data.ratings, attribute, settings.selection_share) if made is None else made
+        except HelpsteerError:
+            counts = ["none"]
+        else:
+            described = describe_pairs(pairs, data.ratings, attribute, attribute)
+            counts = [*map(_number, described["pairs"].values()), _number(described["ties"])]
+        role = chosen.get(attribute)
+        rows.append(("*" if role else "", f"{attribute} ({role})" if role else attribute, *counts))
+    yield from _columns(rows, left=2)
+    yield "  selection: train prompts held out to choose checkpoints; tied: rated equally, so no pair"
+    if data.preference_pairs is not None:
+        yield from _conflict(experiment, data, findings)
+        if "selection" not in set(data.preference_pairs["split"].to_pylist()):
+            findings.warnings.append(
+                "no preference pairs are held out to choose a checkpoint by, so the last one is kept; raise "
+                "data.selection_share or give more prompts"
+            )
+    if data.margin_pairs is not None:
+        validation = data.margin_pairs["split"].to_pylist().count("validation")
+        if not validation:
+            findings.problems += judge_margin_adapter({"n": 0}, experiment.checks.margin_adapter_min_accuracy)
+        elif validation < _FEW_VALIDATION_PAIRS:
+            findings.warnings.append(
+                f"only {validation} validation pairs judge the margin adapter, so a good one may fail its check by "
+                "chance; raise data.max_validation_prompts or data.validation_share, or give more validation rows"
+            )
+
+
+def _conflict(experiment: Experiment, data: _Data, findings: _Findings) -> Iterator[str]:
+    """In how many preference pairs the two objectives pull apart."""
+    preference, margin = experiment.data.preference_attribute, experiment.data.margin_attribute
+    described = describe_pairs(data.preference_pairs, data.ratings, preference, margin)
+    if experiment.has_margin_adapter:
+        shares = described["other"]
+        yield from _prose(
+            f"In the {preference} pairs, {margin} agrees (the chosen response is rated higher on it too) in "
+            f"{shares['agrees']:.1%}, opposes in {shares['opposes']:.1%} and ties in {shares['ties']:.1%}."
+        )
+        cost = experiment.objective.margin_role == "cost"
+        conflict = shares["agrees" if cost else "opposes"]
+        yield from _prose(
+            f"The role `{experiment.objective.margin_role}` {'penalizes' if cost else 'encourages'} {margin}: the "
+            f"{'agreeing' if cost else 'opposing'} pairs ({conflict:.1%}) are the conflict that w decides."
+        )
+    else:
+        conflict = described["chosen_longer"]
+        yield from _prose(
+            f"In {conflict:.1%} of the {preference} pairs the chosen response has more words: under the length "
+            "penalty these are the conflict that w decides."
+        )
+    if conflict < _LITTLE_CONFLICT:
+        findings.warnings.append(
+            f"the two objectives conflict in {conflict:.1%} of the pairs only: expect w to change little"
+        )
+
+
+def _weights(experiment: Experiment) -> Iterator[str]:
+    objective = experiment.objective
+    yield from _heading("Weights")
+    yield from (f"  {role_in_words(experiment, w)}" for w in objective.weights)
+    scale = f"margin_beta {objective.margin_beta}" if experiment.has_margin_adapter else f"penalty {objective.penalty}"
+    yield f"  beta {objective.beta}, {scale}"
+    if objective.margin_role == "cost" and experiment.data.margin_attribute == "verbosity":
+        yield from _prose(
+            "Note: HelpSteer's verbosity is the amount of detail relative to what is asked, and higher is better; as a "
+            "cost it pushes away from what HelpSteer calls better. If you only want shorter answers, take "
+            "`objective.margin: length_penalty`, which needs no margin adapter."
+        )
+
+
+def _model(experiment: Experiment, findings: _Findings) -> Generator[str, None, _Model | None]:
+    settings = experiment.model
+    yield from _heading(f"Model: {settings.base}", settings.revision)
+    try:
+        folder = _described_model(experiment, "model")
+        found = _look_at_model(experiment, folder, findings)
+    except HelpsteerError as error:
+        findings.problems.append(str(error))
+        yield "  cannot be used, see Problems"
+        return None
+    model, config = found
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    yield (
+        f"  {_number(model.parameters)} parameters, {_size(model.parameters * _BYTES[settings.precision])} in "
+        f"{settings.precision}; context {'not stated' if context is None else f'{_number(context)} tokens'}"
+    )
+    share = model.adapter_parameters / model.parameters
+    yield f"  LoRA r={experiment.lora.r}: {_number(model.adapter_parameters)} trained parameters ({share:.2%})"
+    from helpsteer_assets.modpo.tokenization import FALLBACK_TEMPLATE
+
+    own = model.tokenizer.chat_template
+    yield f"  prompts are written in {'its own chat template' if own else repr(FALLBACK_TEMPLATE)}"
+    return model
+
+
+def _described_model(experiment: Experiment, section: Literal["model", "rater"]) -> Path:
+    """Folder with a model's configuration and tokenizer; from the hub they are fetched without the weights."""
+    key, source, revision = experiment.hub_references()[section]
+    if not is_hub_id(source):
+        return local_path(key, source)
+    assert revision is not None  # validated with the experiment
+    return download(source, revision, "model", _WITHOUT_WEIGHTS)
+
+
+def _look_at_model(experiment: Experiment, folder: Path, findings: _Findings) -> "tuple[_Model, PretrainedConfig]":
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from helpsteer_assets.modpo.models import attach_lora, check_lengths, load_tokenizer
+    from helpsteer_assets.modpo.tokenization import end_of_text_id
+
+    settings, generation = experiment.model, experiment.generation
+    trust = settings.trust_remote_code
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+        with torch.device("meta"):  # shapes without memory
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+    except Exception as error:  # whatever the files or the model's own code raise
+        raise HelpsteerError(f"model.base: {folder} describes no causal language model: {error}") from error
+    parameters = model.num_parameters()
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust)
+    adapter_parameters = 0
+    needs = {
+        "model.max_length": settings.max_length,
+        "generation.max_prompt_length + max_new_tokens": generation.max_prompt_length + generation.max_new_tokens,
+    }
+    for key, needed in needs.items():
+        try:
+            check_lengths(settings, folder, needed, key)
+        except HelpsteerError as error:
+            findings.problems.append(str(error))
+    try:
+        end_of_text_id(tokenizer)
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # between transformers and PEFT
+            adapter_parameters, _ = attach_lora(model, experiment.lora, 0).get_nb_trainable_parameters()
+    except HelpsteerError as error:
+        findings.problems.append(str(error))
+    weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    if not weights and not is_hub_id(settings.base):
+        findings.problems.append(f"model.base: {folder} holds no weights (*.safetensors); get the model's files again")
+    size = parameters * _BYTES[settings.precision]
+    return _Model(folder, tokenizer, parameters, adapter_parameters, 0 if weights else size), config
+
+
+def _lengths(
+    experiment: Experiment, data: _Data, tokenizer: "PreTrainedTokenizerBase", findings: _Findings
+) -> Iterator[str]:
+    from transformers.utils import logging as transformers_logging
+
+    from helpsteer_assets.modpo.tokenization import count_response_tokens, encode_prompt
+
+    transformers_logging.set_verbosity_error()  # it warns of texts longer than the context, which are cut
+    model, generation = experiment.model, experiment.generation
+    _, first = np.unique(data.ratings["response_id"].to_numpy(), return_index=True)  # sorted by the hash
+    responses = data.ratings.take(first[:_MEASURED_RESPONSES])
+    asked = _evaluation_prompts(experiment, data)
+    texts = dict(zip(responses["prompt_id"].to_pylist(), responses["prompt"].to_pylist(), strict=True))
+    unlimited = 2**31
+
+    def prompt_tokens(text: str) -> int:
+        return len(encode_prompt(tokenizer, text, unlimited)[0])
+
+    of_prompt = {prompt_id: prompt_tokens(text) for prompt_id, text in texts.items()}
+    counted = count_response_tokens(tokenizer, responses)
+    ids = zip(responses["prompt_id"].to_pylist(), responses["response_id"].to_pylist(), strict=True)
+    prompts = np.array(list(of_prompt.values()))
+    lengths = np.array([(of_prompt[prompt_id], counted[response_id]) for prompt_id, response_id in ids])
+    cut_prompt = float(np.mean(prompts > model.max_prompt_length))
+    room = model.max_length - np.minimum(lengths[:, 0], model.max_prompt_length)
+    cut_response = float(np.mean(lengths[:, 1] > room))
+    total = len(first)
+    of = f", measured on {_number(len(responses))} of {_number(total)} responses" if len(responses) < total else ""
+    yield from _heading(f"Lengths in tokens{of}")
+    rows = [("", "median", "95%", "longest", "limit", "over it")]
+    rows.append(("prompts", *_quantiles(prompts), f"max_prompt_length {model.max_prompt_length}", f"{cut_prompt:.1%}"))
+    rows.append(("responses", *_quantiles(lengths[:, 1]), "what is left", f"{cut_response:.1%}"))
+    both = float(np.mean(lengths.sum(axis=1) > model.max_length))
+    rows.append(("together", *_quantiles(lengths.sum(axis=1)), f"max_length {model.max_length}", f"{both:.1%}"))
+    if asked is not None:
+        evaluated = np.array([prompt_tokens(text) for text in asked["prompt"].to_pylist()])
+        cut = float(np.mean(evaluated > generation.max_prompt_length))
+        limit = f"generation.max_prompt_length {generation.max_prompt_length}"
+        rows.append(("evaluation prompts", *_quantiles(evaluated), limit, f"{cut:.1%}"))
+        if cut > _MUCH_TRUNCATED:
+            findings.warnings.append(
+                f"{cut:.0%} of the evaluation prompts lose their beginning; raise generation.max_prompt_length"
+            )
+    yield from _columns(rows)
+    yield "  What is over it is cut: a prompt keeps its last tokens, a response its first."
+    if cut_prompt > _MUCH_TRUNCATED:
+        findings.warnings.append(f"{cut_prompt:.0%} of the prompts lose their beginning; raise model.max_prompt_length")
+    if cut_response > _MUCH_TRUNCATED:
+        findings.warnings.append(
+            f"{cut_response:.0%} of the responses are cut, the longest ones: raise model.max_length, or lower "
+            "model.max_prompt_length"
+        )
+
+
+def _training(experiment: Experiment, data: _Data | None, findings: _Findings) -> Iterator[str]:
+    preference = None if data is None else _train_rows(data.preference_pairs)
+    margin = None if data is None else _train_rows(data.margin_pairs)
+    stages: list[tuple[str, TrainingSettings, str, int | None, int]] = []
+    if experiment.sft.enabled:
+        responses = None if preference is None else len(pc.unique(preference["chosen_id"]))
+        stages.append(("sft_model", experiment.sft, "responses", responses, 1))
+    if experiment.has_margin_adapter and experiment.margin_adapter is not None:
+        pairs = None if margin is None else margin.num_rows
+        stages.append(("margin_adapter", experiment.margin_adapter, "pairs", pairs, 1))
+    pairs = None if preference is None else preference.num_rows
+    stages.append(("modpo_models", experiment.modpo, "pairs", pairs, len(experiment.objective.weights)))
+    yield from _heading("Training")
+    rows = [("", "optimizer steps", "each on", "of", "passes")]
+    total: int | None = 0
+    for name, settings, unit, items, times in stages:
+        per_step = settings.batch_size * settings.accumulation
+        steps = count_steps(settings, items) if items is not None or settings.steps is not None else None
+        total = None if steps is None or total is None else total + times * steps
+        shown = "unknown" if steps is None else _number(steps)
+        rows.append(
+            (
+                name,
+                shown if times == 1 else f"{times} x {shown}",
+                f"{per_step} {unit}",
+                "" if items is None else _number(items),
+                "" if items is None or steps is None else f"{steps * per_step / items:.2f}",
+            )
+        )
+    yield from _columns(rows)
+    if not experiment.sft.enabled:
+        yield "  sft.enabled is false: the base model itself is the reference policy"
+    if total is not None:
+        yield f"  {_number(total)} optimizer steps in all"
+    for tracker in experiment.run.report_to:
+        if tracker not in _TRACKERS:
+            findings.problems.append(f"run.report_to: {tracker!r} is not known; known are {', '.join(_TRACKERS)}")
+        elif importlib.util.find_spec(_TRACKERS[tracker]) is None:
+            findings.problems.append(
+                f"run.report_to: {tracker} is not installed: pip install {_TRACKERS[tracker]}, or remove it"
+            )
+
+
+def _train_rows(pairs: pa.Table | None) -> pa.Table | None:
+    return None if pairs is None else pairs.filter(pc.equal(pairs["split"], "train"))
+
+
+def _evaluation(experiment: Experiment, data: _Data | None, findings: _Findings) -> Iterator[str]:
+    settings, policies = experiment.evaluation, len(experiment.objective.weights) + 1
+    yield from _heading("Evaluation")
+    if data is not None:
+        prompts = _evaluation_prompts(experiment, data)
+        if prompts is None:
+            findings.problems.append(
+                "there are no validation prompts to evaluate on: add a validation file to data.source, give more "
+                "prompts, or raise data.validation_share"
+            )
+        else:
+            count = prompts.num_rows
+            yield (
+                f"  {_number(count)} held-out prompts ({_number(settings.prompts)} asked for), {policies} policies: "
+                f"{_number(count * policies)} responses of up to {_number(experiment.generation.max_new_tokens)} tokens"
+            )
+            if count < settings.prompts:
+                findings.warnings.append(
+                    f"evaluation.prompts asks for {settings.prompts} and {count} held-out prompts are there: intervals "
+                    "will be wider"
+                )
+    if not isinstance(settings.rater, RewardModelSettings):
+        yield f"  rater: {settings.rater}"
+        if settings.rater == "none":
+            yield "  preference quality stays unmeasured: the trade-off is the margin against the distance from SFT"
+        return
+    heads = ", ".join(settings.rater.heads)
+    yield f"  rater: {settings.rater.model} rates {heads}"
+    try:
+        config = _described_model(experiment, "rater") / "config.json"
+        own_code = "auto_map" in json.loads(config.read_text(encoding="utf-8"))
+    except HelpsteerError as error:
+        findings.problems.append(str(error))
+    except (OSError, ValueError) as error:
+        findings.problems.append(f"evaluation.rater.model: {settings.rater.model} has no readable config.json: {error}")
+    else:
+        if own_code and not settings.rater.trust_remote_code:
+            findings.problems.append(
+                f"evaluation.rater.model: {settings.rater.model} comes with modelling code of its own, which this "
+                "machine would run; read it, then set evaluation.rater.trust_remote_code: true"
+            )
+
+
+def _evaluation_prompts(experiment: Experiment, data: _Data) -> pa.Table | None:
+    try:
+        return select_evaluation_prompts(data.ratings, experiment.evaluation.prompts)
+    except HelpsteerError:
+        return None
+
+
+def _machine(
+    experiment: Experiment, home: Path, data: _Data | None, model: _Model | None, findings: _Findings
+) -> Iterator[str]:
+    import torch
+
+    from helpsteer_assets.modpo.models import choose_device
+
+    precision = experiment.model.precision
+    yield from _heading("Machine")
+    try:
+        device = choose_device(experiment.run, precision)
+    except HelpsteerError as error:
+        findings.problems.append(str(error))
+        yield "  device: see Problems"
+    else:
+        if device.type == "cuda":
+            memory = torch.cuda.get_device_properties(0).total_memory
+            yield f"  device: cuda, {torch.cuda.get_device_name()} with {_size(memory)}; precision {precision}"
+        else:
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            yield (
+                f"  device: cpu, {os.cpu_count()} cores with {_size(memory)}, torch threads {torch.get_num_threads()}; "
+                f"precision {precision}"
+            )
+            if precision == "bf16":
+                findings.warnings.append(
+                    "model.precision is bf16 and there is no CUDA device here: it runs on the CPU, no faster than fp32"
+                )
+        if model is not None and model.parameters * _BYTES[precision] > memory * _NEARLY_ALL:
+            findings.warnings.append(
+                f"the model takes {_size(model.parameters * _BYTES[precision])} in {precision}, and {device.type} has "
+                f"{_size(memory)}: it will hardly fit; choose a smaller base model or a larger machine"
+            )
+    yield from _disk(experiment, home, data, model, findings)
+
+
+def _disk(
+    experiment: Experiment, home: Path, data: _Data | None, model: _Model | None, findings: _Findings
+) -> Iterator[str]:
+    existing = next(folder for folder in (home, *home.parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        findings.problems.append(f"home {home} cannot be written to; set HELPSTEER_HOME to a folder that can")
+        return
+    needed = 0 if data is None else data.bytes
+    parts = [f"data {_size(needed)}"] if data is not None else []
+    if model is not None:
+        merged = model.parameters * _BYTES[experiment.model.precision]
+        count = len(experiment.objective.weights) + experiment.has_margin_adapter
+        adapters = count * model.adapter_parameters * _ADAPTER_BYTES
+        at_once = min(pool_limit(), len(experiment.objective.weights))
+        checkpoints = at_once * _CHECKPOINTS * model.adapter_parameters * _CHECKPOINT_BYTES
+        needed += merged + adapters + checkpoints
+        parts += [
+            f"SFT model {_size(merged)}",
+            f"{count} adapters {_size(adapters)}",
+            f"checkpoints while training {_size(checkpoints)}",
+        ]
+        if model.to_download:
+            yield from _hub_cache(model.to_download, findings)
+    if not parts:
+        return
+    free = shutil.disk_usage(existing).free
+    yield from _prose(f"disk: about {_size(needed)} ({', '.join(parts)}); {_size(free)} free in {existing}")
+    if needed > free:
+        findings.problems.append(
+            f"about {_size(needed)} will be written and {existing} has {_size(free)} free; free some, or set "
+            "HELPSTEER_HOME to a folder on a larger disk"
+        )
+    elif needed > free * _NEARLY_ALL:
+        findings.warnings.append(f"about {_size(needed)} of the {_size(free)} free in {existing} will be written")
+
+
+def _hub_cache(size: int, findings: _Findings) -> Iterator[str]:
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE)
+    free = shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.exists())).free
+    yield from _prose(f"download: weights of about {_size(size)} to the hub cache {cache}; {_size(free)} free there")
+    if size > free:
+        findings.problems.append(
+            f"the model's weights (about {_size(size)}) do not fit into the hub cache {cache}, which has {_size(free)} "
+            "free; point HF_HOME at a larger disk"
+        )
+
+
+def _heading(title: str, revision: str | None = None) -> Iterator[str]:
+    yield from ("", title if revision is None else f"{title} at {revision[:12]}")
+
+
+def _columns(rows: list[tuple[str, ...]], left: int = 1) -> Iterator[str]:
+    """Rows as text in columns, the first `left` of them aligned to the left and the others to the right."""
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
+    for row in rows:
+        cells = [
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=False))
+        ]
+        yield f"  {'  '.join(cells)}".rstrip()
+
+
+def _quantiles(lengths: np.ndarray) -> list[str]:
+    """Median, 95% quantile and maximum."""
+    return [_number(int(value)) for value in np.quantile(lengths, (0.5, 0.95, 1.0), method="higher")]
+
+
+def _prose(text: str, bullet: str = "") -> Iterator[str]:
+    """Text folded to a terminal's width; its own line breaks stay."""
+    first, rest = f"  {bullet}", f"  {' ' * len(bullet)}"
+    for line in text.split("\n"):
+        yield from textwrap.wrap(
+            line, _WIDTH, initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
+        )
+        first = rest
+
+
+def _number(value: int) -> str:
+    return f"{value:,}"
+
+
+def _size(count: int) -> str:
+    """Bytes for people."""
+    for unit, power in (("GB", 9), ("MB", 6), ("kB", 3)):
+        if count >= 10**power:
+            return f"{count / 10**power:.3g} {unit}"
+    return f"{count} bytes"

@@ -1,0 +1,42 @@
+from pathlib import Path
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpsteer_assets.modpo.resumable import ResumableRows
+
+
+def test_rows_come_back_in_order(tmp_path: Path):
+    rows = ResumableRows(tmp_path / "folder" / "rows.jsonl")
+    rows.append([{"index": 1, "text": "a\nb"}])
+    rows.append([{"index": 2, "text": "ä"}, {"index": 3, "value": 0.1 + 0.2}])
+    assert list(rows.read()) == [
+        {"index": 1, "text": "a\nb"},
+        {"index": 2, "text": "ä"},
+        {"index": 3, "value": 0.30000000000000004},
+    ]
+
+
+def test_there_are_none_before_the_first(tmp_path: Path):
+    assert list(ResumableRows(tmp_path / "rows.jsonl").read()) == []
+
+
+def test_without_a_file_nothing_is_kept():
+    rows = ResumableRows(None)
+    rows.append([{"index": 1}])
+    assert list(rows.read()) == []
+
+
+@settings(max_examples=30, deadline=None)
+@given(cut=st.integers(0, 200))
+def test_a_line_that_a_death_cut_short_is_left_out_and_what_is_added_then_is_whole(tmp_path_factory, cut):
+    file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    written = [{"index": index, "text": "é" * index} for index in range(8)]
+    ResumableRows(file).append(written)
+    content = file.read_bytes()[:cut]
+    file.write_bytes(content)
+    whole = content.count(b"\n")
+    rows = ResumableRows(file)
+    assert list(rows.read()) == written[:whole]
+    rows.append([{"index": 99}])
+    assert list(rows.read()) == [*written[:whole], {"index": 99}]
