@@ -5,6 +5,7 @@ Modules that take seconds to import (dagster, torch) are imported by the command
 
 import csv
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -51,7 +52,7 @@ def main(experiment: str | None, home: Path | None) -> None:
 @main.command()
 @_readable_errors
 def check() -> None:
-    """Validate the experiment and its source without computing anything."""
+    """Validate the experiment, its source, its model and this machine without computing. Exits with 2 on problems."""
     from helpsteer_assets.preflight import report
 
     for line in report(load_experiment(), home_path()):
@@ -70,8 +71,11 @@ def run(select: str | None, weights: str | None) -> None:
 
     experiment = load_experiment()
     chosen = None if weights is None else _chosen_weights(weights, experiment)
-    if not run_experiment(experiment, home_path(), select=select, weights=chosen, announce=_announce):
-        sys.exit(1)
+    complete = run_experiment(experiment, home_path(), select=select, weights=chosen, announce=_announce)
+    # End at once: DuckDB 2's bindings print pages about harmless leaks while an interpreter is torn down.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0 if complete else 1)
 
 
 @main.command()
@@ -106,7 +110,9 @@ def query(sql: str, form: str) -> None:
         writer.writerow(names)
         writer.writerows(rows)
     elif form == "json":
-        click.echo(json.dumps([dict(zip(names, row, strict=True)) for row in rows], default=str, ensure_ascii=False))
+        keys = _unique(names)
+        objects = [{key: _json_value(value) for key, value in zip(keys, row, strict=True)} for row in rows]
+        click.echo(json.dumps(objects, default=str, ensure_ascii=False))
     else:
         _print_table(names, [[_cell(value) for value in row] for row in rows])
 
@@ -148,6 +154,20 @@ def _announce(message: str) -> None:
     click.echo(message)
 
 
+def _unique(names: list[str]) -> list[str]:
+    """Column names as the keys of an object: a join can bring the same name twice."""
+    keys: list[str] = []
+    for name in names:
+        repeated = names[: len(keys)].count(name)
+        keys.append(f"{name}_{repeated}" if repeated else name)
+    return keys
+
+
+def _json_value(value: object) -> object:
+    """JSON has no NaN and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _cell(value: object) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
@@ -163,4 +183,4 @@ def _print_table(names: list[str], rows: list[Any]) -> None:
     for row in rows:
         table.add_row(*row)
     # A file or a pipe has no width to fold to.
-    Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False).print(table)
+    Console(width=None if sys.stdout.isatty() else 200, markup=False, emoji=False, highlight=False).print(table)

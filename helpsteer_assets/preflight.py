@@ -24,10 +24,11 @@ from helpsteer_assets.embedded.generator import build_rows
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment import Experiment, RewardModelSettings, TrainingSettings, is_hub_id
 from helpsteer_assets.home import pool_limit
+from helpsteer_assets.modpo.attributes import ATTRIBUTES, OVERALL
 from helpsteer_assets.modpo.hub import download
 from helpsteer_assets.modpo.model_card import role_in_words
-from helpsteer_assets.modpo.pairs import RATED, build_pairs, describe_pairs, select_evaluation_prompts
-from helpsteer_assets.modpo.ratings import read_ratings, rows_to_ratings
+from helpsteer_assets.modpo.pairs import RATED, SPLITS, build_pairs, describe_pairs, select_evaluation_prompts
+from helpsteer_assets.modpo.ratings import hash_share, query, read_ratings, rows_to_ratings
 from helpsteer_assets.modpo.schedule import count_steps
 from helpsteer_assets.modpo.statistics import judge_margin_adapter
 from helpsteer_assets.stages import fetch, local_path
@@ -97,7 +98,7 @@ def report(experiment: Experiment, home: Path) -> Iterator[str]:
     hub only what describes them.
     """
     findings = _Findings()
-    yield f"experiment {experiment.name}: {experiment.description}" if experiment.description else experiment.name
+    yield f"experiment {experiment.name}" + (f": {experiment.description}" if experiment.description else "")
     yield f"home {home}"
     data = yield from _data(experiment, findings)
     if data is not None:
@@ -173,18 +174,12 @@ def _pairs(experiment: Experiment, data: _Data, findings: _Findings) -> Iterator
     if experiment.has_margin_adapter:
         chosen[settings.margin_attribute] = "margin"
     yield from _heading("Pairs by attribute")
-    rows = [("", "", "train", "selection", "validation", "tied")]
+    counts = count_pairs(data.ratings, settings.selection_share)
+    rows = [("", "", *SPLITS, "tied")]
     for attribute in RATED:
-        try:
-            made = {"preference": data.preference_pairs, "margin": data.margin_pairs}.get(chosen.get(attribute, ""))
-            pairs = build_pairs(data.ratings, attribute, settings.selection_share) if made is None else made
-        except HelpsteerError:
-            counts = ["none"]
-        else:
-            described = describe_pairs(pairs, data.ratings, attribute, attribute)
-            counts = [*map(_number, described["pairs"].values()), _number(described["ties"])]
         role = chosen.get(attribute)
-        rows.append(("*" if role else "", f"{attribute} ({role})" if role else attribute, *counts))
+        name = f"{attribute} ({role})" if role else attribute
+        rows.append(("*" if role else "", name, *map(_number, counts[attribute].values())))
     yield from _columns(rows, left=2)
     yield "  selection: train prompts held out to choose checkpoints; tied: rated equally, so no pair"
     if data.preference_pairs is not None:
@@ -203,6 +198,42 @@ def _pairs(experiment: Experiment, data: _Data, findings: _Findings) -> Iterator
                 f"only {validation} validation pairs judge the margin adapter, so a good one may fail its check by "
                 "chance; raise data.max_validation_prompts or data.validation_share, or give more validation rows"
             )
+
+
+def count_pairs(ratings: pa.Table, selection_share: float) -> dict[str, dict[str, int]]:
+    """By attribute: the pairs that `build_pairs` would make in each of SPLITS, and the `tied` ones that make none.
+
+    One query for all attributes: making all those pairs only to count them would take most of the report's time.
+    """
+    counted = ", ".join(
+        f"count(DISTINCT one_id || two_id) FILTER (one_{name} > two_{name}) AS {name}, "
+        f"count(*) FILTER (one_{name} = two_{name} AND one_id < two_id) AS {name}_tied"
+        for name in RATED
+    )
+    rated = ", ".join(f"{side}.{name} AS {side}_{name}" for side in ("one", "two") for name in RATED)
+    rows = query(
+        f"""
+        WITH responses AS (
+            SELECT *, {" + ".join(ATTRIBUTES)} AS {OVERALL}, CASE
+                WHEN split = 'train' AND {hash_share("selection", "prompt_id")} < $selection_share THEN 'selection'
+                ELSE split END AS part
+            FROM ratings
+        ), twos AS (
+            SELECT part, one.response_id AS one_id, two.response_id AS two_id, {rated}
+            FROM responses AS one JOIN responses AS two USING (part, prompt_id)
+            WHERE one.response_id <> two.response_id
+        )
+        SELECT part, {counted} FROM twos GROUP BY part
+        """,
+        {"selection_share": selection_share},
+        ratings=ratings,
+    ).to_pylist()
+    by_part = {row["part"]: row for row in rows}
+    return {
+        name: {part: by_part.get(part, {}).get(name, 0) for part in SPLITS}
+        | {"tied": sum(row[f"{name}_tied"] for row in rows)}
+        for name in RATED
+    }
 
 
 def _conflict(experiment: Experiment, data: _Data, findings: _Findings) -> Iterator[str]:

@@ -42,9 +42,10 @@ _TYPES = {
     bool: "true or false",
     type(None): "null",
 }
-_BOUNDS = {"gt": "> {}", "ge": ">= {}", "lt": "< {}", "le": "<= {}", "min_length": None, "max_length": None}
+_BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 _SPELLED = {
     "objective.weights": "list of numbers in (0, 1], each once, at most 99",
+    "objective.margin_beta": "number > 0 | null",
     "name": "letters, digits, `-` and `_`, at most 64",
 }
 """Where the type alone does not say what a validator asks for."""
@@ -99,12 +100,15 @@ def _allowed(field: FieldInfo, key: str) -> str:
     if key in _SPELLED:
         return _SPELLED[key]
     bounds = [
-        text.format(f"{getattr(constraint, bound):,}".replace(",", ""))
+        f"{sign} {getattr(constraint, name)}"
         for constraint in field.metadata
-        for bound, text in _BOUNDS.items()
-        if text is not None and getattr(constraint, bound, None) is not None
+        for name, sign in _BOUNDS.items()
+        if hasattr(constraint, name)
     ]
-    return " | ".join(dict.fromkeys(_spelled(field.annotation))) + (f", {' and '.join(bounds)}" if bounds else "")
+    alternatives = list(dict.fromkeys(_spelled(field.annotation)))
+    # A bound is one of the number, which stands first, not of the null behind it.
+    alternatives[0] = " ".join([alternatives[0], " and ".join(bounds)]).strip()
+    return " | ".join(alternatives)
 
 
 def _spelled(annotation: Any) -> Iterator[str]:

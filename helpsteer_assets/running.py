@@ -1,13 +1,12 @@
 """Materializing an experiment from the command line: on its Dagster instance, in this process, without a daemon."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import pyarrow.parquet as pq
-from dagster import DagsterInstance
 
 from helpsteer_assets.assets import build_assets
 from helpsteer_assets.assets.checks import build_checks
@@ -48,11 +47,10 @@ def run_experiment(
     )
     job = defs.resolve_implicit_global_asset_job_def()
     selected = _selected(defs, select)
-    os.environ["DAGSTER_HOME"] = str(dagster_home(home, experiment.name))
     announce(f"experiment {experiment.name}, home {home}")
     _announce_plan(experiment, home, selected, weights, announce)
     try:
-        with DagsterInstance.get() as instance:
+        with dg.DagsterInstance.from_config(str(dagster_home(home, experiment.name))) as instance:
             complete = _materialize_phases(experiment, home, job, instance, selected, weights, announce)
     finally:
         lab.warehouse.publish()
@@ -65,7 +63,7 @@ def _materialize_phases(
     experiment: Experiment,
     home: Path,
     job: dg.JobDefinition,
-    instance: DagsterInstance,
+    instance: dg.DagsterInstance,
     selected: set[str],
     weights: list[str] | None,
     announce: Callable[[str], None],
@@ -107,9 +105,14 @@ def _selected(defs: dg.Definitions, select: str | None) -> set[str]:
     try:
         keys = dg.AssetSelection.from_string(select).resolve(graph)
     except Exception as error:
-        known = ", ".join(sorted(key.to_user_string() for key in graph.get_all_asset_keys()))
-        raise HelpsteerError(f"--select {select!r} selects no asset: {error}\nAssets: {known}") from error
+        raise HelpsteerError(f"--select {select!r} cannot be read: {error}\nAssets: {_known(graph)}") from error
+    if not keys:
+        raise HelpsteerError(f"--select {select!r} selects no asset. Assets: {_known(graph)}")
     return {key.to_user_string() for key in keys}
+
+
+def _known(graph: Any) -> str:
+    return ", ".join(sorted(key.to_user_string() for key in graph.get_all_asset_keys()))
 
 
 def _announce_plan(
@@ -123,7 +126,8 @@ def _announce_plan(
     reused = sum(state in ("complete", "reusable") for state in states)
     resumed = states.count("partial")
     announce(
-        f"{len(states)} assets and weights: {reused} to reuse, {resumed} to resume, {len(states) - reused - resumed} to compute"
+        f"{len(states)} assets and weights: {reused} to reuse, {resumed} to resume, "
+        f"{len(states) - reused - resumed} to compute"
     )
 
 

@@ -46,6 +46,7 @@ CODE_VERSIONS = {
     "modpo/preference_trainer.py": 1,
     "modpo/raters.py": 1,
     "modpo/ratings.py": 1,
+    "modpo/schedule.py": 1,
     "modpo/sft.py": 1,
     "modpo/statistics.py": 1,
     "modpo/tokenization.py": 1,
@@ -55,7 +56,8 @@ CODE_VERSIONS = {
 that was made by it is then out of date. A test holds a digest of each piece and asks whoever changes one."""
 
 _SCORING = ("modpo/batching.py", "modpo/log_probs.py", "modpo/tokenization.py")
-_PREFERENCE = ("modpo/losses.py", "modpo/preference_trainer.py", "modpo/training.py", "modpo/models.py", *_SCORING)
+_TRAINING = ("modpo/training.py", "modpo/schedule.py", "modpo/models.py")
+_PREFERENCE = ("modpo/losses.py", "modpo/preference_trainer.py", *_TRAINING, *_SCORING)
 
 
 @dataclass(frozen=True)
@@ -151,8 +153,7 @@ def stages(experiment: Experiment) -> dict[str, Stage]:
             ("preference_pairs",) if sft else (),
             (*model, "sft", "lora", "seed", *lengths) if sft else (*model, "sft.enabled"),
             "assets/training.py:sft_model",
-            "modpo/models.py",
-            *(("modpo/sft.py", "modpo/training.py", "modpo/tokenization.py") if sft else ()),
+            *(("modpo/sft.py", *_TRAINING, "modpo/tokenization.py") if sft else ("modpo/models.py",)),
         ),
         stage(
             "reference_log_probs",
@@ -228,7 +229,7 @@ def stages(experiment: Experiment) -> dict[str, Stage]:
         stage(
             "tradeoff",
             ("score_summary",),
-            ("data.preference_attribute", *objective),
+            ("name", "data.preference_attribute", *objective),  # the name stands in the plot's title
             "assets/evaluation.py:tradeoff",
             "modpo/statistics.py",
             "modpo/plots.py",
@@ -273,13 +274,11 @@ def fingerprints(experiment: Experiment, digest_cache: Path | None = None) -> di
 def code_version(stage: Stage, experiment: Experiment) -> str:
     """The part of a stage's fingerprint that depends neither on its inputs nor on w: Dagster's `code_version`.
 
-    For an asset at the root it holds no digest of a source that is not there (yet).
+    A local source counts by its path here, not by its content: every step process loads the definitions, and reading
+    gigabytes of weights each time would cost more than many a step. `helpsteer status` looks at the content.
     """
     flat = _flatten(experiment.model_dump(mode="json"))
-    try:
-        flat |= _roots(experiment, None)
-    except HelpsteerError:
-        pass  # Loading the definitions must not fail on a missing source; materializing says what is missing.
+    flat |= {key: f"{source}@{revision}" for key, source, revision in experiment.hub_references().values() if revision}
     code = {piece: CODE_VERSIONS[piece] for piece in stage.code}
     return _hash({"stage": stage.name, "code": code, "settings": _settings_of(stage, flat)})
 
@@ -321,7 +320,7 @@ def local_path(key: str, source: str) -> Path:
 
 
 def fetch(experiment: Experiment, section: Literal["data", "model", "rater"]) -> Path:
-    """The local folder or file of the source, the base model or the rater, downloaded from the hub where it lives there."""
+    """The folder or file of the source, the base model or the rater, downloaded where it lives on the hub."""
     key, source, revision = experiment.hub_references()[section]
     if not is_hub_id(source):
         return local_path(key, source)

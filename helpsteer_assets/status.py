@@ -5,6 +5,7 @@ asset as out of date. Here the present fingerprints are compared with the store 
 materialization. Imports neither Dagster nor torch.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from helpsteer_assets.experiment import Experiment
 from helpsteer_assets.resources.artifacts import ALL, CHECKPOINTS, ArtifactStore
 from helpsteer_assets.resources.warehouse import Warehouse
 from helpsteer_assets.stages import Fingerprint, fingerprints
+
+_REVISION = re.compile(r"(?P<id>.+)@(?P<revision>[0-9a-f]{40})")
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,13 @@ def status(experiment: Experiment, home: Path) -> list[Status]:
     """The state of every asset and weight, in topological order."""
     store, warehouse = ArtifactStore(home), Warehouse(home)
     present = fingerprints(experiment, home / "cache" / "digests.json")
-    return [_status(fingerprint, present, experiment, store, warehouse) for fingerprint in present.values()]
+    return [_status(fingerprint, present, experiment.name, store, warehouse) for fingerprint in present.values()]
 
 
 def _status(
     fingerprint: Fingerprint,
     present: dict[tuple[str, str], Fingerprint],
-    experiment: Experiment,
+    experiment: str,
     store: ArtifactStore,
     warehouse: Warehouse,
 ) -> Status:
@@ -51,18 +54,18 @@ def _status(
     def result(state: str, detail: str = "", path: Path | None = None) -> Status:
         return Status(asset, partition, state, detail, fingerprint.value, None if path is None else str(path))
 
-    latest = warehouse.latest(experiment.name, asset, partition)
+    latest = warehouse.latest(experiment, asset, partition)
     artifact = store.find(asset, partition, fingerprint.value)
     if artifact is not None:
         complete = latest is not None and latest["fingerprint"] == fingerprint.value
         return result("complete" if complete else "reusable", path=artifact.path)
-    reason = "" if latest is None else _why(fingerprint, latest["fingerprint"], present, experiment, store, warehouse)
     partial = store.partial(asset, partition, fingerprint.value)
     if partial.is_dir():
         return result("partial", _partial_progress(partial / CHECKPOINTS), partial)
     if latest is None:
         return result("missing")
-    return result("out of date", reason)
+    changed, reason = _why(fingerprint, latest["fingerprint"], present, store)
+    return result("out of date", reason if changed == fingerprint.asset else f"{changed}: {reason}")
 
 
 def _partial_progress(checkpoints: Path) -> str:
@@ -76,47 +79,52 @@ def _partial_progress(checkpoints: Path) -> str:
 
 
 def _why(
-    fingerprint: Fingerprint,
-    then: str,
-    present: dict[tuple[str, str], Fingerprint],
-    experiment: Experiment,
-    store: ArtifactStore,
-    warehouse: Warehouse,
-) -> str:
-    """What differs between an earlier fingerprint and the present one, followed up to where it began."""
+    fingerprint: Fingerprint, then: str, present: dict[tuple[str, str], Fingerprint], store: ArtifactStore
+) -> tuple[str, str]:
+    """What differs between an earlier fingerprint and the present one: the asset where it began, and the reason."""
+    asset = fingerprint.asset
     if then == fingerprint.value:
-        return "its artifact is gone from the disk, or damaged"
-    earlier = store.find(fingerprint.asset, fingerprint.partition, then)
+        return asset, "its artifact is gone from the disk, or damaged"
+    earlier = store.find(asset, fingerprint.partition, then)
     if earlier is None:
-        return "materialized with other settings"
+        return asset, "other settings (the earlier artifact is gone, so nothing says which)"
     manifest = earlier.manifest
     changes = _differences(manifest["settings"], fingerprint.settings)
     changes += [
         f"code of {piece}" for piece, version in fingerprint.code.items() if manifest["code"].get(piece) != version
     ]
     if changes:
-        return ", ".join(changes)
-    for asset, partitions in fingerprint.inputs.items():
+        return asset, ", ".join(changes)
+    for name, partitions in fingerprint.inputs.items():
         for partition, value in partitions.items():
-            before = manifest["inputs"].get(asset, {}).get(partition)
+            before = manifest["inputs"].get(name, {}).get(partition)
             if before is not None and before != value:
-                deeper = _why(present[asset, partition], before, present, experiment, store, warehouse)
-                return deeper if ":" in deeper else f"{asset}: {deeper}"
-    return "it reads other inputs"
+                return _why(present[name, partition], before, present, store)
+    return asset, "it reads other inputs"
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     absent = object()
     return [
-        f"{key} {_shown(before.get(key))} -> {_shown(now.get(key))}"
+        f"the content of {key}"
+        if _is_digest(before.get(key)) and _is_digest(now.get(key))
+        else f"{key} {_shown(before.get(key))} -> {_shown(now.get(key))}"
         for key in sorted({*before, *now})
         if before.get(key, absent) != now.get(key, absent)
     ]
 
 
+def _is_digest(value: Any) -> bool:
+    """Whether it stands for the content of a local source or model."""
+    return isinstance(value, str) and value.startswith("sha256:")
+
+
 def _shown(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 24 else f"{text[:20]}…"
+    """A setting's value, a local source's digest or a hub id with its revision, short enough for a table."""
+    if isinstance(value, str) and (match := _REVISION.fullmatch(value)):
+        return f"{match['id']}@{match['revision'][:8]}"
+    text = "a local path" if _is_digest(value) else "null" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def label(asset: str, partition: str) -> str:

@@ -1,10 +1,12 @@
-"""What tests share: one torch thread, and a tiny random model on disk."""
+"""What tests share: one torch thread, a tiny random model on disk, pairs to train it on, and sudden death."""
 
+import multiprocessing
 import os
-from collections.abc import Iterator
+import sys
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
-
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests fork
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 import torch
@@ -12,7 +14,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
+if TYPE_CHECKING:
+    from helpsteer_assets.modpo.preference_trainer import PreferencePair
+    from helpsteer_assets.modpo.tokenization import Sequence
+
 torch.set_num_threads(1)
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests fork
 
 SENTENCES = (
     "How do I fold a shirt?",
@@ -101,3 +108,62 @@ def model(tiny_model_path: Path) -> PreTrainedModel:
     from helpsteer_assets.modpo.models import load_model
 
     return load_model(tiny_model_path, precision="fp32")
+
+
+def make_sequences(tokenizer: PreTrainedTokenizerBase, count: int) -> "list[Sequence]":
+    """Short prompts and responses of differing lengths as token ids, always the same ones."""
+    from helpsteer_assets.modpo.tokenization import Sequence, encode_prompt, encode_response
+
+    words = [word for sentence in SENTENCES for word in sentence.split()]
+    texts = [(" ".join(words[i : i + 3]), " ".join(words[2 * i : 2 * i + 1 + i % 5])) for i in range(count)]
+    return [Sequence(encode_prompt(tokenizer, p, 40)[0], encode_response(tokenizer, r, 40)[0]) for p, r in texts]
+
+
+@pytest.fixture(scope="session")
+def pairs(tiny_model_path: Path, tokenizer: PreTrainedTokenizerBase) -> "list[PreferencePair]":
+    """Twenty preference pairs with the tiny model's log-probabilities as reference and margins of some size."""
+    from helpsteer_assets.modpo.log_probs import BASE, score_sequences
+    from helpsteer_assets.modpo.models import load_model
+    from helpsteer_assets.modpo.preference_trainer import PreferencePair
+    from helpsteer_assets.modpo.tokenization import Sequence
+
+    chosen = make_sequences(tokenizer, 20)
+    rejected = [
+        Sequence(s.prompt_ids, other.response_ids) for s, other in zip(chosen, [*chosen[1:], chosen[0]], strict=True)
+    ]
+    model = load_model(tiny_model_path, precision="fp32")
+    reference = score_sequences(model, chosen + rejected, pad_id=0)[BASE]
+    return [
+        PreferencePair(chosen[i], rejected[i], reference[i], reference[20 + i], 0.3 * (i % 3), -0.2 * (i % 4))
+        for i in range(20)
+    ]
+
+
+def run_to_its_death(work: Callable[[], object]) -> None:
+    """Do the work in a process of its own, which must end by SIGKILL."""
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def die() -> NoReturn:
+    """End this process as a power cut or the out-of-memory killer would."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("unreachable")
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    session.config.stash[EXIT_STATUS] = int(exitstatus)
+
+
+EXIT_STATUS = pytest.StashKey[int]()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End at once: DuckDB 2's bindings print pages about harmless leaks while an interpreter is torn down."""
+    if EXIT_STATUS in config.stash:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(config.stash[EXIT_STATUS])

@@ -4,7 +4,7 @@ from typing import Any
 
 import dagster as dg
 
-from helpsteer_assets.assets.display import shorten, table_metadata
+from helpsteer_assets.assets.display import rounded, shorten, table_metadata
 from helpsteer_assets.assets.materialization import Lab
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment import Experiment
@@ -27,7 +27,7 @@ def margin_adapter_prefers_chosen(lab: dg.ResourceParam[Lab]) -> dg.AssetCheckRe
         severity=dg.AssetCheckSeverity.ERROR,
         description="; ".join(reasons)
         or f"chosen beats rejected in {sanity['accuracy']:.1%} of {sanity['n']} validation pairs",
-        metadata={key: value for key, value in sanity.items() if value is not None}
+        metadata=rounded({key: value for key, value in sanity.items() if value is not None})
         | {"threshold": threshold, "worst_failures": table_metadata(failures)},
     )
 
@@ -40,9 +40,9 @@ def margin_follows_weight(lab: dg.ResourceParam[Lab]) -> dg.AssetCheckResult:
         passed=direction["verdict"] is not False,
         severity=dg.AssetCheckSeverity.WARN,
         description=direction["sentence"],
-        metadata={
-            key: value for key, value in direction.items() if isinstance(value, int | float) and key != "verdict"
-        },
+        metadata=rounded(
+            {key: value for key, value in direction.items() if isinstance(value, int | float) and key != "verdict"}
+        ),
     )
 
 

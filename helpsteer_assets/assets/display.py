@@ -1,10 +1,13 @@
-"""How the Dagster UI shows tables, texts and plots."""
+"""How the Dagster UI shows numbers, texts and tables."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import dagster as dg
 
 SHOWN_CHARACTERS = 300
+SHOWN_DIGITS = 5
+"""Significant digits of a number: 17 of them fill a column, and none beyond these says anything."""
 
 
 def shorten(text: str) -> str:
@@ -12,12 +15,23 @@ def shorten(text: str) -> str:
     return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + " …"
 
 
+def rounded(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata with its plain numbers cut to what people read; the artifact keeps the exact ones."""
+    return {
+        key: float(f"{value:.{SHOWN_DIGITS}g}") if isinstance(value, float) else value
+        for key, value in metadata.items()
+    }
+
+
 def table_metadata(rows: list[dict[str, Any]]) -> dg.TableMetadataValue | dg.TextMetadataValue:
-    """Rows as a table; what is neither a number nor a truth value becomes text."""
+    """Rows as a table, numbers rounded; what is neither a number nor a truth value becomes text."""
     if not rows:
         return dg.MetadataValue.text("none")
     shown = [
-        {key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in row.items()}
+        {
+            key: value if isinstance(value, bool | int | float | str) else str(value)
+            for key, value in rounded(row).items()
+        }
         for row in rows
     ]
     names = {bool: "bool", int: "int", float: "float", str: "string"}

@@ -14,6 +14,7 @@ import dagster as dg
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from helpsteer_assets.assets.display import rounded
 from helpsteer_assets.assets.progress import ProgressReporter
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment import Experiment
@@ -150,7 +151,7 @@ class Lab:
         return dg.MaterializeResult(
             data_version=dg.DataVersion(fingerprint.value),
             metadata={
-                **declaration.describe(artifact, inputs, self.experiment),
+                **rounded(declaration.describe(artifact, inputs, self.experiment)),
                 **self._table_metadata(declaration, artifact),
                 "fingerprint": fingerprint.value,
                 "reused": reused,
@@ -260,4 +261,4 @@ def _definition_metadata(declaration: AssetDeclaration) -> dict[str, Any]:
         dg.TableColumn(column.name, column.type, description=column.comment)
         for column in TABLES[declaration.table].columns
     ]
-    return {"dagster/column_schema": dg.TableSchema(columns=columns)}
+    return {"dagster/column_schema": dg.TableSchema(columns=columns), "dagster/table_name": declaration.table}

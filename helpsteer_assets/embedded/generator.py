@@ -297,8 +297,10 @@ def rate_contents(contents: Contents) -> dict[str, float]:
         useful = EVASION_VALUE
     if contents.lead or contents.details:
         correct = 4.0
+    elif contents.vague:
+        correct = 3.0
     else:
-        correct = 3.0 if contents.vague else 1.0 if contents.evasive else 0.0
+        correct = 1.0 if contents.evasive else 0.0
     ratings = {
         "helpfulness": useful - PADDING_COST * contents.padding - 0.4 * faults - 0.2 * contents.repeated,
         "correctness": correct - 1.5 * contents.foreign - 0.75 * contents.damaged,

@@ -80,8 +80,9 @@ def score_sequences(
         rows.append(finished)
         found |= {row["index"]: row["log_probs"] for row in finished}
         progress(len(found), len(sequences))
-    columns = zip(*(found[index] for index in range(len(sequences))), strict=True)
-    return dict(zip(adapters, (list(column) for column in columns), strict=True))
+    return {
+        adapter: [found[index][column] for index in range(len(sequences))] for column, adapter in enumerate(adapters)
+    }
 
 
 def _under(model: PreTrainedModel | PeftModel, adapter: str, batch: Batch) -> list[float]:

@@ -114,12 +114,16 @@ def attach_lora(model: PreTrainedModel, lora: "LoraSettings", seed: int) -> Peft
     )
     if isinstance(lora.target_modules, list):
         # peft passes over a name that fits nothing as long as another does.
-        layers = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+        head = model.get_output_embeddings()
+        layers = [
+            n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head
+        ]
         unknown = [n for n in lora.target_modules if not any(f".{layer}".endswith(f".{n}") for layer in layers)]
         if unknown:
             known = ", ".join(sorted({layer.rpartition(".")[2] for layer in layers}))
             raise HelpsteerError(
-                f"lora.target_modules: {', '.join(unknown)}: the base model has no such linear layer (it has {known})"
+                f"lora.target_modules: {', '.join(unknown)}: no linear layer below the output layer is called so "
+                f"(there are {known})"
             )
     with _peft_uses_an_old_name():
         return get_peft_model(model, config)

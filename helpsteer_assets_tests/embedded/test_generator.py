@@ -134,8 +134,7 @@ def test_the_same_two_kinds_of_answers_are_preferred_in_both_directions():
     nested = [
         words(chosen) > words(rejected)
         for chosen, rejected in preference_pairs(ROWS["train"], "helpfulness")
-        if chosen["response"].startswith(rejected["response"])
-        or rejected["response"].startswith(chosen["response"])
+        if chosen["response"].startswith(rejected["response"]) or rejected["response"].startswith(chosen["response"])
     ]
     assert len(nested) > 500
     assert 0.6 < sum(nested) / len(nested) < 0.95

@@ -89,9 +89,7 @@ def test_shipped_weights_know_the_text_and_random_ones_do_not(tokenizer, example
     untrained = AutoModelForCausalLM.from_config(model.config)
     with torch.no_grad():
         assert response_loss(model, examples, tokenizer.pad_token_id).item() < 0.4
-        assert response_loss(untrained, examples, tokenizer.pad_token_id).item() > 0.8 * math.log(
-            len(tokenizer)
-        )
+        assert response_loss(untrained, examples, tokenizer.pad_token_id).item() > 0.8 * math.log(len(tokenizer))
 
 
 def test_shipped_model_answers_a_held_out_prompt_and_stops(tokenizer):
@@ -109,9 +107,7 @@ def test_shipped_model_answers_a_held_out_prompt_and_stops(tokenizer):
     outputs = model.generate(**inputs, max_new_tokens=96)[:, inputs["input_ids"].shape[1] :]
     assert (outputs == tokenizer.eos_token_id).any(dim=1).all()
     answers = tokenizer.batch_decode(outputs, skip_special_tokens=True)
-    whole = [
-        rate(prompt, answer)["coherence"] >= 2.5 for prompt, answer in zip(prompts, answers, strict=True)
-    ]
+    whole = [rate(prompt, answer)["coherence"] >= 2.5 for prompt, answer in zip(prompts, answers, strict=True)]
     assert sum(whole) >= 0.75 * len(whole)
 
 

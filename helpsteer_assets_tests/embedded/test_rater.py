@@ -47,9 +47,7 @@ def test_generated_ratings_are_the_raters_with_the_annotators_noise():
     """Clipping and rounding move means near the ends, so only the middle of the scale is held to be unbiased."""
     for attribute, noise in (("helpfulness", 0.9), ("verbosity", 0.5)):
         latent = [rate(row["prompt"], row["response"])[attribute] for row in ROWS]
-        errors = [
-            row[attribute] - value for row, value in zip(ROWS, latent, strict=True) if 1.4 < value < 2.6
-        ]
+        errors = [row[attribute] - value for row, value in zip(ROWS, latent, strict=True) if 1.4 < value < 2.6]
         assert len(errors) > 400
         assert abs(statistics.mean(errors)) < 0.1
         assert noise * 0.85 < statistics.stdev(errors) < noise * 1.15 + 0.1

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,7 +25,7 @@ def test_padded_size_stays_within_the_cap_but_for_single_items(lengths, cap):
 @given(lengths=LENGTHS, cap=CAP)
 def test_no_two_neighbouring_batches_would_fit_in_one(lengths, cap):
     batches = plan_batches(lengths, cap)
-    for batch, after in zip(batches, batches[1:], strict=False):
+    for batch, after in pairwise(batches):
         assert (len(batch) + 1) * lengths[batch[0]] > cap
         assert min(lengths[index] for index in batch) >= max(lengths[index] for index in after)
 

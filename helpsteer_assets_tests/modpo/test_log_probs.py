@@ -37,10 +37,8 @@ def one_token_at_a_time(model: torch.nn.Module, sequence: Sequence) -> float:
 def two_adapters(model: torch.nn.Module) -> PeftModel:
     """Random LoRA adapters `first` and `second` that do something."""
     peft_model = attach_lora(model, LoraSettings(r=4, alpha=8), seed=0)
-    config = peft_model.peft_config["default"]
     for name in ("first", "second"):
-        peft_model.add_adapter(name, config)
-    peft_model.delete_adapter("default")
+        peft_model.add_adapter(name, peft_model.peft_config["default"])
     torch.manual_seed(3)
     with torch.no_grad():
         for name, parameter in peft_model.named_parameters():
@@ -50,7 +48,8 @@ def two_adapters(model: torch.nn.Module) -> PeftModel:
 
 
 class TestResponseLogProbs:
-    @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+    # Llama's norms compute in fp32 even in an fp64 model.
+    @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 2e-5), (torch.float32, 1e-4)])
     @torch.no_grad()
     def test_equal_a_loop_over_the_tokens(self, model, dtype, tolerance):
         model.to(dtype)
@@ -75,7 +74,8 @@ class TestResponseLogProbs:
         with_own_pad = response_log_probs(model, collate(sequences, PAD))
         with_eos_as_pad = response_log_probs(model, collate(sequences, EOS))
         torch.testing.assert_close(with_own_pad, with_eos_as_pad, atol=1e-10, rtol=0)
-        without_eos = response_log_probs(model, collate([Sequence(s.prompt_ids, s.response_ids[:-1]) for s in sequences], EOS))
+        cut = [Sequence(s.prompt_ids, s.response_ids[:-1]) for s in sequences]
+        without_eos = response_log_probs(model, collate(cut, EOS))
         assert (without_eos > with_eos_as_pad).all()
 
     def test_leave_the_prompts_tokens_out_of_the_gradient(self, model):
@@ -101,7 +101,7 @@ class TestScoreSequences:
         assert scored[BASE] == pytest.approx(expected, abs=1e-9)
 
     def test_of_no_sequences_are_no_scores(self, model):
-        assert score_sequences(model, [], pad_id=PAD) in ({}, {BASE: []})
+        assert score_sequences(model, [], pad_id=PAD) == {BASE: []}
 
     def test_score_each_adapter_and_the_model_without_any(self, model, tiny_model_path):
         sequences = make_sequences(6)
@@ -119,7 +119,11 @@ class TestScoreSequences:
 
     def test_report_progress_up_to_all(self, model):
         seen: list[tuple[int, int]] = []
-        score_sequences(model, make_sequences(9), pad_id=PAD, progress=lambda done, total, **_: seen.append((done, total)))
+
+        def progress(done: int, total: int, **_: float) -> None:
+            seen.append((done, total))
+
+        score_sequences(model, make_sequences(9), pad_id=PAD, progress=progress)
         assert seen[-1] == (9, 9)
         assert seen == sorted(seen)
         assert len(seen) > 2

@@ -21,9 +21,7 @@ def test_margin_reward_of_an_adapter_is_its_scaled_log_ratio_whatever_the_role()
 
 
 def test_role_cost_turns_the_sign_and_role_reward_does_not():
-    np.testing.assert_allclose(
-        margin(objective(margin_role="cost", margin_beta=0.2), LOG_RATIOS, TOKENS), [-0.4, 0.2]
-    )
+    np.testing.assert_allclose(margin(objective(margin_role="cost", margin_beta=0.2), LOG_RATIOS, TOKENS), [-0.4, 0.2])
     np.testing.assert_allclose(
         margin(objective(margin_role="reward", margin_beta=0.2), LOG_RATIOS, TOKENS), [0.4, -0.2]
     )

@@ -40,9 +40,7 @@ class TestPrompt:
         assert render_prompt(TOKENIZER, "Fold it?") == "<s>user: Fold it?\nassistant: "
 
     def test_without_a_chat_template_gets_the_described_pipelines_template(self):
-        assert render_prompt(make_tokenizer(chat_template=None), "Fold it?") == (
-            "\n\nHuman:\nFold it?\n\nAssistant:\n"
-        )
+        assert render_prompt(make_tokenizer(chat_template=None), "Fold it?") == ("\n\nHuman:\nFold it?\n\nAssistant:\n")
 
     def test_begins_with_one_begin_of_text_token_and_not_two(self):
         encoded, cut = encode_prompt(TOKENIZER, "Fold it?", 100)

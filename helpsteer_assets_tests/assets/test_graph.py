@@ -1,0 +1,263 @@
+"""The whole graph on a real Dagster instance: what it leaves, what it reuses, what a changed setting recomputes."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import dagster as dg
+import pyarrow.parquet as pq
+import pytest
+
+from helpsteer_assets.home import dagster_home
+from helpsteer_assets.resources.artifacts import ALL, ArtifactStore
+from helpsteer_assets.resources.warehouse import Warehouse
+from helpsteer_assets.stages import fingerprints, stages
+from helpsteer_assets.status import status
+from helpsteer_assets_tests.assets.conftest import Finished
+
+BELOW_MODPO = {"modpo_models", "generations", "scores", "score_summary", "tradeoff"}
+
+
+def reused(run: Finished) -> dict[str, set[bool]]:
+    """Whether the latest materialization of each asset's partitions was a reuse."""
+    _, rows = Warehouse(run.home).query("SELECT asset, reused FROM materializations")
+    found: dict[str, set[bool]] = {}
+    for asset, was_reused in rows:
+        found.setdefault(asset, set()).add(was_reused)
+    return found
+
+
+def recomputed(run: Finished) -> set[str]:
+    return {asset for asset, how in reused(run).items() if how != {True}}
+
+
+def query(run: Finished, sql: str) -> list[tuple]:
+    return Warehouse(run.home).query(sql)[1]
+
+
+def test_every_asset_and_weight_is_complete_after_a_run(quick: Finished) -> None:
+    found = status(quick.experiment, quick.home)
+    assert {s.state for s in found} == {"complete"}
+    assert {s.asset for s in found} == set(stages(quick.experiment))
+    assert [s.partition for s in found if s.asset == "scores"] == ["0.1", "0.9"]
+
+
+def test_scores_hold_one_row_per_policy_and_prompt(quick: Finished) -> None:
+    rows = query(
+        quick,
+        "SELECT policy, w, count(*), count(DISTINCT prompt_id), count(helpfulness), count(margin_reward), "
+        "min(response_tokens) FROM scores GROUP BY ALL ORDER BY w NULLS FIRST",
+    )
+    assert [row[:6] for row in rows] == [
+        ("sft", None, 8, 8, 8, 8),
+        ("modpo", 0.1, 8, 8, 8, 8),
+        ("modpo", 0.9, 8, 8, 8, 8),
+    ]
+    assert all(row[6] >= 1 for row in rows)
+
+
+def test_the_published_margin_reward_is_margin_beta_times_the_stored_log_ratio(quick: Finished) -> None:
+    beta = quick.experiment.objective.margin_beta
+    (difference,) = query(quick, f"SELECT max(abs(margin_reward - {beta} * margin_log_ratio)) FROM scores")[0]
+    assert difference < 1e-12
+    assert query(quick, "SELECT max(abs(margin_log_ratio)) > 0 FROM scores") == [(True,)]
+
+
+def test_the_log_ratio_of_sft_to_itself_is_zero_and_that_of_a_policy_is_not(quick: Finished) -> None:
+    assert query(quick, "SELECT max(abs(log_ratio_to_sft)) FROM scores WHERE policy = 'sft'") == [(0.0,)]
+    assert query(quick, "SELECT min(abs(log_ratio_to_sft)) > 0 FROM scores WHERE policy = 'modpo'") == [(True,)]
+
+
+def test_pairs_recur_in_the_table_of_reference_log_probs_once_each(quick: Finished) -> None:
+    pairs = "SELECT chosen_id AS id FROM {0} UNION SELECT rejected_id FROM {0}"
+    both = f"{pairs.format('preference_pairs')} UNION {pairs.format('margin_pairs')}"
+    unmatched = query(
+        quick,
+        f"SELECT count(*) FROM ({both}) LEFT JOIN reference_log_probs ON id = response_id "
+        "WHERE log_prob IS NULL OR log_prob >= 0",
+    )
+    assert unmatched == [(0,)]
+    assert query(quick, f"SELECT count(*) = (SELECT count(*) FROM ({both})) FROM reference_log_probs") == [(True,)]
+
+
+def test_every_row_leads_back_to_its_run_and_its_artifact(quick: Finished) -> None:
+    store = ArtifactStore(quick.home)
+    with dg.DagsterInstance.from_config(str(dagster_home(quick.home, "quick"))) as instance:
+        for w, fingerprint, run_id in query(quick, "SELECT DISTINCT w, fingerprint, run_id FROM scores"):
+            asset, partition = ("sft_scores", ALL) if w is None else ("scores", f"{w:g}")
+            artifact = store.get(asset, partition, fingerprint)
+            assert artifact is not None
+            assert instance.get_run_by_id(run_id).status == dg.DagsterRunStatus.SUCCESS
+            source = "sft_generations" if w is None else "generations"
+            generations = store.get(source, partition, artifact.manifest["inputs"][source][partition])
+            assert generations is not None and generations.manifest["settings"]["generation.do_sample"] is False
+
+
+def test_dagster_knows_each_fingerprint_as_the_data_version(quick: Finished) -> None:
+    expected = fingerprints(quick.experiment)
+    with dg.DagsterInstance.from_config(str(dagster_home(quick.home, "quick"))) as instance:
+        for (asset, partition), fingerprint in expected.items():
+            records = instance.fetch_materializations(
+                dg.AssetRecordsFilter(dg.AssetKey(asset), asset_partitions=None if partition == ALL else [partition]),
+                limit=1,
+            ).records
+            assert records[0].asset_materialization.tags["dagster/data_version"] == fingerprint.value
+
+
+def test_checks_were_evaluated(quick: Finished) -> None:
+    with dg.DagsterInstance.from_config(str(dagster_home(quick.home, "quick"))) as instance:
+        for asset, check in (
+            ("margin_adapter", "margin_adapter_prefers_chosen"),
+            ("tradeoff", "margin_follows_weight"),
+        ):
+            key = dg.AssetCheckKey(dg.AssetKey(asset), check)
+            records = instance.event_log_storage.get_asset_check_execution_history(key, limit=1)
+            assert records, f"{check} was not evaluated"
+
+
+def test_the_run_announces_progress_and_where_to_look(quick: Finished) -> None:
+    text = "\n".join(quick.announced)
+    for expected in (
+        "modpo_models w=0.1: 6 of 6, loss",
+        "Pareto front:",
+        "tradeoff.png",
+        "helpsteer query",
+        "helpsteer ui",
+    ):
+        assert expected in text
+
+
+def test_the_tradeoff_is_kept_as_numbers_and_pictures(quick: Finished) -> None:
+    found = fingerprints(quick.experiment)["tradeoff", ALL]
+    artifact = ArtifactStore(quick.home).get("tradeoff", ALL, found.value)
+    assert artifact is not None
+    result = json.loads(artifact.file("tradeoff.json").read_text())
+    assert [point["label"] for point in result["points"]] == ["SFT", "w=0.1", "w=0.9"]
+    assert result["preference_measured"] and result["axes"]["x"] == "helpfulness"
+    assert artifact.file("tradeoff.png").read_bytes().startswith(b"\x89PNG")
+    assert b"<svg" in artifact.file("tradeoff.svg").read_bytes()
+
+
+def test_a_second_run_reuses_everything(copied: Callable[..., Finished]) -> None:
+    again = copied()
+    manifests = {path: path.stat().st_mtime_ns for path in again.home.glob("artifacts/*/*/*/manifest.json")}
+    assert again.run()
+    assert set(reused(again)) == set(stages(again.experiment))
+    assert recomputed(again) == set()
+    assert {path: path.stat().st_mtime_ns for path in again.home.glob("artifacts/*/*/*/manifest.json")} == manifests
+
+
+@pytest.mark.parametrize("change", [{"beta": 0.3}, {"margin_beta": 0.3}])
+def test_a_changed_beta_recomputes_the_policies_and_what_follows_and_nothing_else(
+    copied: Callable[..., Finished], change: dict[str, float]
+) -> None:
+    changed = copied(objective={"weights": [0.1], **change})
+    assert changed.run()
+    recomputed_now = {
+        s.asset
+        for s in status(changed.experiment, changed.home)
+        if (artifact := ArtifactStore(changed.home).find(s.asset, s.partition, s.fingerprint))
+        and not any(artifact.path == other for other in _folders(copied, changed))
+    }
+    assert recomputed_now == BELOW_MODPO
+
+
+def _folders(copied: Callable[..., Finished], changed: Finished) -> set[Path]:
+    before = copied(name="quick")
+    return {
+        changed.home / "artifacts" / asset / partition / fingerprint.value
+        for (asset, partition), fingerprint in fingerprints(before.experiment).items()
+    }
+
+
+def test_a_changed_evaluation_size_leaves_training_alone(copied: Callable[..., Finished]) -> None:
+    changed = copied(evaluation={"prompts": 6})
+    assert changed.run()
+    assert recomputed(changed) == {
+        "evaluation_prompts",
+        "sft_generations",
+        "generations",
+        "sft_scores",
+        "scores",
+        "score_summary",
+        "tradeoff",
+    }
+    assert query(changed, "SELECT count(*) FROM scores") == [(18,)]
+
+
+def test_going_back_to_earlier_settings_finds_the_earlier_artifacts(copied: Callable[..., Finished]) -> None:
+    assert copied(evaluation={"prompts": 6}).run()
+    back = copied()
+    assert back.run()
+    assert recomputed(back) == set()
+    assert query(back, "SELECT count(*) FROM scores") == [(24,)]
+
+
+def test_an_experiment_with_a_length_penalty_has_no_margin_adapter_and_runs(copied: Callable[..., Finished]) -> None:
+    objective = {
+        "weights": [0.5],
+        "margin": "length_penalty",
+        "penalty": 0.01,
+        "margin_role": None,
+        "margin_beta": None,
+    }
+    penalized = copied(objective=objective)
+    assert penalized.run()
+    assert not {"margin_pairs", "margin_adapter"} & set(stages(penalized.experiment))
+    assert query(penalized, "SELECT max(abs(margin_reward + 0.01 * response_tokens)) FROM scores WHERE w = 0.5") == [
+        (0.0,)
+    ]
+
+
+def test_without_a_rater_preference_quality_is_said_to_be_unmeasured(copied: Callable[..., Finished]) -> None:
+    unrated = copied(evaluation={"rater": "none"})
+    assert unrated.run()
+    assert query(unrated, "SELECT count(helpfulness) FROM scores") == [(0,)]
+    found = fingerprints(unrated.experiment)["tradeoff", ALL]
+    artifact = ArtifactStore(unrated.home).get("tradeoff", ALL, found.value)
+    assert artifact is not None
+    result = json.loads(artifact.file("tradeoff.json").read_text())
+    assert result["axes"] == {"x": "log_ratio_to_sft", "y": "margin", "x_larger_is_better": False}
+    assert "unmeasured" in result["note"]
+
+
+def test_the_base_model_can_be_the_reference_policy(copied: Callable[..., Finished]) -> None:
+    changed = copied(sft={"enabled": False}, objective={"weights": [0.5]})
+    assert changed.run(select='key:"reference_log_probs" or key:"sft_model" or key:"evaluation_prompts"')
+    found = fingerprints(changed.experiment)["sft_model", ALL]
+    artifact = ArtifactStore(changed.home).get("sft_model", ALL, found.value)
+    assert artifact is not None and artifact.manifest["metrics"] == {}
+
+
+def test_selected_weights_run_alone_and_the_summary_waits_for_the_others(
+    tmp_path: Path, copied: Callable[..., Finished]
+) -> None:
+    changed = copied(objective={"weights": [0.1, 0.9], "beta": 0.25})
+    assert changed.run(weights=["0.9"])
+    states = {(s.asset, s.partition): s.state for s in status(changed.experiment, changed.home)}
+    assert states["scores", "0.9"] == "complete"
+    assert states["scores", "0.1"] == "out of date"
+    assert states["score_summary", ALL] == "out of date"
+    assert any("missing: 0.1" in line for line in changed.announced)
+
+
+def test_a_damaged_artifact_is_set_aside_and_computed_again(copied: Callable[..., Finished]) -> None:
+    damaged = copied()
+    found = fingerprints(damaged.experiment)["evaluation_prompts", ALL]
+    artifact = ArtifactStore(damaged.home).get("evaluation_prompts", ALL, found.value)
+    assert artifact is not None
+    file = artifact.file("prompts.parquet")
+    intact = file.read_bytes()
+    file.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
+    assert damaged.run(select='key:"evaluation_prompts"')
+    assert file.read_bytes() == intact
+    assert pq.read_table(file).num_rows == 8
+    assert list(artifact.path.parent.glob("*.damaged-*"))
+
+
+def test_an_asset_whose_input_is_missing_says_what_to_materialize(
+    tmp_path: Path, copied: Callable[..., Finished]
+) -> None:
+    alone = Finished(copied().experiment, tmp_path / "empty")
+    assert not alone.run(select='key:"preference_pairs"')
+    assert any("preference_pairs needs helpsteer_ratings" in line for line in alone.announced)

@@ -1,0 +1,133 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trl
+from peft import PeftModel
+
+from helpsteer_assets.errors import HelpsteerError
+from helpsteer_assets.experiment import LoraSettings, SftSettings
+from helpsteer_assets.modpo.batching import collate
+from helpsteer_assets.modpo.log_probs import response_log_probs
+from helpsteer_assets.modpo.models import attach_lora, load_model, load_tokenizer
+from helpsteer_assets.modpo.sft import train_sft
+from helpsteer_assets.modpo.tokenization import Sequence
+from helpsteer_assets.modpo.training import TrainingResult
+from helpsteer_assets_tests.conftest import make_sequences, make_tokenizer
+
+
+def train(
+    path: Path,
+    folder: Path,
+    sequences: list[Sequence],
+    selection: list[Sequence] | None = None,
+    tokenizer: Any = None,
+    **changes: Any,
+) -> tuple[PeftModel, TrainingResult]:
+    model = attach_lora(load_model(path, precision="fp32"), LoraSettings(r=4, alpha=8), 0)
+    how = {"steps": 6, "batch_size": 4, "learning_rate": 1e-2, "evaluate_every": 2, "warmup_share": 0.0} | changes
+    result = train_sft(
+        model,
+        tokenizer or load_tokenizer(path),
+        train_sequences=sequences,
+        selection_sequences=selection or [],
+        settings=SftSettings(**how),
+        max_length=100,
+        seed=0,
+        report_to=[],
+        checkpoints=folder,
+    )
+    return model, result
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
+    """What the trainer trains on."""
+    seen: list[dict[str, torch.Tensor]] = []
+    original = trl.SFTTrainer.compute_loss
+
+    def compute_loss(self: Any, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        seen.append({name: tensor.clone() for name, tensor in inputs.items()})
+        return original(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(trl.SFTTrainer, "compute_loss", compute_loss)
+    return seen
+
+
+@pytest.mark.parametrize("pad_is_eos", [False, True])
+def test_sequences_train_untouched_and_the_loss_is_on_the_response_only(
+    tiny_model_path, tokenizer, tmp_path, batches, pad_is_eos
+):
+    sequences = make_sequences(tokenizer, 8)
+    padding = make_tokenizer(pad=not pad_is_eos)
+    padding.pad_token = padding.pad_token or padding.eos_token
+    train(tiny_model_path, tmp_path, sequences, tokenizer=padding, steps=2)
+    found = set()
+    for batch in batches:
+        for tokens, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
+            length = int(mask.sum())
+            assert mask.tolist() == [1] * length + [0] * (len(mask) - length)
+            assert (labels[length:] == -100).all()
+            found.add((tuple(tokens[:length].tolist()), tuple(labels[:length].tolist())))
+    assert found == {
+        (tuple(s.prompt_ids + s.response_ids), tuple([-100] * len(s.prompt_ids) + s.response_ids)) for s in sequences
+    }
+
+
+def test_loss_is_the_mean_over_the_responses_tokens(tiny_model_path, tokenizer, model, tmp_path):
+    sequences = make_sequences(tokenizer, 8)
+    _, result = train(tiny_model_path, tmp_path, sequences, batch_size=8, steps=1)
+    with torch.no_grad():
+        total = response_log_probs(model, collate(sequences, 0)).sum().item()
+    assert result.history[0]["loss"] == pytest.approx(-total / sum(len(s.response_ids) for s in sequences), rel=1e-5)
+
+
+def test_a_batch_of_4_equals_4_accumulated_batches_of_1(tiny_model_path, tokenizer, tmp_path):
+    sequences = make_sequences(tokenizer, 10)
+    found = []
+    for batch_size, accumulation in ((4, 1), (1, 4)):
+        model, _ = train(
+            tiny_model_path,
+            tmp_path / str(batch_size),
+            sequences,
+            sequences[:3],
+            batch_size=batch_size,
+            accumulation=accumulation,
+        )
+        found.append({name: p.detach() for name, p in model.named_parameters() if "lora_" in name})
+    assert max((found[0][name] - found[1][name]).abs().max() for name in found[0]) < 1e-5
+
+
+def test_training_lowers_the_loss_and_keeps_the_best_checkpoint(tiny_model_path, tokenizer, tmp_path):
+    sequences = make_sequences(tokenizer, 12)
+    _, result = train(tiny_model_path, tmp_path, sequences, sequences[:5], steps=10)
+    losses = {row["step"]: row["eval_loss"] for row in result.history if "eval_loss" in row}
+    assert losses[10] < losses[2]
+    assert result.best_loss == losses[result.best_step] == min(losses.values())
+    assert all({"loss", "grad_norm"} <= row.keys() for row in result.history)
+
+
+def test_merged_the_model_says_the_same_as_with_its_adapter(tiny_model_path, tokenizer, tmp_path):
+    sequences = make_sequences(tokenizer, 8)
+    model, _ = train(tiny_model_path, tmp_path / "checkpoints", sequences)
+    batch = collate(sequences, 0)
+    with torch.no_grad():
+        before = load_model(tiny_model_path, precision="fp32")(batch.input_ids).logits
+        adapted = model.eval()(batch.input_ids).logits
+        merged = model.merge_and_unload()
+        merged.save_pretrained(tmp_path / "merged")
+        saved = load_model(tmp_path / "merged", precision="fp32")(batch.input_ids).logits
+    assert (adapted - before).abs().max() > 0.1
+    torch.testing.assert_close(merged(batch.input_ids).logits, adapted, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(saved, adapted, atol=2e-5, rtol=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_model_path, tokenizer, tmp_path):
+    with pytest.raises(HelpsteerError, match=r"training sft_model: \w+ is (nan|inf) by step \d of 6.*1e\+30"):
+        train(tiny_model_path, tmp_path, make_sequences(tokenizer, 8), learning_rate=1e30)
+
+
+def test_nothing_to_train_on_is_an_error(tiny_model_path, tmp_path):
+    with pytest.raises(HelpsteerError, match="training sft_model: there is no chosen response"):
+        train(tiny_model_path, tmp_path, [])
