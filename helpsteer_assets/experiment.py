@@ -282,7 +282,9 @@ class GenerationSettings(Section):
     repetition_penalty: float = Field(1.0, gt=0, description="1.0: none.")
     no_repeat_ngram_size: int = Field(0, ge=0, description="0: none.")
     max_batch_tokens: int = Field(
-        16384, ge=1, description="Padded tokens (prompt and response) in one batch. In fp32 it changes no response."
+        16384,
+        ge=1,
+        description="Padded tokens (prompt and response) in one batch. In fp32 it changes no greedy response.",
     )
 
 

@@ -98,8 +98,8 @@ def stages(experiment: Experiment) -> dict[str, Stage]:
     generation = tuple(
         f"generation.{key}"
         for key in type(experiment.generation).model_fields
-        # In fp32 the batch a response was made in does not change it; in bf16 it may.
-        if key != "max_batch_tokens" or experiment.model.precision != "fp32"
+        # In fp32 the batch a greedy response was made in does not change it; in bf16, and where it is sampled, it may.
+        if key != "max_batch_tokens" or experiment.model.precision != "fp32" or experiment.generation.do_sample
     ) + (("seed",) if experiment.generation.do_sample else ())
     sft = experiment.sft.enabled
     generating = ("modpo/generation.py", "modpo/models.py", "modpo/batching.py", "modpo/tokenization.py")

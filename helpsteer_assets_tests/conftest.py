@@ -2,8 +2,8 @@
 
 import multiprocessing
 import os
-import sys
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn

@@ -41,6 +41,7 @@ class StageRun:
     asset: str
     partition: str
     """The weight, or `ALL`."""
+    fingerprint: str
     folder: Path
     """Where the results go. What is in its `checkpoints` survives a killed attempt; nothing else does."""
     inputs: Inputs
@@ -171,7 +172,16 @@ class Lab:
         def compute(folder: Path) -> Metrics:
             log(f"{label}: computing")
             with ProgressReporter(label, log) as progress:
-                run = StageRun(self.experiment, fingerprint.asset, fingerprint.partition, folder, inputs, progress, log)
+                run = StageRun(
+                    self.experiment,
+                    fingerprint.asset,
+                    fingerprint.partition,
+                    fingerprint.value,
+                    folder,
+                    inputs,
+                    progress,
+                    log,
+                )
                 return declaration.compute(run)
 
         return self.store.build(

@@ -287,6 +287,7 @@ def _train(
         result,
         w=None if run.partition == ALL else run.partition,
         base=str(run.input("sft_model").path / "model"),
+        fingerprint=run.fingerprint,
     )
     (run.folder / "adapter" / "README.md").write_text(card, encoding="utf-8")
     return result, peft_model

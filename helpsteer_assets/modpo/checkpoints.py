@@ -1,8 +1,8 @@
 """Which checkpoints of a training can be gone on from. Imports no torch: `helpsteer status` reads it.
 
-transformers writes `checkpoint-<step>` folders file by file. One counts while `complete.json` lies in it, which is
-written last and deleted first: a process killed while writing or deleting one leaves a folder that the next attempt
-throws away.
+transformers writes `checkpoint-<step>` folders file by file. One counts once `complete.json` lies in it, which is
+written last: a process killed while writing one leaves a folder that the next attempt throws away. Older ones are
+deleted only after that, so that a half-deleted folder is never the newest nor the best.
 """
 
 import json
@@ -58,7 +58,6 @@ def keep_only(folder: Path, steps: Collection[int]) -> None:
     """Delete the checkpoints of all other steps."""
     for checkpoint in folder.glob("checkpoint-*"):
         if step_of(checkpoint) not in steps:
-            (checkpoint / COMPLETE).unlink(missing_ok=True)
             shutil.rmtree(checkpoint)
 
 

@@ -83,10 +83,10 @@ def generate(
 
 def _plan(prompt_lengths: list[int], settings: "GenerationSettings") -> list[list[int]]:
     """Indices of the prompts of each batch."""
-    if settings.repetition_penalty == 1.0 and settings.no_repeat_ngram_size == 0:
+    if settings.no_repeat_ngram_size == 0:
         groups = [list(range(len(prompt_lengths)))]
     else:
-        # Both count the padding as text (a pad token that is the end-of-text token would keep responses from ending),
+        # It counts the padding as text (a pad token that is the end-of-text token would keep responses from ending),
         # so that a batch must need none.
         by_length: dict[int, list[int]] = defaultdict(list)
         for index, length in enumerate(prompt_lengths):

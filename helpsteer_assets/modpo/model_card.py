@@ -26,7 +26,9 @@ def role_in_words(experiment: "Experiment", w: str) -> str:
     return f"w={w}: {rest} of the weight {pull}, {w} is on {preference}"
 
 
-def model_card(experiment: "Experiment", result: "TrainingResult", *, w: str | None, base: str) -> str:
+def model_card(
+    experiment: "Experiment", result: "TrainingResult", *, w: str | None, base: str, fingerprint: str
+) -> str:
     """The card of a policy's adapter, or (without w) of the margin adapter.
 
     Args:
@@ -34,6 +36,7 @@ def model_card(experiment: "Experiment", result: "TrainingResult", *, w: str | N
         result: how its training went.
         w: the policy's weight; None for the margin adapter.
         base: folder of the SFT model that the adapter sits on.
+        fingerprint: what determined the artifact that holds it.
     """
     data, objective = experiment.data, experiment.objective
     licence = DATA_LICENCES.get(data.source)
@@ -79,8 +82,8 @@ def model_card(experiment: "Experiment", result: "TrainingResult", *, w: str | N
 - Data: {data.source}{f" at revision {data.revision}" if data.revision else ""}
 - Precision: {experiment.model.precision}; LoRA r={lora.r}, alpha={lora.alpha}; seed {experiment.seed}
 - Training: {result.steps} steps, kept those up to step {result.best_step}{loss}{accuracy}
-- Experiment: {experiment.name}. The fingerprint is the name of the folder that holds this artifact; all settings,
-  inputs, versions and metrics are in its `manifest.json`.
+- Experiment: {experiment.name}, fingerprint {fingerprint}. All settings, inputs, versions and metrics are in the
+  artifact's `manifest.json`.
 - Licence of the data: {licence or "see the data's owner; its terms may bind this model"}.
 
 ```python

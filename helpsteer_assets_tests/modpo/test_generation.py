@@ -132,6 +132,11 @@ class TestSampling:
         made = [generate(policy, tokenizer, PROMPTS, self.how, seed=seed) for seed in (3, 3, 4)]
         assert made[0] == made[1] != made[2]
 
+    def test_draws_anew_in_every_batch(self, policy, tokenizer):
+        how = settings_of(do_sample=True, temperature=1.5, max_batch_tokens=1)
+        made = generate(policy, tokenizer, PROMPTS[:1] * 3, how, seed=0)
+        assert len({tuple(g.token_ids) for g in made}) == 3
+
     def test_takes_every_seed_that_an_experiment_may_have(self, policy, tokenizer):
         assert len(generate(policy, tokenizer, PROMPTS, self.how, seed=2**32 - 1)) == len(PROMPTS)
 

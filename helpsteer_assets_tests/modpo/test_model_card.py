@@ -38,7 +38,12 @@ def length_penalty() -> Experiment:
 class TestPolicy:
     @pytest.fixture
     def card(self, helpsteer) -> str:
-        return model_card(helpsteer, RESULT, w="0.2", base="/home/artifacts/sft_model/all/abc/model")
+        return model_card(
+            helpsteer, RESULT, w="0.2", base="/home/artifacts/sft_model/all/abc/model", fingerprint="f00d"
+        )
+
+    def test_names_the_fingerprint(self, card):
+        assert "fingerprint f00d" in card
 
     def test_names_base_data_and_licence_where_the_hub_reads_them(self, card):
         front = yaml.safe_load(card.split("---")[1])
@@ -79,34 +84,40 @@ def test_role_in_words_of_a_length_penalty(length_penalty):
 
 
 def test_card_of_a_length_penalty_names_the_penalty(length_penalty):
-    assert "beta 0.2, penalty 0.01" in model_card(length_penalty, RESULT, w="0.3", base="model")
+    assert "beta 0.2, penalty 0.01" in model_card(length_penalty, RESULT, w="0.3", base="model", fingerprint="f00d")
 
 
 def test_card_of_the_margin_adapter_says_that_it_is_a_reward_model(helpsteer):
-    card = model_card(helpsteer, RESULT, w=None, base="model")
+    card = model_card(helpsteer, RESULT, w=None, base="model", fingerprint="f00d")
     assert "# Margin adapter for verbosity" in card
     assert "LoRA trained by DPO (beta 0.1) on pairs that differ in verbosity" in card
     assert "not meant to generate" in card
 
 
 def test_card_of_an_unknown_data_set_leaves_the_licence_to_its_owner(helpsteer):
-    card = model_card(changed(helpsteer, data={"source": "someone/Ratings"}), RESULT, w="0.2", base="model")
+    card = model_card(
+        changed(helpsteer, data={"source": "someone/Ratings"}), RESULT, w="0.2", base="model", fingerprint="f00d"
+    )
     assert "license" not in yaml.safe_load(card.split("---")[1])
     assert "see the data's owner" in card
 
 
 def test_card_without_held_out_prompts_gives_no_loss(helpsteer):
     result = TrainingResult(steps=4, best_step=4, best_loss=None, resumed_from=None, history=[{"step": 4, "loss": 1.0}])
-    assert "4 steps, kept those up to step 4\n" in model_card(helpsteer, result, w="0.2", base="model")
+    assert "4 steps, kept those up to step 4\n" in model_card(
+        helpsteer, result, w="0.2", base="model", fingerprint="f00d"
+    )
 
 
 def test_card_tells_whether_the_base_model_was_fine_tuned(helpsteer):
-    assert "fine-tuned to the SFT model" in model_card(helpsteer, RESULT, w="0.2", base="model")
+    assert "fine-tuned to the SFT model" in model_card(helpsteer, RESULT, w="0.2", base="model", fingerprint="f00d")
     plain = changed(helpsteer, sft={"enabled": False})
-    assert "fine-tuned" not in model_card(plain, RESULT, w="0.2", base="model")
+    assert "fine-tuned" not in model_card(plain, RESULT, w="0.2", base="model", fingerprint="f00d")
 
 
 def test_card_of_the_embedded_data_names_no_data_set_of_the_hub():
-    front = yaml.safe_load(model_card(load_experiment("demo"), RESULT, w="0.1", base="model").split("---")[1])
+    front = yaml.safe_load(
+        model_card(load_experiment("demo"), RESULT, w="0.1", base="model", fingerprint="f00d").split("---")[1]
+    )
     assert "datasets" not in front
     assert front["license"] == "apache-2.0"
