@@ -16,6 +16,7 @@ from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment import Experiment
 from helpsteer_assets.home import dagster_home
 from helpsteer_assets.jobs import build_jobs, phases
+from helpsteer_assets.recovery import alive, recover_dead_runs
 from helpsteer_assets.resources.artifacts import ALL, Artifact
 from helpsteer_assets.status import status
 
@@ -50,8 +51,9 @@ def run_experiment(
     announce(f"experiment {experiment.name}, home {home}")
     _announce_plan(experiment, home, selected, weights, announce)
     try:
-        with dg.DagsterInstance.from_config(str(dagster_home(home, experiment.name))) as instance:
-            complete = _materialize_phases(experiment, home, job, instance, selected, weights, announce)
+        with dg.DagsterInstance.from_config(str(dagster_home(home, experiment.name))) as instance, alive(home) as tags:
+            recover_dead_runs(instance, home, announce)
+            complete = _materialize_phases(experiment, home, job, instance, tags, selected, weights, announce)
     finally:
         lab.warehouse.publish()
     if complete and selected >= {"score_summary", "tradeoff"}:
@@ -64,6 +66,7 @@ def _materialize_phases(
     home: Path,
     job: dg.JobDefinition,
     instance: dg.DagsterInstance,
+    tags: dict[str, str],
     selected: set[str],
     weights: list[str] | None,
     announce: Callable[[str], None],
@@ -80,7 +83,7 @@ def _materialize_phases(
             partition_key=weight,
             raise_on_error=False,
             run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
-            tags={"helpsteer/started_by": "helpsteer run"},
+            tags=tags,
         )
         for event in result.all_events:
             _announce_event(event, announce)

@@ -197,7 +197,7 @@ class Lab:
                 "run": self.experiment.run.model_dump(mode="json"),
             },
             compute=compute,
-            on_wait=lambda holder: log(f"{label}: waiting for {holder}"),
+            on_wait=lambda message: log(f"{label}: {message}"),
         )
 
     def _inputs(self, fingerprint: Fingerprint, label: str) -> dict[str, dict[str, Artifact]]:

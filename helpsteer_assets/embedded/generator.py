@@ -330,7 +330,7 @@ def is_held_out(task: str, object_name: str) -> bool:
     return (3 * list(TASKS).index(task) + list(OBJECTS).index(object_name)) % len(TASKS) < 3
 
 
-def build_rows(train_prompts: int = 800, validation_prompts: int = 60, seed: int = 0) -> dict[str, list[Row]]:
+def build_rows(train_prompts: int = 800, validation_prompts: int = 120, seed: int = 0) -> dict[str, list[Row]]:
     """Four rated answers to each of so many distinct prompts, in the splits `train` and `validation`.
 
     Determined by the arguments alone. A larger size only adds rows at the end, and the answers to a prompt depend on

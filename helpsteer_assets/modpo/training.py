@@ -6,7 +6,7 @@ and ends in the same bytes (fp32, CPU, one thread) as an undisturbed training.
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,7 +99,7 @@ def training_arguments(
         warmup_steps=round(settings.warmup_share * steps),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        activation_checkpointing=settings.gradient_checkpointing,  # transformers' new name for it
+        **{_checkpointing_argument(arguments): settings.gradient_checkpointing},
         logging_steps=log_every,
         logging_nan_inf_filter=False,
         eval_strategy="steps" if has_selection else "no",
@@ -120,6 +120,12 @@ def training_arguments(
     # One process trains on one device: several visible GPUs would make transformers wrap the model in DataParallel.
     made._n_gpu = min(made.n_gpu, 1)
     return made
+
+
+def _checkpointing_argument(arguments: type[TrainingArguments]) -> str:
+    """transformers renamed it in the course of version 5, and warns about the old name."""
+    new = "activation_checkpointing"
+    return new if new in {argument.name for argument in fields(arguments)} else "gradient_checkpointing"
 
 
 def train(

@@ -51,7 +51,7 @@ def test_every_rating_occurs_for_both_attributes_of_the_demo():
 
 
 def test_each_prompt_has_four_distinct_answers_and_sizes_are_kept():
-    for split, size in (("train", 800), ("validation", 60)):
+    for split, size in (("train", 800), ("validation", 120)):
         groups = by_prompt(ROWS[split])
         assert len(groups) == size
         assert all(len({row["response"] for row in answers}) == 4 for answers in groups.values())
