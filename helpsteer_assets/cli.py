@@ -7,6 +7,7 @@ import csv
 import json
 import math
 import os
+import socket
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -125,11 +126,26 @@ def ui(port: int, host: str) -> None:
     """Open the Dagster UI on the same home as `helpsteer run`: each shows the other's work."""
     experiment = load_experiment()
     home = home_path()
+    _require_free_port(host, port)
     os.environ["HELPSTEER_HOME"] = str(home)
     os.environ["DAGSTER_HOME"] = str(dagster_home(home, experiment.name))
-    click.echo(f"experiment {experiment.name}: http://{host}:{port}")
+    groups = "%2C".join(f"global%40global%3A{group}" for group in ("data", "training", "evaluation"))
+    click.echo(f"experiment {experiment.name}, home {home}")
+    click.echo(f"the graph: http://{host}:{port}/asset-groups?expanded={groups}")
     module = "helpsteer_assets.definitions"
     os.execv(sys.executable, [sys.executable, "-m", "dagster", "dev", "-m", module, "-h", host, "-p", str(port)])
+
+
+def _require_free_port(host: str, port: int) -> None:
+    """Dagster starts its daemon all the same where the port is taken: two daemons on one home."""
+    with socket.socket() as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind((host, port))
+        except OSError as error:
+            raise HelpsteerError(
+                f"cannot listen on {host}:{port}: {error.strerror}; choose another by --port"
+            ) from None
 
 
 def _chosen_weights(text: str, experiment: Experiment) -> list[str]:

@@ -134,11 +134,7 @@ def _score(run: StageRun, source: str, policy: Artifact | None) -> Metrics:
         **{attribute: rated.get(attribute, blank) for attribute in ATTRIBUTES},
     }
     run.write(pa.table(columns, schema=SCORES_SCHEMA), "scores.parquet")
-    return {
-        "responses": len(rows),
-        "mean_words": float(np.mean(columns["response_words"])),
-        **{f"mean_{name}": float(np.mean(values)) for name, values in rated.items() if None not in values},
-    }
+    return {"responses": len(rows), "rated": sorted(rated)}
 
 
 def _log_ratios(run: StageRun, rows: list[dict[str, Any]], policy: Artifact | None) -> dict[str, list[float]]:
@@ -306,15 +302,16 @@ def _describe_generations(artifact: Artifact, inputs: Inputs, experiment: Experi
     return {**artifact.manifest["metrics"], "preview": table_metadata(shown)}
 
 
-def _describe_counts(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
-    return dict(artifact.manifest["metrics"])
+def _describe_scores(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
+    scores = _policy_scores(artifact, experiment)
+    return {"responses": len(scores.prompt_ids)} | {f"mean_{k}": float(np.mean(v)) for k, v in scores.measures.items()}
 
 
 def _describe_summary(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
-    rows = pq.read_table(artifact.file("score_summary.parquet")).to_pylist()
-    return {
-        "summary": table_metadata([{k: "" if v is None else v for k, v in row.items()} for row in wide_summary(rows)])
-    }
+    policies = wide_summary(pq.read_table(artifact.file("score_summary.parquet")).to_pylist())
+    measures = [measure for measure in policies[0] if measure != "policy"]
+    rows = [{"measure": m} | {policy["policy"]: policy[m] for policy in policies} for m in measures]
+    return {"summary": table_metadata(rows)}
 
 
 def wide_summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -356,7 +353,7 @@ def _scores_asset(compute: Any) -> AssetDeclaration:
         compute,
         "evaluation",
         {"pytorch", "duckdb"},
-        describe=_describe_counts,
+        describe=_describe_scores,
         table="scores",
         file="scores.parquet",
         loads_model=True,

@@ -380,9 +380,10 @@ def margin_follows_weight(
     }
     if len(weights) < 2:
         return result | {"sentence": f"A direction takes at least two weights, and there are {len(weights)}."}
+    ranked = "undefined" if np.isnan(correlation) else f"{correlation:.2f}"
     numbers = (
-        f"rank correlation {correlation:.2f} over {len(weights)} weights; from w={weights[0]} to w={weights[-1]} it "
-        f"changes by {ends.mean:.3g}, 95% interval [{ends.low:.3g}, {ends.high:.3g}], {prompts} prompts"
+        f"rank correlation {ranked} over {len(weights)} weights; from w={weights[0]} to w={weights[-1]} it changes by "
+        f"{ends.mean:.3g}, 95% interval [{ends.low:.3g}, {ends.high:.3g}], {prompts} prompts"
     )
     right_order = towards * correlation > 0
     right_ends = min(towards * ends.low, towards * ends.high) > 0
