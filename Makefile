@@ -32,7 +32,7 @@ lint: $(READY)
 clean:
 	rm -rf $(VENV) build *.egg-info
 
-# torch first and pinned: a range would let pip take a build with gigabytes of CUDA.
+# torch first and pinned, so that nothing that follows brings another build of it.
 $(READY): setup.py constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip

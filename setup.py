@@ -29,6 +29,7 @@ setup(
         "huggingface_hub>=2,<3",
         "matplotlib>=3.9",
         "numpy>=2",
+        "pillow>=11",
         "pyarrow>=20",
         "pydantic>=2.10,<3",
         "pyyaml>=6",

@@ -68,11 +68,15 @@ def check() -> None:
 @_readable_errors
 def run(select: str | None, weights: str | None) -> None:
     """Materialize what is missing, and show the trade-off. Finished assets are reused, killed ones go on."""
+    from helpsteer_assets.assets.progress import Console
     from helpsteer_assets.running import run_experiment
 
     experiment = load_experiment()
     chosen = None if weights is None else _chosen_weights(weights, experiment)
-    complete = run_experiment(experiment, home_path(), select=select, weights=chosen, announce=_announce)
+    console = Console()
+    complete = run_experiment(
+        experiment, home_path(), select=select, weights=chosen, announce=console.say, terminal=console.terminal
+    )
     # End at once: DuckDB 2's bindings print pages about harmless leaks while an interpreter is torn down.
     sys.stdout.flush()
     sys.stderr.flush()
@@ -164,10 +168,6 @@ def _chosen_weights(text: str, experiment: Experiment) -> list[str]:
             )
         chosen.append(weight)
     return list(dict.fromkeys(chosen))
-
-
-def _announce(message: str) -> None:
-    click.echo(message)
 
 
 def _unique(names: list[str]) -> list[str]:

@@ -168,17 +168,28 @@ class TrainingSettings(Section):
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainingSettings":
-        if self.epochs is None and self.steps is None:
+        if self.epochs is None and self.steps is None and self.trains:
             raise ValueError("give `steps` (optimizer steps) or `epochs` (passes over the train pairs)")
         if self.epochs is not None and self.steps is not None:
             raise ValueError(f"give `steps` or `epochs`, not both; remove one ({_INHERITED})")
         return self
+
+    @property
+    def trains(self) -> bool:
+        """Whether the stage trains at all."""
+        return True
 
 
 class SftSettings(TrainingSettings):
     """How the SFT model trains: on chosen responses, the loss on the response only."""
 
     enabled: bool = Field(True, description="false uses the base model itself as the reference policy.")
+    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is an SFT at all."""
+        return self.enabled
 
 
 class MarginAdapterSettings(TrainingSettings):
@@ -194,7 +205,14 @@ class ModpoSettings(TrainingSettings):
 def _canonical_weights(value: object) -> object:
     if not isinstance(value, list) or not value:
         raise ValueError("give a list of at least one weight in (0, 1], such as [0.1, 0.5, 0.9]")
-    weights = [canonical_weight(item) for item in value]
+    weights, mistakes = [], []
+    for item in value:
+        try:
+            weights.append(canonical_weight(item))
+        except ValueError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise ValueError("; ".join(mistakes))
     for weight in weights:
         if weights.count(weight) > 1:
             spelled = ", ".join(str(item) for item, w in zip(value, weights, strict=True) if w == weight)
@@ -363,7 +381,7 @@ class Experiment(Section):
     """Everything that determines a result."""
 
     name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$",
         description="Names Dagster's state folder and stands in every row of the warehouse.",
     )
     description: str = Field("", description="What it is for, in a sentence.")
@@ -548,7 +566,7 @@ def _load_data(name_or_path: str, seen: tuple[Path, ...] = ()) -> tuple[dict[str
                     f"({', '.join(SHIPPED)}) nor a file at {parent}"
                 )
         base, _ = _load_data(parent, (*seen, path))
-        if "name" not in data:
+        if data.get("name") in (None, base.get("name")):
             raise HelpsteerError(f"experiment {path}: give it a `name` of its own; it extends {base.get('name')!r}")
         data = _merge(base, data)
     return data, path
@@ -584,7 +602,7 @@ _EXPECTED = {
     "list_type": "expected a list, such as [a, b]",
     "dict_type": "expected a section of `key: value` lines",
     "model_type": "expected a section of `key: value` lines",
-    "string_pattern_mismatch": "expected letters, digits, `-` and `_`, at most 64, the first a letter or digit",
+    "string_pattern_mismatch": "expected letters, digits, `-` and `_`, at most 63, the first a letter or digit",
     "string_too_short": "must not be empty",
     "too_short": "must not be empty",
     "invalid_key": "a key is text",

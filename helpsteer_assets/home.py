@@ -15,7 +15,7 @@ DAGSTER_YAML = """\
 # Written once by helpsteer_assets, and yours to change.
 concurrency:
   pools:
-    # How many assets that load a model run at once, whoever starts them (UI, backfill, command line).
+    # How many assets of this experiment that load a model run at once (UI, backfill, command line).
     default_limit: {pool_limit}
     granularity: op
 run_monitoring:
@@ -50,9 +50,7 @@ def dagster_home(home: Path, experiment: str) -> Path:
 
 
 def pool_limit() -> int:
-    """How many assets that load a model run at once by default.
-
-    One per GPU; without any, one per pair of cores, for a training keeps more than one core busy.
-    """
-    gpus = len([p for p in Path("/dev").glob("nvidia[0-9]*") if p.name.removeprefix("nvidia").isdigit()])
-    return gpus or max(1, (os.cpu_count() or 1) // 2)
+    """One model per core pair, for a training keeps more than one core busy; one where there is a GPU, the first of
+    which all of them use."""
+    has_gpu = any(path.name.removeprefix("nvidia").isdigit() for path in Path("/dev").glob("nvidia[0-9]*"))
+    return 1 if has_gpu else max(1, (os.cpu_count() or 1) // 2)

@@ -26,9 +26,11 @@ def alive(home: Path) -> Iterator[dict[str, str]]:
     """Hold this process's lock for the block; yields the tags that its runs are to bear."""
     name = uuid.uuid4().hex
     path = _lock(home, name)
-    with exclusive_lock(path):
-        yield {PROCESS_TAG: name}
-    path.unlink(missing_ok=True)
+    try:
+        with exclusive_lock(path):
+            yield {PROCESS_TAG: name}
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def recover_dead_runs(instance: dg.DagsterInstance, home: Path, announce: Callable[[str], None]) -> None:

@@ -1,9 +1,12 @@
 """Materializing an experiment from the command line: on its Dagster instance, in this process, without a daemon."""
 
 import json
+import os
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import dagster as dg
 import pyarrow.parquet as pq
@@ -28,6 +31,7 @@ def run_experiment(
     select: str | None = None,
     weights: list[str] | None = None,
     announce: Callable[[str], None] = print,
+    terminal: TextIO | None = None,
 ) -> bool:
     """Materialize assets phase by phase: before the weights, each weight, after the weights. True if all went well.
 
@@ -38,8 +42,9 @@ def run_experiment(
         weights: weights to run; None: the whole grid. The summary needs the whole grid, so it follows only when all
             weights are there.
         announce: gets what a person at a terminal wants to read.
+        terminal: where progress bars are drawn; None: nowhere.
     """
-    lab = Lab(experiment, home, announce, publish_reused=False)
+    lab = Lab(experiment, home, announce, terminal, publish_reused=False)
     defs = dg.Definitions(
         assets=build_assets(experiment),
         asset_checks=build_checks(experiment),
@@ -94,7 +99,9 @@ def _materialize_phases(
     # Every weight gets its chance: one that fails says nothing about the next.
     if not all([materialize("tradeoff_grid", weight) for weight in weights or experiment.objective.weights]):
         return None
-    missing = [s.partition for s in status(experiment, home) if s.asset == "scores" and s.state != "complete"]
+    missing = [
+        s.partition for s in status(experiment, home) if s.asset == "scores" and s.state not in ("complete", "reusable")
+    ]
     if missing and "score_summary" in selected:
         announce(f"the summary follows when all weights are there; missing: {', '.join(missing)}")
         return False
@@ -159,16 +166,12 @@ def _announce_results(lab: Lab, announce: Callable[[str], None]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    experiment = lab.experiment
     rows = wide_summary(pq.read_table(finished("score_summary").file("score_summary.parquet")).to_pylist())
-    table = Table(box=box.SIMPLE_HEAD, title="Mean [95% interval] per policy")
-    measures = list(rows[0])
-    shown = [
-        m
-        for m in measures
-        if m in ("policy", "helpfulness", "verbosity", "margin_reward", "log_ratio_to_sft", "response_words", "capped")
-    ]
-    for name in shown:
-        table.add_column(name)
+    traded = [experiment.data.preference_attribute, experiment.data.margin_attribute]
+    wanted = ["policy", *traded, "margin_reward", "log_ratio_to_sft", "response_words", "capped"]
+    shown = [name for name in wanted if name in rows[0]]
+    table = Table(*shown, box=box.SIMPLE_HEAD, title="Mean [95% interval] per policy")
     for row in rows:
         table.add_row(*(row[name] for name in shown))
     console = Console(width=160)
@@ -176,11 +179,21 @@ def _announce_results(lab: Lab, announce: Callable[[str], None]) -> None:
         console.print(table)
     announce(capture.get())
     tradeoff = json.loads(finished("tradeoff").file("tradeoff.json").read_text(encoding="utf-8"))
-    front = ", ".join(point["label"] for point in tradeoff["points"] if point["on_front"])
-    announce(f"Pareto front: {front}")
+    if tradeoff["note"]:
+        announce(tradeoff["note"])
+    announce(f"Pareto front: {', '.join(point['label'] for point in tradeoff['points'] if point['on_front'])}")
+    named = os.environ.get("HELPSTEER_EXPERIMENT", "demo")
+    command = _executable() if named == "demo" else f"{_executable()} -e {named}"
+    query = f"SELECT w, measure, mean, ci_low, ci_high FROM score_summary WHERE experiment = '{experiment.name}'"
     announce(f"plot:    {finished('tradeoff').file('tradeoff.png')}")
-    announce(
-        'scores:  helpsteer query "SELECT w, measure, mean, ci_low, ci_high FROM score_summary ORDER BY w, measure"'
-    )
-    announce(f"         or duckdb -readonly {lab.warehouse.path}")
-    announce("UI:      make ui (or helpsteer ui)")
+    announce(f'scores:  {_executable()} query "{query}"')
+    announce(f"         or, in DuckDB's own shell: duckdb -readonly {lab.warehouse.path}")
+    announce(f"UI:      {command} ui")
+
+
+def _executable() -> str:
+    """How to call `helpsteer` from here."""
+    if shutil.which("helpsteer"):
+        return "helpsteer"
+    beside = Path(sys.executable).with_name("helpsteer")
+    return str(beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside)

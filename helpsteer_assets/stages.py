@@ -33,6 +33,7 @@ CODE_VERSIONS = {
     "assets/evaluation.py:scores": 1,
     "assets/evaluation.py:score_summary": 1,
     "assets/evaluation.py:tradeoff": 1,
+    "assets/loading.py": 1,
     "embedded/generator.py": 1,
     "embedded/rater.py": 1,
     "modpo/batching.py": 1,
@@ -55,8 +56,9 @@ CODE_VERSIONS = {
 """Version of each piece of code that determines results. Raise it when a change alters what the code computes: all
 that was made by it is then out of date. A test holds a digest of each piece and asks whoever changes one."""
 
+_SFT = ("assets/loading.py", "modpo/models.py")
 _SCORING = ("modpo/batching.py", "modpo/log_probs.py", "modpo/tokenization.py")
-_TRAINING = ("modpo/training.py", "modpo/schedule.py", "modpo/models.py")
+_TRAINING = ("modpo/training.py", "modpo/schedule.py", *_SFT)
 _PREFERENCE = ("modpo/losses.py", "modpo/preference_trainer.py", *_TRAINING, *_SCORING)
 
 
@@ -102,8 +104,8 @@ def stages(experiment: Experiment) -> dict[str, Stage]:
         if key != "max_batch_tokens" or experiment.model.precision != "fp32" or experiment.generation.do_sample
     ) + (("seed",) if experiment.generation.do_sample else ())
     sft = experiment.sft.enabled
-    generating = ("modpo/generation.py", "modpo/models.py", "modpo/batching.py", "modpo/tokenization.py")
-    scoring = ("assets/evaluation.py:scores", "modpo/raters.py", "modpo/models.py", *_SCORING)
+    generating = ("modpo/generation.py", *_SFT, "modpo/batching.py", "modpo/tokenization.py")
+    scoring = ("assets/evaluation.py:scores", "modpo/raters.py", *_SFT, *_SCORING)
     if experiment.evaluation.rater == "embedded":
         scoring += ("embedded/rater.py",)
 
@@ -161,6 +163,7 @@ def stages(experiment: Experiment) -> dict[str, Stage]:
             lengths,
             "assets/training.py:reference_log_probs",
             "modpo/pairs.py",
+            *_SFT,
             *_SCORING,
         ),
         stage(
@@ -178,6 +181,7 @@ def stages(experiment: Experiment) -> dict[str, Stage]:
             ("objective.margin", *(lengths if adapter else ())),
             "assets/training.py:margin_rewards",
             "modpo/pairs.py",
+            *_SFT,
             *_SCORING,
         ),
         stage(
@@ -315,7 +319,10 @@ def local_path(key: str, source: str) -> Path:
         return Path(str(resources.files("helpsteer_assets") / "embedded" / "model"))
     path = Path(source).expanduser()
     if not path.exists():
-        raise HelpsteerError(f"{key}: {source} does not exist; correct the path in the experiment")
+        raise HelpsteerError(
+            f"{key}: {source} does not exist; correct the path in the experiment (the model and the experiment of "
+            "`smollm2` are made by `make smollm2 DATA=path/to/your/folder`)"
+        )
     return path
 
 

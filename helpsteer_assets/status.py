@@ -64,8 +64,16 @@ def _status(
         return result("partial", _partial_progress(partial / CHECKPOINTS), partial)
     if latest is None:
         return result("missing")
-    changed, reason = _why(fingerprint, latest["fingerprint"], present, store)
-    return result("out of date", reason if changed == fingerprint.asset else f"{changed}: {reason}")
+    reasons = _why(fingerprint, latest["fingerprint"], present, store)
+    told: set[str] = set()
+    parts = []
+    for origin, found in reasons.items():
+        # A setting that several assets depend on is named once.
+        new = [reason for reason in found if reason not in told]
+        told.update(new)
+        if new:
+            parts.append(", ".join(new) if origin == asset else f"{origin}: {', '.join(new)}")
+    return result("out of date", "; ".join(parts))
 
 
 def _partial_progress(checkpoints: Path) -> str:
@@ -80,27 +88,28 @@ def _partial_progress(checkpoints: Path) -> str:
 
 def _why(
     fingerprint: Fingerprint, then: str, present: dict[tuple[str, str], Fingerprint], store: ArtifactStore
-) -> tuple[str, str]:
-    """What differs between an earlier fingerprint and the present one: the asset where it began, and the reason."""
+) -> dict[str, list[str]]:
+    """What differs between an earlier fingerprint and the present one: reasons by the asset where they began."""
     asset = fingerprint.asset
     if then == fingerprint.value:
-        return asset, "its artifact is gone from the disk, or damaged"
+        return {asset: ["its artifact is gone from the disk, or damaged"]}
     earlier = store.find(asset, fingerprint.partition, then)
     if earlier is None:
-        return asset, "other settings (the earlier artifact is gone, so nothing says which)"
+        return {asset: ["other settings (the earlier artifact is gone, so nothing says which)"]}
     manifest = earlier.manifest
     changes = _differences(manifest["settings"], fingerprint.settings)
     changes += [
         f"code of {piece}" for piece, version in fingerprint.code.items() if manifest["code"].get(piece) != version
     ]
-    if changes:
-        return asset, ", ".join(changes)
+    reasons = {asset: changes} if changes else {}
     for name, partitions in fingerprint.inputs.items():
         for partition, value in partitions.items():
             before = manifest["inputs"].get(name, {}).get(partition)
             if before is not None and before != value:
-                return _why(present[name, partition], before, present, store)
-    return asset, "it reads other inputs"
+                for origin, found in _why(present[name, partition], before, present, store).items():
+                    known = reasons.setdefault(origin, [])
+                    known += [reason for reason in found if reason not in known]
+    return reasons or {asset: ["it reads other inputs"]}
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -514,3 +514,24 @@ def test_what_cannot_be_read_is_told_why(tmp_path: Path) -> None:
     assert "cannot be read: Is a directory" in message_of(tmp_path)
     (tmp_path / "experiment.yaml").write_bytes(b"name: \xff\n")
     assert "is not UTF-8 text" in message_of(tmp_path / "experiment.yaml")
+
+
+def test_a_child_with_its_parents_name_is_refused(tmp_path):
+    path = tmp_path / "same.yaml"
+    path.write_text("extends: demo\nname: demo\n", encoding="utf-8")
+    with pytest.raises(HelpsteerError, match="give it a `name` of its own; it extends 'demo'"):
+        load_experiment(str(path))
+
+
+def test_a_disabled_sft_needs_no_training_settings(tmp_path):
+    path = tmp_path / "plain.yaml"
+    path.write_text("extends: demo\nname: plain\nsft: {enabled: false, steps: null}\n", encoding="utf-8")
+    assert not load_experiment(str(path)).sft.enabled
+
+
+def test_all_bad_weights_are_named_at_once(tmp_path):
+    path = tmp_path / "weights.yaml"
+    path.write_text("extends: demo\nname: weights\nobjective: {weights: [0, 1.2, x]}\n", encoding="utf-8")
+    with pytest.raises(HelpsteerError) as caught:
+        load_experiment(str(path))
+    assert all(f"got {bad}" in str(caught.value) for bad in ("0", "1.2", "'x'"))

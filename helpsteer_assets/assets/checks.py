@@ -4,7 +4,7 @@ from typing import Any
 
 import dagster as dg
 
-from helpsteer_assets.assets.display import rounded, shorten, table_metadata
+from helpsteer_assets.assets.display import rounded, table_metadata
 from helpsteer_assets.assets.materialization import Lab
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment import Experiment
@@ -19,16 +19,13 @@ def margin_adapter_prefers_chosen(lab: dg.ResourceParam[Lab]) -> dg.AssetCheckRe
     sanity: dict[str, Any] = metrics["sanity"]
     threshold = lab.experiment.checks.margin_adapter_min_accuracy
     reasons = judge_margin_adapter(sanity, threshold)
-    failures = [
-        {k: shorten(v) if isinstance(v, str) else v for k, v in row.items()} for row in metrics["worst_failures"]
-    ]
     return dg.AssetCheckResult(
         passed=not reasons,
         severity=dg.AssetCheckSeverity.ERROR,
         description="; ".join(reasons)
         or f"chosen beats rejected in {sanity['accuracy']:.1%} of {sanity['n']} validation pairs",
         metadata=rounded({key: value for key, value in sanity.items() if value is not None})
-        | {"threshold": threshold, "worst_failures": table_metadata(failures)},
+        | {"threshold": threshold, "worst_failures": table_metadata(metrics["worst_failures"])},
     )
 
 

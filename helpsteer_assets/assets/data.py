@@ -9,15 +9,16 @@ from typing import Any
 
 import dagster as dg
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from helpsteer_assets.assets.display import shorten, table_metadata
+from helpsteer_assets.assets.display import arrow_schema, table_metadata
 from helpsteer_assets.assets.materialization import AssetDeclaration, Inputs, Metrics, StageRun
 from helpsteer_assets.embedded.generator import build_rows
 from helpsteer_assets.experiment import Experiment
 from helpsteer_assets.modpo.attributes import ATTRIBUTES
 from helpsteer_assets.modpo.pairs import build_pairs, describe_pairs, select_evaluation_prompts
-from helpsteer_assets.modpo.ratings import read_ratings, rows_to_ratings
+from helpsteer_assets.modpo.ratings import RATINGS_SCHEMA, read_ratings, rows_to_ratings
 from helpsteer_assets.resources.artifacts import Artifact
 from helpsteer_assets.stages import fetch
 
@@ -82,6 +83,7 @@ def _describe_ratings(artifact: Artifact, inputs: Inputs, experiment: Experiment
     ]
     return {
         "dagster/row_count": ratings.num_rows,
+        "dagster/column_schema": arrow_schema(RATINGS_SCHEMA),
         "train_rows": report["splits"]["train"]["rows"],
         "train_prompts": report["splits"]["train"]["prompts"],
         "validation_rows": report["splits"]["validation"]["rows"],
@@ -100,21 +102,36 @@ def _describe_pairs(attribute: Callable[[Experiment], str], other: Callable[[Exp
         report = describe_pairs(
             pairs, pq.read_table(ratings.file("ratings.parquet")), attribute(experiment), other(experiment)
         )
-        preview = pairs.slice(0, PREVIEW_ROWS).select(["prompt", "chosen", "rejected"]).to_pylist()
+        shares = {how: report["other"][how] for how in ("agrees", "opposes", "ties")}
         return {
             "attribute": attribute(experiment),
             **{f"{split}_pairs": count for split, count in report["pairs"].items()},
             "tied_pairs": report["ties"],
             "duplicate_responses": report["duplicate_responses"],
-            **{f"{other(experiment)}_{how}": report["other"][how] for how in ("agrees", "opposes", "ties")},
+            **{f"pairs_{other(experiment)}_{how}": round(share * pairs.num_rows) for how, share in shares.items()},
+            **{f"share_{other(experiment)}_{how}": share for how, share in shares.items()},
             "mean_words_chosen": report["chosen_words"],
             "mean_words_rejected": report["rejected_words"],
             "chosen_longer": report["chosen_longer"],
             "rating_histograms": table_metadata(_side_by_side(report["chosen_ratings"], report["rejected_ratings"])),
-            "preview": table_metadata([{key: shorten(text) for key, text in row.items()} for row in preview]),
+            "preview": table_metadata(_preview(pairs, attribute(experiment))),
         }
 
     return describe
+
+
+def _preview(pairs: pa.Table, attribute: str) -> list[dict[str, Any]]:
+    """The first train pair of each of the first prompts."""
+    ratings = (f"chosen_{attribute}", f"rejected_{attribute}")
+    by_prompt: dict[str, dict[str, Any]] = {}
+    for pair in pairs.filter(pc.equal(pairs["split"], "train")).to_pylist():
+        by_prompt.setdefault(pair["prompt_id"], pair)
+        if len(by_prompt) == PREVIEW_ROWS:
+            break
+    return [
+        {key: pair[key] for key in ("prompt", "chosen", "rejected")} | {key: pair[key] for key in ratings}
+        for pair in by_prompt.values()
+    ]
 
 
 def _describe_prompts(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
@@ -122,7 +139,8 @@ def _describe_prompts(artifact: Artifact, inputs: Inputs, experiment: Experiment
     preview = prompts.slice(0, PREVIEW_ROWS).to_pylist()
     return {
         "dagster/row_count": prompts.num_rows,
-        "preview": table_metadata([{key: shorten(text) for key, text in row.items()} for row in preview]),
+        "dagster/column_schema": arrow_schema(prompts.schema),
+        "preview": table_metadata(preview),
     }
 
 

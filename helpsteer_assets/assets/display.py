@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import dagster as dg
+import pyarrow as pa
 
 SHOWN_CHARACTERS = 300
 SHOWN_DIGITS = 5
@@ -24,12 +25,12 @@ def rounded(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def table_metadata(rows: list[dict[str, Any]]) -> dg.TableMetadataValue | dg.TextMetadataValue:
-    """Rows as a table, numbers rounded; what is neither a number nor a truth value becomes text."""
+    """Rows as a table, numbers rounded, texts shortened; what is neither a number nor a truth value becomes text."""
     if not rows:
         return dg.MetadataValue.text("none")
     shown = [
         {
-            key: value if isinstance(value, bool | int | float | str) else str(value)
+            key: value if isinstance(value, bool | int | float) else shorten(str(value))
             for key, value in rounded(row).items()
         }
         for row in rows
@@ -37,3 +38,8 @@ def table_metadata(rows: list[dict[str, Any]]) -> dg.TableMetadataValue | dg.Tex
     names = {bool: "bool", int: "int", float: "float", str: "string"}
     columns = [dg.TableColumn(key, names[type(value)]) for key, value in shown[0].items()]
     return dg.MetadataValue.table([dg.TableRecord(row) for row in shown], schema=dg.TableSchema(columns=columns))
+
+
+def arrow_schema(schema: pa.Schema) -> dg.TableSchema:
+    """Columns of a Parquet file, for the UI."""
+    return dg.TableSchema(columns=[dg.TableColumn(field.name, str(field.type)) for field in schema])

@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from helpsteer_assets.assets.display import shorten, table_metadata
+from helpsteer_assets.assets.display import table_metadata
+from helpsteer_assets.assets.loading import load_sft_model, load_sft_tokenizer
 from helpsteer_assets.assets.materialization import AssetDeclaration, Inputs, Metrics, StageRun
 from helpsteer_assets.experiment import Experiment, RewardModelSettings
 from helpsteer_assets.modpo.attributes import ATTRIBUTES
@@ -61,25 +62,19 @@ def generations(run: StageRun) -> Metrics:
 
 def _generate(run: StageRun, policy: Artifact | None) -> Metrics:
     from helpsteer_assets.modpo.generation import generate
-    from helpsteer_assets.modpo.models import check_lengths, choose_device, load_adapters, load_model, load_tokenizer
+    from helpsteer_assets.modpo.models import check_lengths, load_adapters
 
     experiment, settings = run.experiment, run.experiment.generation
     base = run.input("sft_model").path / "model"
     needed = settings.max_prompt_length + settings.max_new_tokens
     check_lengths(experiment.model, base, needed, "generation.max_prompt_length + max_new_tokens")
-    trust = experiment.model.trust_remote_code
-    model = load_model(
-        base,
-        precision=experiment.model.precision,
-        device=choose_device(experiment.run, experiment.model.precision),
-        trust_remote_code=trust,
-    )
+    model = load_sft_model(run)
     if policy is not None:
         model = load_adapters(model, {"policy": policy.path / "adapter"}).merge_and_unload()
     prompts = run.table("evaluation_prompts", "prompts.parquet")
     made = generate(
         model,
-        load_tokenizer(base, trust_remote_code=trust),
+        load_sft_tokenizer(run),
         prompts["prompt"].to_pylist(),
         settings,
         seed=experiment.seed,
@@ -140,7 +135,7 @@ def _score(run: StageRun, source: str, policy: Artifact | None) -> Metrics:
 def _log_ratios(run: StageRun, rows: list[dict[str, Any]], policy: Artifact | None) -> dict[str, list[float]]:
     """log p_adapter - log p_sft of generated responses, by adapter: `margin`, `policy`, as far as there are such."""
     from helpsteer_assets.modpo.log_probs import BASE, score_sequences
-    from helpsteer_assets.modpo.models import choose_device, load_adapters, load_model, load_tokenizer
+    from helpsteer_assets.modpo.models import load_adapters
     from helpsteer_assets.modpo.tokenization import Sequence, encode_prompt
 
     experiment = run.experiment
@@ -149,9 +144,7 @@ def _log_ratios(run: StageRun, rows: list[dict[str, Any]], policy: Artifact | No
         adapters["margin"] = run.input("margin_adapter").path / "adapter"
     if not adapters:
         return {}
-    base = run.input("sft_model").path / "model"
-    trust = experiment.model.trust_remote_code
-    tokenizer = load_tokenizer(base, trust_remote_code=trust)
+    tokenizer = load_sft_tokenizer(run)
     # The tokens that were generated, not their text tokenized again: that can differ.
     sequences = [
         Sequence(
@@ -159,14 +152,8 @@ def _log_ratios(run: StageRun, rows: list[dict[str, Any]], policy: Artifact | No
         )
         for row in rows
     ]
-    model = load_model(
-        base,
-        precision=experiment.model.precision,
-        device=choose_device(experiment.run, experiment.model.precision),
-        trust_remote_code=trust,
-    )
     scored = score_sequences(
-        load_adapters(model, adapters),
+        load_adapters(load_sft_model(run), adapters),
         sequences,
         pad_id=tokenizer.pad_token_id,
         adapters=(BASE, *adapters),
@@ -250,7 +237,7 @@ def tradeoff(run: StageRun) -> Metrics:
     upward = coordinates * np.array([1.0 if measured else -1.0, 1.0])
     sft = upward[next(i for i, point in enumerate(points) if point["is_sft"])]
     x_label = f"rated {attribute} (more is better)" if measured else "log-ratio to SFT, nats (less is better)"
-    note = "" if measured else "No rater is configured: preference quality is unmeasured."
+    note = "" if measured else f"No rater rates {attribute}: preference quality is unmeasured."
     result = {
         "axes": {"x": x_measure, "y": "margin", "x_larger_is_better": measured},
         "preference_measured": measured,
@@ -295,10 +282,7 @@ def _finite(result: dict[str, Any]) -> dict[str, Any]:
 
 def _describe_generations(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
     preview = pq.read_table(artifact.file("generations.parquet")).slice(0, 5).to_pylist()
-    shown = [
-        {"prompt": shorten(r["prompt"]), "response": shorten(r["response"]), "tokens": r["response_tokens"]}
-        for r in preview
-    ]
+    shown = [{"prompt": r["prompt"], "response": r["response"], "tokens": r["response_tokens"]} for r in preview]
     return {**artifact.manifest["metrics"], "preview": table_metadata(shown)}
 
 
@@ -332,6 +316,7 @@ def _describe_tradeoff(artifact: Artifact, inputs: Inputs, experiment: Experimen
         "hypervolume_above_sft": result["hypervolume_above_sft"],
         "direction": result["direction"]["sentence"],
         "preference_measured": result["preference_measured"],
+        **({"note": result["note"]} if result["note"] else {}),
         "plot_file": dg.MetadataValue.path(str(artifact.file("tradeoff.png"))),
     }
 

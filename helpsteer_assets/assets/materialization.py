@@ -5,10 +5,12 @@ folder and return metrics. Here they become Dagster assets. The order in one mat
 store (reuse, wait, resume or compute), the warehouse, Dagster's record.
 """
 
+import gc
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import dagster as dg
 import pyarrow as pa
@@ -94,6 +96,7 @@ class Lab:
         experiment: Experiment,
         home: Path,
         announce: Callable[[str], None] | None = None,
+        terminal: TextIO | None = None,
         publish_reused: bool = True,
     ) -> None:
         """
@@ -101,6 +104,7 @@ class Lab:
             experiment: the experiment whose assets are made.
             home: where results are kept.
             announce: gets what a person at a terminal wants to read; Dagster's log gets it in any case.
+            terminal: where progress bars are drawn; None: nowhere.
             publish_reused: whether a reused asset publishes the warehouse at once. A caller that materializes many
                 assets passes False and publishes in the end: reuse takes a moment, publishing takes more.
         """
@@ -110,6 +114,7 @@ class Lab:
         self.warehouse = Warehouse(home)
         self.digest_cache = home / "cache" / "digests.json"
         self._announce = announce
+        self._terminal = terminal
 
     def fingerprints(self) -> dict[tuple[str, str], Fingerprint]:
         """The fingerprint of every asset and partition, sources digested anew where they changed."""
@@ -127,12 +132,14 @@ class Lab:
                 self._announce(message)
 
         try:
-            fingerprint = self.fingerprints()[name, partition]
+            present = self.fingerprints()
+            fingerprint = present[name, partition]
             inputs = self._inputs(fingerprint, label)
             if declaration.gate is not None:
                 declaration.gate(self.experiment, inputs)
             artifact, reused = self._make(declaration, fingerprint, inputs, label, log)
             log(f"{label}: {'reused' if reused else 'finished'} ({artifact.path})")
+            self.warehouse.forget_others(self.experiment.name, set(present))
             self.warehouse.record(
                 experiment=self.experiment.name,
                 asset=name,
@@ -171,7 +178,7 @@ class Lab:
     ) -> tuple[Artifact, bool]:
         def compute(folder: Path) -> Metrics:
             log(f"{label}: computing")
-            with ProgressReporter(label, log) as progress:
+            with ProgressReporter(label, log, self._terminal) as progress:
                 run = StageRun(
                     self.experiment,
                     fingerprint.asset,
@@ -182,7 +189,10 @@ class Lab:
                     progress,
                     log,
                 )
-                return declaration.compute(run)
+                try:
+                    return declaration.compute(run)
+                finally:
+                    _release_memory()
 
         return self.store.build(
             fingerprint.asset,
@@ -236,6 +246,14 @@ class Lab:
             "dagster/table_name": declaration.table,
             "dagster/uri": str(self.warehouse.path),
         }
+
+
+def _release_memory() -> None:
+    """Let go of a model before the next is loaded: a trainer and its callbacks refer to each other."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def build_asset(declaration: AssetDeclaration, experiment: Experiment) -> dg.AssetsDefinition:

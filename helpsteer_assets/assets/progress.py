@@ -1,9 +1,10 @@
-"""Progress of long work: in the Dagster log at sensible intervals, and as a bar where a person watches a terminal."""
+"""Progress of long work: in the log at sensible intervals, and as a bar where a person watches a terminal."""
 
-import sys
+import os
 import time
 from collections.abc import Callable
 from types import TracebackType
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -11,28 +12,53 @@ LOG_INTERVAL_S = 10.0
 """At least so many seconds lie between two lines of a log."""
 
 
+class Console:
+    """Where the person who started a run looks: the standard streams as they were when it was made.
+
+    Dagster sends both streams of a running step into files, and a person would read them late and see no bar.
+    """
+
+    def __init__(self) -> None:
+        self._out = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace")
+        err = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="replace")
+        self.terminal: TextIO | None = err if err.isatty() else None
+        """Where bars are drawn; None where nobody watches."""
+
+    def say(self, message: str) -> None:
+        """Write a line, above the bar where one is drawn."""
+        if self.terminal is not None and self._out.isatty():
+            tqdm.write(message, file=self.terminal)
+        else:
+            print(message, file=self._out, flush=True)
+
+
 class ProgressReporter:
     """A `Progress` that logs and draws. Use it as a context manager, which closes the bar."""
 
-    def __init__(self, label: str, log: Callable[[str], None], *, bar: bool | None = None) -> None:
+    def __init__(self, label: str, log: Callable[[str], None], terminal: TextIO | None = None) -> None:
         self._label = label
         self._log = log
-        self._draw = sys.stderr.isatty() if bar is None else bar
+        self._terminal = terminal
         self._bar: tqdm | None = None
         self._first: tuple[int, float] | None = None
+        self._done, self._total = 0, 0
         self._logged = time.monotonic()
 
     def __call__(self, done: int, total: int, **numbers: float) -> None:
         """Show where the work stands."""
         now = time.monotonic()
-        if self._first is None:
-            # What an earlier attempt had done says nothing about this one's speed.
+        if self._first is None or total != self._total or done < self._done:
+            # The first call (what an earlier attempt had done says nothing about this one's speed), or the next part
+            # of the work, which counts anew.
             self._first = (done, now)
+            self._close()
+        self._done, self._total = done, total
         measured = ", ".join(f"{key} {value:.4g}" for key, value in numbers.items())
-        if self._draw:
-            self._bar = self._bar or tqdm(total=total, initial=done, desc=self._label, file=sys.stderr, leave=False)
-            self._bar.n = done
-            self._bar.set_postfix_str(measured)
+        if self._terminal is not None:
+            if self._bar is None:
+                self._bar = tqdm(total=total, initial=done, desc=self._label, file=self._terminal, leave=False)
+            self._bar.set_postfix_str(measured, refresh=False)
+            self._bar.update(done - self._bar.n)
         if now - self._logged >= LOG_INTERVAL_S or done == total:
             self._logged = now
             parts = [f"{self._label}: {done} of {total}", measured, self._remaining(done, total, now)]
@@ -52,8 +78,12 @@ class ProgressReporter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._close()
+
+    def _close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+            self._bar = None
 
 
 def _duration(seconds: float) -> str:

@@ -12,7 +12,8 @@ import dagster as dg
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from helpsteer_assets.assets.display import shorten, table_metadata
+from helpsteer_assets.assets.display import table_metadata
+from helpsteer_assets.assets.loading import load_sft_model, load_sft_tokenizer
 from helpsteer_assets.assets.materialization import AssetDeclaration, Inputs, Metrics, StageRun
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment import Experiment
@@ -36,6 +37,8 @@ SANITY_BOOTSTRAP_SAMPLES = 2000
 
 def sft_model(run: StageRun) -> Metrics:
     """The base model fine-tuned on chosen responses by LoRA and merged: the reference policy of all that follows."""
+    from transformers import GenerationConfig
+
     from helpsteer_assets.modpo.models import attach_lora, check_lengths, choose_device, load_model, load_tokenizer
     from helpsteer_assets.modpo.sft import train_sft
 
@@ -63,6 +66,10 @@ def sft_model(run: StageRun) -> Metrics:
         )
         metrics = _record(run, result)
         model = model.merge_and_unload()
+    # The base's defaults for generation play no part here, and transformers saves none that contradict each other.
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
     model.save_pretrained(run.folder / "model")
     tokenizer.save_pretrained(run.folder / "model")
     return metrics
@@ -87,7 +94,7 @@ def reference_log_probs(run: StageRun) -> Metrics:
         run.table(name, "pairs.parquet") for name in ("preference_pairs", "margin_pairs") if name in run.inputs
     ]
     responses = unique_responses(*pair_sets)
-    model, tokenizer = _load_sft(run)
+    model, tokenizer = load_sft_model(run), load_sft_tokenizer(run)
     sequences = list(_encode(run, tokenizer, responses).values())
     scored = score_sequences(
         model,
@@ -117,7 +124,7 @@ def margin_adapter(run: StageRun) -> Metrics:
     experiment = run.experiment
     settings = experiment.margin_adapter
     assert settings is not None  # validated with the experiment: this asset would not be there
-    model, tokenizer = _load_sft(run)
+    model, tokenizer = load_sft_model(run), load_sft_tokenizer(run)
     pairs = run.table("margin_pairs", "pairs.parquet")
     result, model = _train(
         run, model, tokenizer, pairs, settings, w=1.0, beta=settings.beta, margins=None, what="margin_adapter"
@@ -149,12 +156,12 @@ def margin_rewards(run: StageRun) -> Metrics:
     from helpsteer_assets.modpo.tokenization import count_response_tokens
 
     responses = unique_responses(run.table("preference_pairs", "pairs.parquet"))
-    model, tokenizer = _load_sft(run)
+    tokenizer = load_sft_tokenizer(run)
     log_ratios: list[float | None] = [None] * responses.num_rows
     if run.experiment.has_margin_adapter:
         encoded = _encode(run, tokenizer, responses)
         scored = score_sequences(
-            load_adapters(model, {"margin": run.input("margin_adapter").path / "adapter"}),
+            load_adapters(load_sft_model(run), {"margin": run.input("margin_adapter").path / "adapter"}),
             list(encoded.values()),
             pad_id=tokenizer.pad_token_id,
             adapters=("margin",),
@@ -182,7 +189,7 @@ def modpo_models(run: StageRun) -> Metrics:
     from helpsteer_assets.modpo.margins import margins_by_response
 
     experiment = run.experiment
-    model, tokenizer = _load_sft(run)
+    model, tokenizer = load_sft_model(run), load_sft_tokenizer(run)
     result, _ = _train(
         run,
         model,
@@ -204,27 +211,12 @@ def adapter_gate(experiment: Experiment, inputs: Inputs) -> None:
     """
     if "margin_adapter" in inputs:
         (adapter,) = inputs["margin_adapter"].values()
-        require_good_adapter(adapter, experiment)
-
-
-def require_good_adapter(adapter: Artifact, experiment: Experiment) -> None:
-    """Raise HelpsteerError with the reasons why a margin adapter must not be used."""
-    reasons = judge_margin_adapter(adapter.manifest["metrics"]["sanity"], experiment.checks.margin_adapter_min_accuracy)
-    if reasons:
-        raise HelpsteerError(
-            "the margin adapter does not prefer chosen over rejected well enough to train on: " + "; ".join(reasons)
-        )
-
-
-def _load_sft(run: StageRun) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    from helpsteer_assets.modpo.models import choose_device, load_model, load_tokenizer
-
-    settings = run.experiment.model
-    path = run.input("sft_model").path / "model"
-    device = choose_device(run.experiment.run, settings.precision)
-    trust = settings.trust_remote_code
-    model = load_model(path, precision=settings.precision, device=device, trust_remote_code=trust)
-    return model, load_tokenizer(path, trust_remote_code=trust)
+        sanity = adapter.manifest["metrics"]["sanity"]
+        reasons = judge_margin_adapter(sanity, experiment.checks.margin_adapter_min_accuracy)
+        if reasons:
+            raise HelpsteerError(
+                "the margin adapter does not prefer chosen over rejected well enough to train on: " + "; ".join(reasons)
+            )
 
 
 def _encode(run: StageRun, tokenizer: "PreTrainedTokenizerBase", responses: pa.Table) -> "dict[str, Sequence]":
@@ -320,14 +312,11 @@ def _describe_training(artifact: Artifact, inputs: Inputs, experiment: Experimen
 
 def _describe_adapter(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
     sanity = artifact.manifest["metrics"]["sanity"]
-    failures = artifact.manifest["metrics"]["worst_failures"]
     return _describe_training(artifact, inputs, experiment) | {
         "sanity": table_metadata(
             [{"measure": key, "value": "" if value is None else f"{value:.4g}"} for key, value in sanity.items()]
         ),
-        "worst_failures": table_metadata(
-            [{key: shorten(v) if isinstance(v, str) else v for key, v in row.items()} for row in failures]
-        ),
+        "worst_failures": table_metadata(artifact.manifest["metrics"]["worst_failures"]),
     }
 
 

@@ -46,8 +46,8 @@ def model_card(
         "pipeline_tag": "text-generation",
         "tags": ["modpo", "dpo", "lora", "alignment"],
     }
-    if licence:
-        front |= {"license": licence} | ({"datasets": [data.source]} if data.revision else {})
+    if data.revision:
+        front["datasets"] = [data.source]
     if w is None:
         assert experiment.margin_adapter is not None  # validated with the experiment: there would be no adapter
         title = f"Margin adapter for {data.margin_attribute}"
@@ -84,7 +84,7 @@ def model_card(
 - Training: {result.steps} steps, kept those up to step {result.best_step}{loss}{accuracy}
 - Experiment: {experiment.name}, fingerprint {fingerprint}. All settings, inputs, versions and metrics are in the
   artifact's `manifest.json`.
-- Licence of the data: {licence or "see the data's owner; its terms may bind this model"}.
+- Licence of the data: {licence or "see the data's owner"}. Its terms, and the base model's, may bind this adapter.
 
 ```python
 from peft import PeftModel

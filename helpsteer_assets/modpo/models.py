@@ -53,6 +53,11 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrained
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise HelpsteerError(f"no tokenizer can be loaded from {path}: {error}") from error
+    if "strftime_now" in str(tokenizer.chat_template or ""):
+        raise HelpsteerError(
+            f"the chat template of {path} writes today's date into every prompt, so that tomorrow's tokens would "
+            "differ from today's; copy the model to a folder and put a fixed date into its chat template"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

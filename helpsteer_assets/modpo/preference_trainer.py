@@ -1,5 +1,6 @@
 """The preference trainer: MODPO with precomputed reference log-probabilities and margins; at w = 1 it is DPO."""
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
@@ -15,7 +16,7 @@ from transformers import Trainer
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.batching import Batch, collate
 from helpsteer_assets.modpo.log_probs import response_log_probs
-from helpsteer_assets.modpo.losses import log_ratios, modpo_logits
+from helpsteer_assets.modpo.losses import log_ratios, modpo_loss
 from helpsteer_assets.modpo.progress import Progress, silent
 from helpsteer_assets.modpo.tokenization import Sequence
 from helpsteer_assets.modpo.training import TrainingResult, train, training_arguments
@@ -127,13 +128,13 @@ class PreferenceTrainer(Trainer):
         """Mean MODPO loss of a batch of pairs."""
         batch = Batch(inputs["input_ids"], inputs["attention_mask"], inputs["response_mask"])
         chosen, rejected = log_ratios(response_log_probs(model, batch), inputs["reference"]).chunk(2)
-        logits = modpo_logits(chosen, rejected, *inputs["margin"].chunk(2), w=self.w, beta=self.beta)
-        loss = -torch.nn.functional.logsigmoid(logits).mean()
+        losses = modpo_loss(chosen, rejected, *inputs["margin"].chunk(2), w=self.w, beta=self.beta)
         if model.training:
             self.tokens_seen = self.tokens_seen + batch.attention_mask.sum()
-        # Kept on the device until a log is due, so that a step needs no synchronisation.
-        self._correct["" if model.training else "eval_"].append(logits.detach() > 0)
-        return (loss, {"logits": logits.detach()}) if return_outputs else loss
+        # A loss below log 2 is a positive logit: chosen is ranked first. Kept on the device until a log is due, so that
+        # a step needs no synchronisation.
+        self._correct["" if model.training else "eval_"].append(losses.detach() < math.log(2))
+        return (losses.mean(), {"losses": losses.detach()}) if return_outputs else losses.mean()
 
     def prediction_step(
         self,

@@ -366,7 +366,7 @@ def margin_follows_weight(
     correlation = rank_correlation([w for w, _, _, _ in measured], means)
     prompts = min((n for _, _, _, n in measured), default=0)
     towards = -margin_sign
-    role, expected = ("cost", "rises") if margin_sign == -1 else ("reward", "falls")
+    role, expected = ("the role cost", "rises") if margin_sign == -1 else ("an encouraged margin", "falls")
     result = {
         "verdict": None,
         "rank_correlation": correlation,
@@ -388,7 +388,7 @@ def margin_follows_weight(
     right_order = towards * correlation > 0
     right_ends = min(towards * ends.low, towards * ends.high) > 0
     if right_order and right_ends:
-        sentence = f"The margin reward {expected} with w, as the role {role} asks ({numbers})."
+        sentence = f"The margin reward {expected} with w, as {role} asks ({numbers})."
         return result | {"verdict": True, "sentence": sentence}
     wrong_ends = max(towards * ends.low, towards * ends.high) < 0
     if wrong_ends:
@@ -398,7 +398,7 @@ def margin_follows_weight(
     else:
         seen = "does not do so clearly"
     sentence = (
-        f"Under the role {role} the margin reward {expected} with w where the objective alone decides; here it {seen} "
+        f"Under {role} the margin reward {expected} with w where the objective alone decides; here it {seen} "
         f"({numbers}). What may explain it: the two objectives are strongly correlated, which can turn the slope (the "
         "role promises a difference to the other role at equal w, no monotone movement with w); too little training "
         "(modpo.steps or epochs); too few prompts (evaluation.prompts) for the noise."

@@ -320,8 +320,31 @@ class Warehouse:
         with readable_os_errors("write", file):
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(file, json.dumps(entry, indent=2) + "\n")
+            if table == "scores":
+                self._rescale_reference(experiment, constants)
         if publish:
             self.publish()
+
+    def _rescale_reference(self, experiment: str, constants: dict[str, Any]) -> None:
+        """Give the SFT policy's scores the scale of the latest policies': they are compared with each other.
+
+        Its artifact holds unscaled log-ratios, so that a changed margin_beta leaves it as it is.
+        """
+        entry = self.latest(experiment, "sft_scores", ALL)
+        if entry is not None and entry["constants"] != constants and set(entry["constants"]) == set(constants):
+            file = self.registry / experiment / "sft_scores" / f"{ALL}.json"
+            write_atomically(file, json.dumps(entry | {"constants": constants}, indent=2) + "\n")
+
+    def forget_others(self, experiment: str, known: set[tuple[str, str]]) -> None:
+        """Leave out of the tables what the experiment no longer has, such as a weight that left its grid.
+
+        Args:
+            experiment: its name.
+            known: the assets and partitions that it has. Artifacts of others stay in the store.
+        """
+        for file in (self.registry / checked_name("experiment", experiment)).glob("*/*.json"):
+            if (file.parent.name, file.stem) not in known and not file.name.startswith("."):
+                file.unlink(missing_ok=True)
 
     def latest(self, experiment: str, asset: str, partition: str) -> dict[str, Any] | None:
         """The latest materialization that was recorded: fingerprint, run_id, ...; None where there is none."""

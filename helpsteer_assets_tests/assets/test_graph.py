@@ -1,6 +1,7 @@
 """The whole graph on a real Dagster instance: what it leaves, what it reuses, what a changed setting recomputes."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from helpsteer_assets.home import dagster_home
 from helpsteer_assets.resources.artifacts import ALL, ArtifactStore
 from helpsteer_assets.resources.warehouse import Warehouse
-from helpsteer_assets.stages import fingerprints, stages
+from helpsteer_assets.stages import fingerprints, local_path, stages
 from helpsteer_assets.status import status
 from helpsteer_assets_tests.assets.conftest import Finished
 
@@ -219,6 +220,7 @@ def test_without_a_rater_preference_quality_is_said_to_be_unmeasured(copied: Cal
     result = json.loads(artifact.file("tradeoff.json").read_text())
     assert result["axes"] == {"x": "log_ratio_to_sft", "y": "margin", "x_larger_is_better": False}
     assert "unmeasured" in result["note"]
+    assert result["note"] in unrated.announced
 
 
 def test_the_base_model_can_be_the_reference_policy(copied: Callable[..., Finished]) -> None:
@@ -227,6 +229,27 @@ def test_the_base_model_can_be_the_reference_policy(copied: Callable[..., Finish
     found = fingerprints(changed.experiment)["sft_model", ALL]
     artifact = ArtifactStore(changed.home).get("sft_model", ALL, found.value)
     assert artifact is not None and artifact.manifest["metrics"] == {}
+
+
+def test_a_base_whose_generation_defaults_contradict_each_other_can_be_used(
+    tmp_path: Path, copied: Callable[..., Finished]
+) -> None:
+    # Many a model on the hub states a temperature and no sampling, and transformers refuses to save that.
+    base = tmp_path / "base"
+    shutil.copytree(local_path("model.base", "embedded"), base)
+    (base / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.9, "do_sample": false}')
+    changed = copied(model={"base": str(base)}, sft={"enabled": False})
+    assert changed.run(select='key:"sft_model"'), changed.announced
+
+
+def test_a_chat_template_that_writes_the_date_is_refused(tmp_path: Path, copied: Callable[..., Finished]) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(local_path("model.base", "embedded"), base)
+    with (base / "chat_template.jinja").open("a") as template:
+        template.write("{{ strftime_now('%d %b %Y') }}")
+    changed = copied(model={"base": str(base)}, sft={"enabled": False})
+    assert not changed.run(select='key:"sft_model"')
+    assert any("writes today's date" in line for line in changed.announced)
 
 
 def test_selected_weights_run_alone_and_the_summary_waits_for_the_others(

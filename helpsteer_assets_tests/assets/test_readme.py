@@ -53,6 +53,12 @@ def test_the_python_it_shows_loads_a_policy(quick: Finished) -> None:
     assert namespace["policy"].active_adapter == "default"
 
 
+def test_each_picture_and_page_it_points_to_is_there() -> None:
+    targets = re.findall(r"\]\((docs/[^)]+)\)", README)
+    assert targets
+    assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
 def test_each_command_is_one_that_exists() -> None:
     targets = set(re.findall(r"^([a-z0-9]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     lines = [line.split("#")[0].split() for block in blocks("bash") for line in block.splitlines() if line.strip()]
@@ -68,4 +74,4 @@ def test_each_command_is_one_that_exists() -> None:
                 with click.Context(command):
                     command.make_context(name, arguments, parent=context)
         else:
-            assert words[0] in ("hf", "duckdb"), words
+            assert words[0] in (".venv/bin/hf", "duckdb"), words

@@ -511,3 +511,28 @@ def test_the_registry_is_plain_json(warehouse: Warehouse) -> None:
     entry = json.loads((warehouse.registry / "demo" / "scores" / "0.1.json").read_text())
     assert entry["parquet"] == "artifacts/scores/0.1/scores.parquet"
     assert (entry["run_id"], entry["constants"], entry["table"]) == ("run-1", IMPLICIT, "scores")
+
+
+def test_the_sft_policy_s_scores_take_the_scale_of_the_latest_policies(warehouse: Warehouse) -> None:
+    record_scores(warehouse, None, constants={"margin_beta": 0.1})
+    record_scores(warehouse, "0.5", constants={"margin_beta": 0.4})
+    _, rows = warehouse.query("SELECT DISTINCT margin_reward / margin_log_ratio FROM scores WHERE margin_log_ratio > 0")
+    assert [row[0] for row in rows] == pytest.approx([0.4])
+
+
+def test_a_weight_that_left_the_grid_leaves_the_tables(warehouse: Warehouse) -> None:
+    for w in (None, "0.1", "0.5"):
+        record_scores(warehouse, w)
+    record_scores(warehouse, "0.1", experiment="other")
+    warehouse.forget_others("demo", {("sft_scores", "all"), ("scores", "0.5")})
+    warehouse.publish()
+    _, rows = warehouse.query("SELECT DISTINCT experiment, w FROM scores ORDER BY ALL")
+    assert rows == [("demo", 0.5), ("demo", None), ("other", 0.1)]
+
+
+def test_the_latest_materialization_is_found_and_damage_is_none(warehouse: Warehouse) -> None:
+    assert warehouse.latest("demo", "scores", "0.1") is None
+    record_scores(warehouse, "0.1")
+    assert warehouse.latest("demo", "scores", "0.1")["fingerprint"] == "fingerprint-0.1"
+    (warehouse.registry / "demo" / "scores" / "0.1.json").write_text("{", encoding="utf-8")
+    assert warehouse.latest("demo", "scores", "0.1") is None
