@@ -14,7 +14,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["helpsteer_assets", "helpsteer_assets.*"]),
     package_data={"helpsteer_assets": ["experiments/*.yaml", "embedded/model/*"]},
-    entry_points={"console_scripts": ["helpsteer = helpsteer_assets.cli:main"]},
+    entry_points={"console_scripts": ["helpsteer = helpsteer_assets.cli:entry"]},
     install_requires=[
         "dagster>=1.13.27,<1.14",
         "dagster-webserver>=1.13.27,<1.14",

@@ -77,10 +77,8 @@ def run(select: str | None, weights: str | None) -> None:
     complete = run_experiment(
         experiment, home_path(), select=select, weights=chosen, announce=console.say, terminal=console.terminal
     )
-    # End at once: DuckDB 2's bindings print pages about harmless leaks while an interpreter is torn down.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0 if complete else 1)
+    if not complete:
+        sys.exit(1)
 
 
 @main.command()
@@ -200,3 +198,15 @@ def _print_table(names: list[str], rows: list[Any]) -> None:
         table.add_row(*row)
     # A file or a pipe has no width to fold to.
     Console(width=None if sys.stdout.isatty() else 200, markup=False, emoji=False, highlight=False).print(table)
+
+
+def entry() -> None:
+    """The console script `helpsteer`."""
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        # End at once: DuckDB 2's bindings print pages about harmless leaks while an interpreter is torn down.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -219,16 +220,29 @@ def test_weights_that_are_not_in_the_grid_are_refused(run: Run, weights: str, me
     assert message in failed(run("run", "--weights", weights))
 
 
-@pytest.mark.parametrize("selection", ["nonsense", "key:", "scores or +"])
-def test_a_selection_that_selects_nothing_lists_the_assets(run: Run, tmp_path: Path, selection: str) -> None:
+@pytest.mark.parametrize(
+    ("selection", "what"),
+    [
+        ("nonsense", "cannot be read"),
+        ("key:", "cannot be read"),
+        ("scores or +", "cannot be read"),
+        ("group:nope", "selects no asset"),
+    ],
+)
+def test_a_selection_that_selects_nothing_lists_the_assets(run: Run, selection: str, what: str) -> None:
     message = failed(run("run", "--select", selection))
-    assert f"--select {selection!r} selects no asset" in message
+    assert f"--select {selection!r} {what}" in message
     assert "Assets: evaluation_prompts, generations, helpsteer_ratings" in message
 
 
 @pytest.mark.parametrize(("succeeds", "code"), [(True, 0), (False, 1)])
 def test_run_passes_on_what_is_asked_and_exits_by_what_came_of_it(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, succeeds: bool, code: int
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    succeeds: bool,
+    code: int,
 ) -> None:
     import helpsteer_assets.running
 
@@ -241,7 +255,7 @@ def test_run_passes_on_what_is_asked_and_exits_by_what_came_of_it(
 
     monkeypatch.setattr(helpsteer_assets.running, "run_experiment", run_experiment)
     result = run("--home", "h", "run", "--select", "scores", "--weights", "0.90, .1,0.9")
-    assert (result.exit_code, result.output) == (code, "working\n")
+    assert (result.exit_code, capfd.readouterr().out) == (code, "working\n")
     assert asked == ["demo", tmp_path / "h", "scores", ["0.9", "0.1"]]
 
 
@@ -268,7 +282,7 @@ def test_ui_starts_dagster_on_the_experiments_own_state(
     started: list[Any] = []
     monkeypatch.setattr("os.execv", lambda file, arguments: started.extend([file, arguments]))
     result = run("--home", "h", "ui", "--port", "4000")
-    assert result.output == "experiment demo: http://127.0.0.1:4000\n"
+    assert result.output.startswith(f"experiment demo, home {tmp_path / 'h'}\nthe graph: http://127.0.0.1:4000/")
     assert started[0] == sys.executable
     assert started[1][1:] == [
         "-m",
@@ -284,6 +298,16 @@ def test_ui_starts_dagster_on_the_experiments_own_state(
     home = tmp_path / "h" / "dagster" / "demo"
     assert (home / "dagster.yaml").is_file()
     assert os.environ["DAGSTER_HOME"] == str(home) and os.environ["HELPSTEER_HOME"] == str(tmp_path / "h")
+
+
+def test_ui_refuses_a_port_that_is_taken(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.execv", lambda file, arguments: pytest.fail("started all the same"))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        message = failed(run("--home", "h", "ui", "--port", port))
+    assert f"cannot listen on 127.0.0.1:{port}" in message and "--port" in message
 
 
 # Imports

@@ -70,7 +70,7 @@ def server(copied: Callable[..., Finished], tmp_path: Path) -> Iterator[tuple[Fi
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    code = "from helpsteer_assets.cli import main; main()"
+    code = "from helpsteer_assets.cli import entry; entry()"
     command = [sys.executable, "-c", code, "-e", str(path), "--home", str(failing.home), "ui", "--port", str(port)]
     log = (tmp_path / "ui.log").open("w")
     process = subprocess.Popen(

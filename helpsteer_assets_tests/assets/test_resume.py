@@ -65,7 +65,7 @@ def _fingerprint(path: Path) -> str:
 
 
 def _command(path: Path, home: Path) -> list[str]:
-    code = "from helpsteer_assets.cli import main; main()"
+    code = "from helpsteer_assets.cli import entry; entry()"
     select = 'key:"modpo_models"'
     return [sys.executable, "-c", code, "-e", str(path), "--home", str(home), "run", "--select", select]
 
