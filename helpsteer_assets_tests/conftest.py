@@ -153,6 +153,13 @@ def die() -> NoReturn:
     raise AssertionError("unreachable")
 
 
+@pytest.fixture(autouse=True)
+def _keep_denormals() -> Iterator[None]:
+    """Training flushes denormal numbers to zero, for the whole process; what comes next wants ordinary arithmetic."""
+    yield
+    torch.set_flush_denormal(False)
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     session.config.stash[EXIT_STATUS] = int(exitstatus)
 

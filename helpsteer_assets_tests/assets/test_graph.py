@@ -91,7 +91,7 @@ def test_every_row_leads_back_to_its_run_and_its_artifact(quick: Finished) -> No
             assert instance.get_run_by_id(run_id).status == dg.DagsterRunStatus.SUCCESS
             source = "sft_generations" if w is None else "generations"
             generations = store.get(source, partition, artifact.manifest["inputs"][source][partition])
-            assert generations is not None and generations.manifest["settings"]["generation.do_sample"] is False
+            assert generations is not None and generations.manifest["settings"]["generation.max_new_tokens"] == 96
 
 
 def test_dagster_knows_each_fingerprint_as_the_data_version(quick: Finished) -> None:

@@ -61,8 +61,8 @@ def test_each_picture_and_page_it_points_to_is_there() -> None:
 
 def test_each_command_is_one_that_exists() -> None:
     targets = set(re.findall(r"^([a-z0-9]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    lines = [line.split("#")[0].split() for block in blocks("bash") for line in block.splitlines() if line.strip()]
-    for words in lines:
+    lines = [line.split("#")[0].split() for block in blocks("bash") for line in block.splitlines()]
+    for words in filter(None, lines):
         if words[0] == "make":
             assert words[1] in targets, words
         elif words[0] == ".venv/bin/helpsteer":

@@ -102,8 +102,10 @@ def test_each_object_and_each_task_occurs_in_training():
 
 
 def test_validation_prompts_are_about_different_combinations():
-    prompts = list(by_prompt(ROWS["validation"]))
-    assert len({subject_of(prompt) for prompt in prompts}) == len(prompts)
+    # As far as there are held-out combinations; after that, another phrasing of one.
+    subjects = [subject_of(prompt) for prompt in by_prompt(ROWS["validation"])]
+    assert len(set(subjects)) == 96
+    assert max(subjects.count(subject) for subject in subjects) == 2
 
 
 def test_useful_answers_get_longer_with_every_fact():
