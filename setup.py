@@ -43,7 +43,6 @@ setup(
         "dev": [
             "dagster-dg-cli>=1.13.27,<1.14",
             "hypothesis>=6.100",
-            "psutil>=6",
             "pytest>=9",
             "pytest-timeout>=2.3",
             "ruff>=0.14",

@@ -7,6 +7,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import socket
 import sys
 from collections.abc import Callable
@@ -198,6 +199,14 @@ def _print_table(names: list[str], rows: list[Any]) -> None:
         table.add_row(*row)
     # A file or a pipe has no width to fold to.
     Console(width=None if sys.stdout.isatty() else 200, markup=False, emoji=False, highlight=False).print(table)
+
+
+def command_name() -> str:
+    """How to call `helpsteer` from the working directory: by its name where it is on the PATH, else by its path."""
+    if shutil.which("helpsteer"):
+        return "helpsteer"
+    beside = Path(sys.executable).with_name("helpsteer")
+    return str(beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside)
 
 
 def entry() -> None:

@@ -19,6 +19,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from helpsteer_assets.cli import command_name
 from helpsteer_assets.errors import HelpsteerError
 
 if TYPE_CHECKING:
@@ -232,8 +233,8 @@ def run(data: Path | None, out: Path, experiment: Path) -> None:
         say(f"{experiment} written")
     else:
         say(f"{experiment} is already there: reused")
-    setting = f"HELPSTEER_EXPERIMENT={shlex.quote(str(experiment))}"
-    print(f"\nNext:\n  {setting} helpsteer check\n  {setting} helpsteer run", flush=True)
+    command = f"{command_name()} -e {shlex.quote(str(experiment))}"
+    print(f"\nNext:\n  {command} check\n  {command} run", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

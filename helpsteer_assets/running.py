@@ -2,8 +2,6 @@
 
 import json
 import os
-import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,6 +13,7 @@ from helpsteer_assets.assets import build_assets
 from helpsteer_assets.assets.checks import build_checks
 from helpsteer_assets.assets.evaluation import wide_summary
 from helpsteer_assets.assets.materialization import Lab
+from helpsteer_assets.cli import command_name
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment import Experiment
 from helpsteer_assets.home import dagster_home
@@ -183,17 +182,9 @@ def _announce_results(lab: Lab, announce: Callable[[str], None]) -> None:
         announce(tradeoff["note"])
     announce(f"Pareto front: {', '.join(point['label'] for point in tradeoff['points'] if point['on_front'])}")
     named = os.environ.get("HELPSTEER_EXPERIMENT", "demo")
-    command = _executable() if named == "demo" else f"{_executable()} -e {named}"
+    command = command_name() if named == "demo" else f"{command_name()} -e {named}"
     query = f"SELECT w, measure, mean, ci_low, ci_high FROM score_summary WHERE experiment = '{experiment.name}'"
     announce(f"plot:    {finished('tradeoff').file('tradeoff.png')}")
-    announce(f'scores:  {_executable()} query "{query}"')
+    announce(f'scores:  {command_name()} query "{query}"')
     announce(f"         or, in DuckDB's own shell: duckdb -readonly {lab.warehouse.path}")
     announce(f"UI:      {command} ui")
-
-
-def _executable() -> str:
-    """How to call `helpsteer` from here."""
-    if shutil.which("helpsteer"):
-        return "helpsteer"
-    beside = Path(sys.executable).with_name("helpsteer")
-    return str(beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside)

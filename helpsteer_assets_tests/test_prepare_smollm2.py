@@ -58,8 +58,8 @@ def test_a_finished_model_is_reused_and_the_experiment_trains_it(
     assert {path: path.stat().st_mtime_ns for path in model.iterdir()} == before
     output = capsys.readouterr().out
     assert f"{model} is already there: reused" in output
-    assert f"HELPSTEER_EXPERIMENT={shlex.quote(str(experiment))} helpsteer check" in output
-    assert output.index("helpsteer check") < output.index("helpsteer run")
+    command = f"helpsteer -e {shlex.quote(str(experiment))}"
+    assert output.index(f"{command} check") < output.index(f"{command} run")
 
     loaded = load_experiment(str(experiment))
     assert loaded.name == "smollm2-local"
