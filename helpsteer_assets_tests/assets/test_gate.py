@@ -80,7 +80,7 @@ def server(copied: Callable[..., Finished], tmp_path: Path) -> Iterator[tuple[Fi
         _wait(lambda: _answers(f"http://127.0.0.1:{port}"), "the UI to start", tmp_path / "ui.log", process)
         yield failing, f"http://127.0.0.1:{port}"
     finally:
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, signal.SIGTERM)
         try:
             process.wait(timeout=30)
         except subprocess.TimeoutExpired:
