@@ -3,6 +3,7 @@
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from helpsteer_assets.modpo.tokenization import Sequence
@@ -32,7 +33,7 @@ def collate(sequences: Items[Sequence], pad_id: int) -> Batch:
     response_mask = torch.zeros(shape, dtype=torch.bool)
     for row, sequence in enumerate(sequences):
         end, start = len(sequence), len(sequence.prompt_ids)
-        input_ids[row, :end] = torch.tensor(sequence.prompt_ids + sequence.response_ids)
+        input_ids[row, :end] = torch.from_numpy(np.concatenate([sequence.prompt_ids, sequence.response_ids]))
         attention_mask[row, :end] = 1
         response_mask[row, start:end] = True
     return Batch(input_ids, attention_mask, response_mask)

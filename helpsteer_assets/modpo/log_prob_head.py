@@ -1,0 +1,99 @@
+"""The output layer fused with the log-probability of given tokens.
+
+A loss over responses needs one number per token out of a row of vocabulary size. Here the logits live a chunk of rows
+at a time, and the gradient with respect to the hidden states is made in the forward pass, while the chunk is there:
+two matrix products per chunk in all, nothing recomputed, nothing of size [tokens, vocabulary] kept. That is possible
+since what follows, per-sequence sums and a scalar loss, multiplies the gradient of each token by one number.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+CHUNK_ELEMENTS = 2**23
+"""Logits (rows times vocabulary) that are in memory at once."""
+
+
+@dataclass(frozen=True)
+class LogProbHead:
+    """How a model makes logits of hidden states h: softcap(scale * (h W^T + bias))."""
+
+    weight: torch.Tensor
+    """[vocabulary, hidden]"""
+    bias: torch.Tensor | None = None
+    """[vocabulary]"""
+    scale: float = 1.0
+    """Multiplies the logits (Cohere's `logit_scale`; one over Granite's `logits_scaling`)."""
+    softcap: float | None = None
+    """c of c * tanh(logits / c) (Gemma 2's `final_logit_softcapping`)."""
+
+    def __call__(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Log-probability of each target, nats.
+
+        Args:
+            hidden: [tokens, hidden] last hidden states.
+            targets: [tokens] token ids.
+
+        Returns:
+            [tokens], fp32 (fp64 of fp64 hidden states).
+        """
+        return _LogProb.apply(hidden, targets, self)
+
+
+def find_head(model: PreTrainedModel) -> LogProbHead | None:
+    """The head of a model, or None where it is something else than a frozen linear layer.
+
+    Whether a model does more to its logits than the config's known keys say is for the caller to try.
+    """
+    layer = model.get_output_embeddings()
+    if type(layer) is not torch.nn.Linear or any(parameter.requires_grad for parameter in layer.parameters()):
+        return None
+    config = model.config.get_text_config()
+    return LogProbHead(
+        layer.weight,
+        layer.bias,
+        scale=(getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0),
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+class _LogProb(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: torch.Tensor, targets: torch.Tensor, head: LogProbHead) -> torch.Tensor:
+        accurate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        found = torch.empty(len(hidden), dtype=accurate, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        rows = max(1, CHUNK_ELEMENTS // len(head.weight))
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            chunk, of_chunk = hidden[part], targets[part, None]
+            logits = (chunk @ head.weight.t()).to(accurate)
+            if head.bias is not None:
+                logits += head.bias
+            if head.scale != 1:
+                logits *= head.scale
+            if head.softcap is not None:
+                logits.div_(head.softcap).tanh_()  # its slope is 1 minus its square
+                slope = 1 - logits.square() if gradient is not None else None
+                logits *= head.softcap
+            log_probs = torch.log_softmax(logits, dim=1)
+            found[part] = log_probs.gather(1, of_chunk)[:, 0]
+            if gradient is None:
+                continue
+            # d log p(target) / d logits = one-hot(target) - p
+            by_logit = log_probs.exp_().neg_()
+            by_logit.scatter_add_(1, of_chunk, torch.ones_like(of_chunk, dtype=accurate))
+            if head.softcap is not None:
+                by_logit *= slope
+            if head.scale != 1:
+                by_logit *= head.scale
+            torch.mm(by_logit.to(hidden.dtype), head.weight, out=gradient[part])
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return found
+
+    @staticmethod
+    def backward(ctx, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (upstream[:, None] * gradient).to(gradient.dtype), None, None
