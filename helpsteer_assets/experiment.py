@@ -292,6 +292,10 @@ class ObjectiveSettings(Section):
 class GenerationSettings(Section):
     """How the policies answer the evaluation prompts."""
 
+    engine: Literal["transformers", "vllm"] = Field(
+        "transformers",
+        description="What decodes. vllm: on a GPU, with the extra `vllm` installed, in bf16.",
+    )
     max_prompt_length: int = Field(1536, ge=4, description="A longer prompt keeps its last so many tokens.")
     max_new_tokens: int = Field(512, ge=1, description="Longest response in tokens, its end-of-text token included.")
     do_sample: bool = Field(False, description="false: greedy. true: sample with temperature and top_p.")
@@ -302,8 +306,18 @@ class GenerationSettings(Section):
     max_batch_tokens: int = Field(
         16384,
         ge=1,
-        description="Padded tokens (prompt and response) in one batch. In fp32 it changes no greedy response.",
+        description="Tokens (prompts and longest responses) that are decoded together: room for their keys and "
+        "values. In fp32 it changes no response. vllm takes the room there is.",
     )
+
+    @model_validator(mode="after")
+    def _within_the_engine(self) -> "GenerationSettings":
+        if self.engine == "vllm" and self.no_repeat_ngram_size > 0:
+            raise ValueError(
+                f"no_repeat_ngram_size: {self.no_repeat_ngram_size} with `engine: vllm`, which has no such rule; set "
+                "no_repeat_ngram_size: 0 or engine: transformers"
+            )
+        return self
 
 
 class RewardModelSettings(Section):
@@ -371,6 +385,16 @@ class RunSettings(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one, else cpu.")
     threads: int | None = Field(
         None, ge=1, description="CPU threads of torch; 1 gives the same bytes in every run. null: torch's choice."
+    )
+    batch_tokens: int | None = Field(
+        None,
+        ge=64,
+        description="Tokens in one forward and backward pass of the preference trainings: a batch with more is done "
+        "in several. Scoring, which keeps no activations, takes four times as many. null: 1024 on a CPU, 4096 on a "
+        "GPU.",
+    )
+    compile: bool = Field(
+        False, description="torch.compile the layers' MLPs and norms in trainings; it costs a minute at the start."
     )
     report_to: list[str] = Field(
         default_factory=list, description="Experiment trackers of transformers' Trainer: wandb, tensorboard, trackio."

@@ -37,29 +37,45 @@ CODE_VERSIONS = {
     "embedded/generator.py": 1,
     "embedded/rater.py": 1,
     "modpo/batching.py": 1,
-    "modpo/generation.py": 1,
-    "modpo/log_probs.py": 1,
+    "modpo/compilation.py": 1,
+    "modpo/decoding.py": 1,
+    "modpo/fused_lora.py": 1,
+    "modpo/generation.py": 2,
+    "modpo/lending.py": 1,
+    "modpo/log_prob_head.py": 1,
+    "modpo/log_probs.py": 2,
     "modpo/losses.py": 1,
     "modpo/margins.py": 1,
     "modpo/models.py": 1,
     "modpo/pairs.py": 1,
     "modpo/plots.py": 1,
-    "modpo/preference_trainer.py": 1,
+    "modpo/preference_trainer.py": 2,
     "modpo/raters.py": 1,
     "modpo/ratings.py": 1,
     "modpo/schedule.py": 1,
     "modpo/sft.py": 1,
     "modpo/statistics.py": 1,
+    "modpo/tables.py": 1,
     "modpo/tokenization.py": 1,
     "modpo/training.py": 1,
+    "modpo/tree_attention.py": 1,
+    "modpo/trees.py": 1,
+    "modpo/vllm_generation.py": 1,
 }
 """Version of each piece of code that determines results. Raise it when a change alters what the code computes: all
 that was made by it is then out of date. A test holds a digest of each piece and asks whoever changes one."""
 
-_SFT = ("assets/loading.py", "modpo/models.py")
-_SCORING = ("modpo/batching.py", "modpo/log_probs.py", "modpo/tokenization.py")
+_SFT = ("assets/loading.py", "modpo/fused_lora.py", "modpo/lending.py", "modpo/models.py")
+_SCORING = (
+    "modpo/batching.py",
+    "modpo/log_prob_head.py",
+    "modpo/log_probs.py",
+    "modpo/tokenization.py",
+    "modpo/tree_attention.py",
+    "modpo/trees.py",
+)
 _TRAINING = ("modpo/training.py", "modpo/schedule.py", *_SFT)
-_PREFERENCE = ("modpo/losses.py", "modpo/preference_trainer.py", *_TRAINING, *_SCORING)
+_PREFERENCE = ("modpo/compilation.py", "modpo/losses.py", "modpo/preference_trainer.py", *_TRAINING, *_SCORING)
 
 
 @dataclass(frozen=True)
@@ -100,11 +116,13 @@ def stages(experiment: Experiment) -> dict[str, Stage]:
     generation = tuple(
         f"generation.{key}"
         for key in type(experiment.generation).model_fields
-        # In fp32 the batch a greedy response was made in does not change it; in bf16, and where it is sampled, it may.
-        if key != "max_batch_tokens" or experiment.model.precision != "fp32" or experiment.generation.do_sample
+        # In fp32 the batch that a response was made in does not change it; in bf16 it may.
+        if key != "max_batch_tokens" or experiment.model.precision != "fp32"
     ) + (("seed",) if experiment.generation.do_sample else ())
     sft = experiment.sft.enabled
-    generating = ("modpo/generation.py", *_SFT, "modpo/batching.py", "modpo/tokenization.py")
+    generating = ("modpo/generation.py", "modpo/decoding.py", *_SFT, "modpo/batching.py", "modpo/tokenization.py")
+    if experiment.generation.engine == "vllm":
+        generating += ("modpo/vllm_generation.py",)
     scoring = ("assets/evaluation.py:scores", "modpo/raters.py", *_SFT, *_SCORING)
     if experiment.evaluation.rater == "embedded":
         scoring += ("embedded/rater.py",)
@@ -127,6 +145,7 @@ def stages(experiment: Experiment) -> dict[str, Stage]:
             ),
             "assets/data.py:helpsteer_ratings",
             "modpo/ratings.py",
+            "modpo/tables.py",
             *(("embedded/generator.py",) if experiment.data.source == "embedded" else ()),
         ),
         stage(
@@ -135,6 +154,7 @@ def stages(experiment: Experiment) -> dict[str, Stage]:
             ("data.preference_attribute", "data.selection_share"),
             "assets/data.py:preference_pairs",
             "modpo/pairs.py",
+            "modpo/tables.py",
         ),
         stage(
             "margin_pairs",
@@ -142,6 +162,7 @@ def stages(experiment: Experiment) -> dict[str, Stage]:
             ("data.margin_attribute", "data.selection_share"),
             "assets/data.py:margin_pairs",
             "modpo/pairs.py",
+            "modpo/tables.py",
         ),
         stage(
             "evaluation_prompts",
@@ -149,6 +170,7 @@ def stages(experiment: Experiment) -> dict[str, Stage]:
             ("evaluation.prompts",),
             "assets/data.py:evaluation_prompts",
             "modpo/pairs.py",
+            "modpo/tables.py",
         ),
         stage(
             "sft_model",
@@ -163,6 +185,7 @@ def stages(experiment: Experiment) -> dict[str, Stage]:
             lengths,
             "assets/training.py:reference_log_probs",
             "modpo/pairs.py",
+            "modpo/tables.py",
             *_SFT,
             *_SCORING,
         ),
@@ -181,6 +204,7 @@ def stages(experiment: Experiment) -> dict[str, Stage]:
             ("objective.margin", *(lengths if adapter else ())),
             "assets/training.py:margin_rewards",
             "modpo/pairs.py",
+            "modpo/tables.py",
             *_SFT,
             *_SCORING,
         ),

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from helpsteer_assets.assets.display import table_metadata
-from helpsteer_assets.assets.loading import load_sft_model, load_sft_tokenizer
+from helpsteer_assets.assets.loading import load_sft_tokenizer, sft_model_on_loan
 from helpsteer_assets.assets.materialization import AssetDeclaration, Inputs, Metrics, StageRun
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment import Experiment
@@ -26,7 +26,6 @@ from helpsteer_assets.stages import fetch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from helpsteer_assets.modpo.preference_trainer import PreferencePair
     from helpsteer_assets.modpo.tokenization import Sequence
     from helpsteer_assets.modpo.training import TrainingResult
 
@@ -58,7 +57,6 @@ def sft_model(run: StageRun) -> Metrics:
             train_sequences=_chosen(run, tokenizer, pairs, "train"),
             selection_sequences=_chosen(run, tokenizer, pairs, "selection"),
             settings=experiment.sft,
-            max_length=settings.max_length,
             seed=experiment.seed,
             report_to=experiment.run.report_to,
             checkpoints=run.checkpoints,
@@ -88,24 +86,18 @@ def _chosen(run: StageRun, tokenizer: "PreTrainedTokenizerBase", pairs: pa.Table
 
 def reference_log_probs(run: StageRun) -> Metrics:
     """log p_sft(y|x) and token count of every unique (prompt, response) of the pairs, computed once for all weights."""
-    from helpsteer_assets.modpo.log_probs import BASE, score_sequences
+    from helpsteer_assets.modpo.log_probs import BASE
 
     pair_sets = [
         run.table(name, "pairs.parquet") for name in ("preference_pairs", "margin_pairs") if name in run.inputs
     ]
     responses = unique_responses(*pair_sets)
-    model, tokenizer = load_sft_model(run), load_sft_tokenizer(run)
-    sequences = list(_encode(run, tokenizer, responses).values())
-    scored = score_sequences(
-        model,
-        sequences,
-        pad_id=tokenizer.pad_token_id,
-        progress=run.progress,
-        checkpoint=run.checkpoints / "log_probs.jsonl",
-    )
+    sequences = list(_encode(run, load_sft_tokenizer(run), responses).values())
+    with sft_model_on_loan(run) as model:
+        log_probs = _log_probs(run, model, sequences, BASE)
     truncated = [sequence.truncated for sequence in sequences]
     table = responses.select(["prompt_id", "response_id"])
-    table = table.append_column("log_prob", pa.array(scored[BASE], pa.float64()))
+    table = table.append_column("log_prob", pa.array(log_probs, pa.float64()))
     table = table.append_column("response_tokens", pa.array([len(s.response_ids) for s in sequences], pa.int32()))
     run.write(table.append_column("truncated", pa.array(truncated, pa.bool_())), "log_probs.parquet")
     return {
@@ -118,27 +110,22 @@ def reference_log_probs(run: StageRun) -> Metrics:
 
 def margin_adapter(run: StageRun) -> Metrics:
     """LoRA trained by DPO on the margin pairs; margin_beta (log p_adapter - log p_sft) is its implicit reward."""
-    from helpsteer_assets.modpo.log_probs import score_sequences
     from helpsteer_assets.modpo.margins import judge_pairs
 
     experiment = run.experiment
     settings = experiment.margin_adapter
     assert settings is not None  # validated with the experiment: this asset would not be there
-    model, tokenizer = load_sft_model(run), load_sft_tokenizer(run)
+    tokenizer = load_sft_tokenizer(run)
     pairs = run.table("margin_pairs", "pairs.parquet")
-    result, model = _train(
-        run, model, tokenizer, pairs, settings, w=1.0, beta=settings.beta, margins=None, what="margin_adapter"
-    )
     validation = pairs.filter(pc.equal(pairs["split"], "validation"))
     encoded = _encode(run, tokenizer, unique_responses(validation)) if validation.num_rows else {}
-    adapter = model.active_adapter
-    scored = score_sequences(
-        model, list(encoded.values()), pad_id=tokenizer.pad_token_id, adapters=(adapter,), progress=run.progress
-    )
+    with sft_model_on_loan(run) as base:
+        result, model = _train(
+            run, base, tokenizer, pairs, settings, w=1.0, beta=settings.beta, margins=None, what="margin_adapter"
+        )
+        log_probs = _log_probs(run, model, list(encoded.values()), model.active_adapter, resumable=False)
     reference = _reference(run)
-    ratios = {
-        response: log_prob - reference[response] for response, log_prob in zip(encoded, scored[adapter], strict=True)
-    }
+    ratios = {response: log_prob - reference[response] for response, log_prob in zip(encoded, log_probs, strict=True)}
     sanity, failures = judge_pairs(
         validation,
         ratios,
@@ -151,7 +138,6 @@ def margin_adapter(run: StageRun) -> Metrics:
 
 def margin_rewards(run: StageRun) -> Metrics:
     """The unscaled margin reward of every response in the preference pairs, once for all weights and roles."""
-    from helpsteer_assets.modpo.log_probs import score_sequences
     from helpsteer_assets.modpo.models import load_adapters
     from helpsteer_assets.modpo.tokenization import count_response_tokens
 
@@ -160,18 +146,11 @@ def margin_rewards(run: StageRun) -> Metrics:
     log_ratios: list[float | None] = [None] * responses.num_rows
     if run.experiment.has_margin_adapter:
         encoded = _encode(run, tokenizer, responses)
-        scored = score_sequences(
-            load_adapters(load_sft_model(run), {"margin": run.input("margin_adapter").path / "adapter"}),
-            list(encoded.values()),
-            pad_id=tokenizer.pad_token_id,
-            adapters=("margin",),
-            progress=run.progress,
-            checkpoint=run.checkpoints / "log_probs.jsonl",
-        )
+        with sft_model_on_loan(run) as base:
+            model = load_adapters(base, {"margin": run.input("margin_adapter").path / "adapter"})
+            log_probs = _log_probs(run, model, list(encoded.values()), "margin")
         reference = _reference(run)
-        log_ratios = [
-            log_prob - reference[response] for response, log_prob in zip(encoded, scored["margin"], strict=True)
-        ]
+        log_ratios = [log_prob - reference[response] for response, log_prob in zip(encoded, log_probs, strict=True)]
     tokens = count_response_tokens(tokenizer, responses)
     table = responses.select(["prompt_id", "response_id"])
     table = table.append_column("log_ratio", pa.array(log_ratios, pa.float64()))
@@ -189,18 +168,18 @@ def modpo_models(run: StageRun) -> Metrics:
     from helpsteer_assets.modpo.margins import margins_by_response
 
     experiment = run.experiment
-    model, tokenizer = load_sft_model(run), load_sft_tokenizer(run)
-    result, _ = _train(
-        run,
-        model,
-        tokenizer,
-        run.table("preference_pairs", "pairs.parquet"),
-        experiment.modpo,
-        w=float(run.partition),
-        beta=experiment.objective.beta,
-        margins=margins_by_response(experiment.objective, run.table("margin_rewards", "margin_rewards.parquet")),
-        what=f"w={run.partition}",
-    )
+    with sft_model_on_loan(run) as model:
+        result, _ = _train(
+            run,
+            model,
+            load_sft_tokenizer(run),
+            run.table("preference_pairs", "pairs.parquet"),
+            experiment.modpo,
+            w=float(run.partition),
+            beta=experiment.objective.beta,
+            margins=margins_by_response(experiment.objective, run.table("margin_rewards", "margin_rewards.parquet")),
+            what=f"w={run.partition}",
+        )
     return _record(run, result)
 
 
@@ -226,6 +205,27 @@ def _encode(run: StageRun, tokenizer: "PreTrainedTokenizerBase", responses: pa.T
     return encode_responses(tokenizer, responses, model.max_length, model.max_prompt_length)
 
 
+def _log_probs(
+    run: StageRun, model: Any, sequences: "list[Sequence]", adapter: str, *, resumable: bool = True
+) -> list[float]:
+    """log p(y|x) of the sequences under one adapter, or `BASE`.
+
+    Resumable is what a stage scores with a finished model: no other attempt has other weights.
+    """
+    from helpsteer_assets.modpo.log_probs import score_sequences
+    from helpsteer_assets.modpo.models import scoring_batch_tokens
+
+    scored = score_sequences(
+        model,
+        sequences,
+        adapters=(adapter,),
+        batch_tokens=scoring_batch_tokens(run.experiment.run, model.device),
+        progress=run.progress,
+        checkpoint=run.checkpoints / "log_probs.jsonl" if resumable else None,
+    )
+    return scored[adapter]
+
+
 def _reference(run: StageRun) -> dict[str, float]:
     """log p_sft by response_id."""
     table = run.table("reference_log_probs", "log_probs.parquet")
@@ -246,17 +246,18 @@ def _train(
 ) -> "tuple[TrainingResult, Any]":
     """Train a LoRA on the SFT model by MODPO (DPO at w = 1) and save it with its model card."""
     from helpsteer_assets.modpo.model_card import model_card
-    from helpsteer_assets.modpo.models import attach_lora
-    from helpsteer_assets.modpo.preference_trainer import make_pairs, train_preference
+    from helpsteer_assets.modpo.models import attach_lora, batch_tokens
+    from helpsteer_assets.modpo.preference_trainer import PairDataset, train_preference
 
     experiment = run.experiment
     pairs = pairs.filter(pc.is_in(pairs["split"], pa.array(["train", "selection"])))
     sequences = _encode(run, tokenizer, unique_responses(pairs))
     reference = _reference(run)
 
-    def of_split(split: str) -> "list[PreferencePair]":
-        rows = pairs.filter(pc.equal(pairs["split"], split)).select(["chosen_id", "rejected_id"]).to_pylist()
-        return make_pairs(rows, sequences, reference, margins)
+    def of_split(split: str) -> PairDataset:
+        rows = pairs.filter(pc.equal(pairs["split"], split))
+        ids = zip(rows["chosen_id"].to_pylist(), rows["rejected_id"].to_pylist(), strict=True)
+        return PairDataset(list(ids), sequences, reference, margins)
 
     peft_model = attach_lora(model, experiment.lora, experiment.seed)
     result = train_preference(
@@ -266,7 +267,8 @@ def _train(
         w=w,
         beta=beta,
         settings=settings,
-        pad_id=tokenizer.pad_token_id,
+        batch_tokens=batch_tokens(experiment.run, model.device),
+        compile_layers=experiment.run.compile,
         seed=experiment.seed,
         report_to=experiment.run.report_to,
         what=what,

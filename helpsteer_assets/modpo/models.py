@@ -20,6 +20,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from helpsteer_assets.errors import HelpsteerError
+from helpsteer_assets.modpo.fused_lora import fuse_lora
 
 if TYPE_CHECKING:
     from helpsteer_assets.experiment import LoraSettings, ModelSettings, RunSettings
@@ -45,6 +46,19 @@ def choose_device(run: "RunSettings", precision: str) -> torch.device:
     # Saturated logits make denormal numbers, on which CPU steps are an order of magnitude slower.
     torch.set_flush_denormal(True)
     return device
+
+
+def batch_tokens(run: "RunSettings", device: torch.device) -> int:
+    """Tokens in one forward and backward pass.
+
+    A CPU is busy with few, and slows down where activations outgrow its caches.
+    """
+    return run.batch_tokens or (4096 if device.type == "cuda" else 1024)
+
+
+def scoring_batch_tokens(run: "RunSettings", device: torch.device) -> int:
+    """Tokens in one forward pass without gradients, which keeps no activations."""
+    return 4 * batch_tokens(run, device)
 
 
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -73,7 +87,6 @@ def load_model(
             path,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
-            attn_implementation="sdpa",
             output_loading_info=True,
         )
     except (OSError, ValueError, SafetensorError) as error:
@@ -131,7 +144,7 @@ def attach_lora(model: PreTrainedModel, lora: "LoraSettings", seed: int) -> Peft
                 f"(there are {known})"
             )
     with _peft_uses_an_old_name():
-        return get_peft_model(model, config)
+        return fuse_lora(get_peft_model(model, config))
 
 
 def load_adapters(model: PreTrainedModel, adapters: dict[str, Path]) -> PeftModel:
@@ -142,7 +155,7 @@ def load_adapters(model: PreTrainedModel, adapters: dict[str, Path]) -> PeftMode
         peft_model = PeftModel.from_pretrained(model, path, adapter_name=first)
         for name, path in names:
             peft_model.load_adapter(path, adapter_name=name)
-    return peft_model.eval()
+    return fuse_lora(peft_model).eval()
 
 
 @contextmanager

@@ -14,15 +14,21 @@ from torch.utils.data import Dataset
 from transformers import Trainer
 
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.modpo.batching import Batch, collate
+from helpsteer_assets.modpo.compilation import compiled_layers
 from helpsteer_assets.modpo.log_probs import response_log_probs
 from helpsteer_assets.modpo.losses import log_ratios, modpo_loss
 from helpsteer_assets.modpo.progress import Progress, silent
 from helpsteer_assets.modpo.tokenization import Sequence
 from helpsteer_assets.modpo.training import TrainingResult, train, training_arguments
+from helpsteer_assets.modpo.tree_attention import tree_attention
+from helpsteer_assets.modpo.trees import Forest
 
 if TYPE_CHECKING:
     from helpsteer_assets.experiment import TrainingSettings
+
+
+EVALUATION_PAIRS = 64
+"""Pairs in a batch of an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -40,60 +46,99 @@ class PreferencePair:
 
 
 class PairDataset(Dataset):
-    """Preference pairs as transformers' Trainer wants them."""
+    """Preference pairs as transformers' Trainer wants them: joined with tokens, reference and margins when asked for.
 
-    def __init__(self, pairs: Items[PreferencePair]) -> None:
+    Args:
+        pairs: (chosen response_id, rejected response_id) of each pair.
+        sequences: tokens by response_id.
+        reference: log p_sft by response_id, nats.
+        margins: m by response_id, in reward units; None for DPO.
+    """
+
+    def __init__(
+        self,
+        pairs: Items[tuple[str, str]],
+        sequences: Mapping[str, Sequence],
+        reference: Mapping[str, float],
+        margins: Mapping[str, float] | None = None,
+    ) -> None:
         self._pairs = pairs
+        self._sequences = sequences
+        self._reference = reference
+        self._margins = margins
 
     def __len__(self) -> int:
         return len(self._pairs)
 
     def __getitem__(self, index: int) -> PreferencePair:
-        return self._pairs[index]
-
-
-def make_pairs(
-    rows: Items[Mapping[str, Any]],
-    sequences: Mapping[str, Sequence],
-    reference: Mapping[str, float],
-    margins: Mapping[str, float] | None = None,
-) -> list[PreferencePair]:
-    """Join pairs with tokens, reference log-probabilities and margins.
-
-    Args:
-        rows: with `chosen_id` and `rejected_id`.
-        sequences: tokens by response_id.
-        reference: log p_sft by response_id, nats.
-        margins: m by response_id, in reward units; None for DPO.
-    """
-    margins = defaultdict(float) if margins is None else margins
-    return [
-        PreferencePair(
-            chosen=sequences[row["chosen_id"]],
-            rejected=sequences[row["rejected_id"]],
-            reference_chosen=reference[row["chosen_id"]],
-            reference_rejected=reference[row["rejected_id"]],
-            margin_chosen=margins[row["chosen_id"]],
-            margin_rejected=margins[row["rejected_id"]],
+        chosen, rejected = self._pairs[index]
+        return PreferencePair(
+            self._sequences[chosen],
+            self._sequences[rejected],
+            self._reference[chosen],
+            self._reference[rejected],
+            0.0 if self._margins is None else self._margins[chosen],
+            0.0 if self._margins is None else self._margins[rejected],
         )
-        for row in rows
-    ]
 
 
 class PairCollator:
-    """Pads the chosen responses, then the rejected ones, into one batch [2 * pairs, length]."""
+    """Packs pairs into micro-batches of prompt trees; a prompt or response that several pairs share is there once.
 
-    def __init__(self, pad_id: int) -> None:
-        self._pad_id = pad_id
+    Args:
+        max_tokens: tokens of a micro-batch; a pair with more makes one of its own.
+    """
 
-    def __call__(self, pairs: list[PreferencePair]) -> dict[str, torch.Tensor]:
-        """`Batch`'s tensors, and `reference` and `margin`, [2 * pairs] float64 (nats and reward units)."""
-        batch = collate([p.chosen for p in pairs] + [p.rejected for p in pairs], self._pad_id)
-        doubles = {
-            "reference": [p.reference_chosen for p in pairs] + [p.reference_rejected for p in pairs],
-            "margin": [p.margin_chosen for p in pairs] + [p.margin_rejected for p in pairs],
+    def __init__(self, max_tokens: int) -> None:
+        self._max_tokens = max_tokens
+
+    def __call__(self, pairs: list[PreferencePair]) -> dict[str, Any]:
+        """`micro_batches`: inputs for `pair_losses`; `share`: each one's share of the pairs."""
+        groups: list[list[PreferencePair]] = []
+        forest = Forest()
+        for pair in pairs:
+            sides = (pair.chosen, pair.rejected)
+            if not groups or forest.tokens + forest.growth(sides) > self._max_tokens:
+                groups.append([])
+                forest = Forest()
+            groups[-1].append(pair)
+            for side in sides:
+                forest.add(side)
+        return {
+            "micro_batches": [self._pack(group) for group in groups],
+            "shares": [len(group) / len(pairs) for group in groups],
         }
-        return vars(batch) | {key: torch.tensor(values, dtype=torch.float64) for key, values in doubles.items()}
+
+    @staticmethod
+    def _pack(pairs: list[PreferencePair]) -> dict[str, Any]:
+        forest = Forest()
+        rows = [(forest.add(pair.chosen), forest.add(pair.rejected)) for pair in pairs]
+        reference = [(pair.reference_chosen, pair.reference_rejected) for pair in pairs]
+        margins = [(pair.margin_chosen, pair.margin_rejected) for pair in pairs]
+        return {
+            "trees": forest.pack(),
+            "rows": torch.tensor(rows).t().contiguous(),
+            "reference": torch.tensor(reference, dtype=torch.float64).t().contiguous(),
+            "margin": torch.tensor(margins, dtype=torch.float64).t().contiguous(),
+        }
+
+
+def pair_losses(model: torch.nn.Module, inputs: Mapping[str, Any], *, w: float, beta: float) -> torch.Tensor:
+    """MODPO loss of each pair of a micro-batch.
+
+    Args:
+        model: the policy.
+        inputs: of B pairs: `trees`, a TreeBatch; `rows`, [2, B] the tree rows of the chosen and rejected responses;
+            `reference`, [2, B] their log p_sft (nats), and `margin`, [2, B] their m (reward units), both float64.
+        w: weight of the preference in (0, 1].
+        beta: MODPO's beta.
+
+    Returns:
+        [B] float64.
+    """
+    log_probs = response_log_probs(model, inputs["trees"])
+    chosen, rejected = log_ratios(log_probs[inputs["rows"]], inputs["reference"])
+    return modpo_loss(chosen, rejected, *inputs["margin"], w=w, beta=beta)
 
 
 class PreferenceTrainer(Trainer):
@@ -106,35 +151,47 @@ class PreferenceTrainer(Trainer):
         kwargs: transformers.Trainer's.
     """
 
-    # compute_loss returns a mean over the micro-batch: Trainer divides by the accumulation steps.
+    # compute_loss returns a mean over the batch: Trainer divides by the accumulation steps.
     loss_is_scaled_for_ga = False
 
     def __init__(self, model: PeftModel, *, w: float, beta: float, **kwargs: Any) -> None:
         super().__init__(model, **kwargs)
         self.w = w
         self.beta = beta
-        self.tokens_seen: torch.Tensor | int = 0
+        self.tokens_seen = 0
         # No `labels` in the inputs: tell Trainer's evaluation that there is a loss all the same.
         self.can_return_loss = True
-        self._correct: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._losses: dict[str, list[torch.Tensor]] = defaultdict(list)
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Gradients of the mean loss of a batch, one micro-batch after the other; returns that loss."""
+        total = torch.zeros((), dtype=torch.float64, device=self.args.device)
+        # Activations that are recomputed in the backward pass are so under the same attention.
+        with tree_attention(model):
+            for micro_batch, share in zip(inputs["micro_batches"], inputs["shares"], strict=True):
+                part = {"micro_batches": [micro_batch], "shares": [share]}
+                total += super().training_step(model, part, num_items_in_batch)
+        return total
 
     def compute_loss(
         self,
         model: torch.nn.Module,
-        inputs: dict[str, torch.Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Mean MODPO loss of a batch of pairs."""
-        batch = Batch(inputs["input_ids"], inputs["attention_mask"], inputs["response_mask"])
-        chosen, rejected = log_ratios(response_log_probs(model, batch), inputs["reference"]).chunk(2)
-        losses = modpo_loss(chosen, rejected, *inputs["margin"].chunk(2), w=self.w, beta=self.beta)
-        if model.training:
-            self.tokens_seen = self.tokens_seen + batch.attention_mask.sum()
-        # A loss below log 2 is a positive logit: chosen is ranked first. Kept on the device until a log is due, so that
-        # a step needs no synchronisation.
-        self._correct["" if model.training else "eval_"].append(losses.detach() < math.log(2))
-        return (losses.mean(), {"losses": losses.detach()}) if return_outputs else losses.mean()
+        """Mean MODPO loss of a batch of pairs; of some of its micro-batches: their part in it."""
+        loss = torch.zeros((), dtype=torch.float64, device=self.args.device)
+        for micro_batch, share in zip(inputs["micro_batches"], inputs["shares"], strict=True):
+            losses = pair_losses(model, micro_batch, w=self.w, beta=self.beta)
+            loss = loss + share * losses.mean()
+            if model.training:
+                self.tokens_seen += micro_batch["trees"].tokens
+            # Kept on the device until a log is due, so that a step needs no synchronisation.
+            self._losses["" if model.training else "eval_"].append(losses.detach())
+        return (loss, {}) if return_outputs else loss
 
     def prediction_step(
         self,
@@ -145,13 +202,18 @@ class PreferenceTrainer(Trainer):
     ) -> tuple[torch.Tensor, None, None]:
         """The loss of a held-out batch."""
         with torch.no_grad():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+            return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the share of pairs whose logit is positive since the last log."""
+        """Add the share of pairs whose logit is positive since the last log, and weigh held-out pairs alike."""
         prefix = "eval_" if "eval_loss" in logs else ""
-        if correct := self._correct.pop(prefix, []):
-            logs[f"{prefix}accuracy"] = torch.cat(correct).double().mean().item()
+        if kept := self._losses.pop(prefix, []):
+            losses = torch.cat(kept)
+            # A loss below log 2 is a positive logit: chosen is ranked first.
+            logs[f"{prefix}accuracy"] = (losses < math.log(2)).double().mean().item()
+            if prefix:
+                # Trainer's own mean is over batches, of which the last may be smaller.
+                logs["eval_loss"] = losses.mean().item()
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -162,12 +224,13 @@ class PreferenceTrainer(Trainer):
 def train_preference(
     model: PeftModel,
     *,
-    train_pairs: list[PreferencePair],
-    selection_pairs: list[PreferencePair],
+    train_pairs: PairDataset,
+    selection_pairs: PairDataset,
     w: float,
     beta: float,
     settings: "TrainingSettings",
-    pad_id: int,
+    batch_tokens: int,
+    compile_layers: bool = False,
     seed: int,
     report_to: list[str],
     what: str,
@@ -182,14 +245,15 @@ def train_preference(
         w: weight of the preference, in (0, 1].
         beta: strength of the pull to the SFT model.
         settings: how the stage trains.
-        pad_id: padding token id.
+        batch_tokens: tokens in one forward and backward pass.
+        compile_layers: whether the layers' MLPs and norms are compiled.
         seed: seed of data order and dropout.
         report_to: experiment trackers.
         what: what is trained, for messages.
         checkpoints: folder of the checkpoints; an earlier attempt's are gone on from.
         progress: called at each logged step.
     """
-    if not train_pairs:
+    if not len(train_pairs):
         raise HelpsteerError(f"training {what}: there is no train pair; look at the pair counts of `helpsteer check`")
     trainer = PreferenceTrainer(
         model,
@@ -198,24 +262,27 @@ def train_preference(
         args=training_arguments(
             settings,
             items=len(train_pairs),
-            has_selection=bool(selection_pairs),
+            has_selection=len(selection_pairs) > 0,
             output_dir=checkpoints,
             seed=seed,
             device=model.device,
             report_to=report_to,
+            # Pairs of one prompt stand together, and share it where they are in one batch.
+            eval_batch_size=max(EVALUATION_PAIRS, settings.batch_size),
         ),
-        train_dataset=PairDataset(train_pairs),
-        eval_dataset=PairDataset(selection_pairs) if selection_pairs else None,
-        data_collator=PairCollator(pad_id),
+        train_dataset=train_pairs,
+        eval_dataset=selection_pairs if len(selection_pairs) else None,
+        data_collator=PairCollator(batch_tokens),
     )
-    return train(
-        trainer,
-        settings,
-        what=what,
-        likely_causes=(
-            f"a learning rate ({settings.learning_rate:g}) too high, above all at small w, where 1/w = {1 / w:g} "
-            "multiplies the gradients before they are clipped; a margin_beta that makes margins of hundreds; "
-            "model.precision: bf16 with weights that overflow"
-        ),
-        progress=progress,
-    )
+    with compiled_layers(model, compile_layers):
+        return train(
+            trainer,
+            settings,
+            what=what,
+            likely_causes=(
+                f"a learning rate ({settings.learning_rate:g}) too high, above all at small w, where 1/w = {1 / w:g} "
+                "multiplies the gradients before they are clipped; a margin_beta that makes margins of hundreds; "
+                "model.precision: bf16 with weights that overflow"
+            ),
+            progress=progress,
+        )

@@ -27,7 +27,6 @@ def train_sft(
     train_sequences: Items[Sequence],
     selection_sequences: Items[Sequence],
     settings: "SftSettings",
-    max_length: int,
     seed: int,
     report_to: list[str],
     checkpoints: Path,
@@ -40,7 +39,6 @@ def train_sft(
         tokenizer: its tokenizer; the sequences are tokenized already, it only pads.
         train_sequences, selection_sequences: prompts with the responses to learn; the latter choose the checkpoint.
         settings: how the stage trains.
-        max_length: tokens of the longest sequence.
         seed: seed of data order and dropout.
         report_to: experiment trackers.
         checkpoints: folder of the checkpoints; an earlier attempt's are gone on from.
@@ -58,8 +56,8 @@ def train_sft(
         return Dataset.from_list(
             [
                 {
-                    "input_ids": s.prompt_ids + s.response_ids,
-                    "labels": [IGNORED] * len(s.prompt_ids) + s.response_ids,
+                    "input_ids": [*s.prompt_ids.tolist(), *s.response_ids.tolist()],
+                    "labels": [IGNORED] * len(s.prompt_ids) + s.response_ids.tolist(),
                 }
                 for s in sequences
             ]
@@ -86,7 +84,7 @@ def train_sft(
             device=model.device,
             report_to=report_to,
             arguments=SFTConfig,
-            max_length=max_length,
+            max_length=None,  # they are cut already
             # The sequences train as they are: what scoring and generation read, too.
             dataset_kwargs={"skip_prepare_dataset": True},
         ),

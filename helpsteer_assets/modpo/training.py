@@ -68,6 +68,7 @@ def training_arguments(
     seed: int,
     device: torch.device,
     report_to: list[str],
+    eval_batch_size: int | None = None,
     arguments: type[TrainingArguments] = TrainingArguments,
     **extra: Any,
 ) -> TrainingArguments:
@@ -81,6 +82,7 @@ def training_arguments(
         seed: seed of data order and dropout.
         device: where to train.
         report_to: experiment trackers.
+        eval_batch_size: sequences or pairs in a batch of an evaluation; None: as in training.
         arguments: the class to make (TRL has its own).
         extra: further arguments of that class.
     """
@@ -92,7 +94,7 @@ def training_arguments(
         output_dir=str(output_dir),
         max_steps=steps,
         per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
+        per_device_eval_batch_size=eval_batch_size or settings.batch_size,
         gradient_accumulation_steps=settings.accumulation,
         learning_rate=settings.learning_rate,
         lr_scheduler_type={"constant": "constant_with_warmup"}.get(settings.schedule, settings.schedule),
@@ -114,6 +116,9 @@ def training_arguments(
         report_to=report_to or "none",
         disable_tqdm=True,
         dataloader_num_workers=0,
+        # On a GPU, batches are copied from page-locked memory while the step before them still computes.
+        dataloader_pin_memory=device.type == "cuda",
+        accelerator_config={"non_blocking": device.type == "cuda"},
         remove_unused_columns=False,
         **extra,
     )
