@@ -40,6 +40,7 @@ setup(
     ],
     extras_require={
         "smollm2": ["gguf>=0.17"],
+        "vllm": ["vllm>=0.11"],
         "dev": [
             "dagster-dg-cli>=1.13.27,<1.14",
             "hypothesis>=6.100",

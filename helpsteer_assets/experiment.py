@@ -452,6 +452,11 @@ class Experiment(Section):
                 raise ValueError(
                     f"{key}.revision: goes with an id on the hub only, and {source} is none; remove it ({_INHERITED})"
                 )
+        if self.generation.engine == "vllm" and self.model.precision != "bf16":
+            raise ValueError(
+                f"generation.engine: vllm, whose LoRA kernels know no {self.model.precision}; set model.precision: "
+                "bf16, or engine: transformers"
+            )
         if self.data.source != "embedded" and self.evaluation.rater == "embedded":
             raise ValueError(
                 "evaluation.rater: `embedded` rates answers to the embedded data's prompts only; use `none`, or "

@@ -537,6 +537,13 @@ def _machine(
                 f"the model takes {_size(model.parameters * _BYTES[precision])} in {precision}, and {device.type} has "
                 f"{_size(memory)}: it will hardly fit; choose a smaller base model or a larger machine"
             )
+    if experiment.generation.engine == "vllm":
+        from helpsteer_assets.modpo.vllm_generation import require_vllm
+
+        try:
+            require_vllm(precision, experiment.lora.r)
+        except HelpsteerError as error:
+            findings.problems.append(str(error))
     yield from _disk(experiment, home, data, model, findings)
 
 

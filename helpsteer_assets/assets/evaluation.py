@@ -5,6 +5,8 @@ measure; tradeoff.json, tradeoff.png and tradeoff.svg.
 """
 
 import json
+from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
@@ -13,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from helpsteer_assets.assets.display import table_metadata
-from helpsteer_assets.assets.loading import load_sft_model, load_sft_tokenizer
+from helpsteer_assets.assets.loading import load_sft_tokenizer, sft_model_on_loan
 from helpsteer_assets.assets.materialization import AssetDeclaration, Inputs, Metrics, StageRun
 from helpsteer_assets.experiment import Experiment, RewardModelSettings
 from helpsteer_assets.modpo.attributes import ATTRIBUTES
@@ -32,6 +34,7 @@ from helpsteer_assets.resources.artifacts import Artifact
 from helpsteer_assets.stages import fetch
 
 if TYPE_CHECKING:
+    from helpsteer_assets.modpo.generation import Generation
     from helpsteer_assets.modpo.raters import Rater
 
 SCORES_SCHEMA = pa.schema(
@@ -61,26 +64,14 @@ def generations(run: StageRun) -> Metrics:
 
 
 def _generate(run: StageRun, policy: Artifact | None) -> Metrics:
-    from helpsteer_assets.modpo.generation import generate
-    from helpsteer_assets.modpo.models import check_lengths, load_adapters
+    from helpsteer_assets.modpo.models import check_lengths
 
     experiment, settings = run.experiment, run.experiment.generation
     base = run.input("sft_model").path / "model"
     needed = settings.max_prompt_length + settings.max_new_tokens
     check_lengths(experiment.model, base, needed, "generation.max_prompt_length + max_new_tokens")
-    model = load_sft_model(run)
-    if policy is not None:
-        model = load_adapters(model, {"policy": policy.path / "adapter"}).merge_and_unload()
     prompts = run.table("evaluation_prompts", "prompts.parquet")
-    made = generate(
-        model,
-        load_sft_tokenizer(run),
-        prompts["prompt"].to_pylist(),
-        settings,
-        seed=experiment.seed,
-        progress=run.progress,
-        checkpoint=run.checkpoints / "generations.jsonl",
-    )
+    made = _responses(run, prompts["prompt"].to_pylist(), None if policy is None else policy.path / "adapter")
     columns = {
         "prompt_id": prompts["prompt_id"],
         "prompt": prompts["prompt"],
@@ -97,6 +88,27 @@ def _generate(run: StageRun, policy: Artifact | None) -> Metrics:
         "capped": sum(g.finish_reason == "length" for g in made),
         "prompts_truncated": sum(g.prompt_truncated for g in made),
     }
+
+
+def _responses(run: StageRun, prompts: list[str], adapter: Path | None) -> "list[Generation]":
+    from helpsteer_assets.modpo.generation import generate, generate_by
+    from helpsteer_assets.modpo.lending import merged
+
+    experiment, settings = run.experiment, run.experiment.generation
+    tokenizer, checkpoint = load_sft_tokenizer(run), run.checkpoints / "generations.jsonl"
+    how: dict[str, Any] = {"seed": experiment.seed, "progress": run.progress, "checkpoint": checkpoint}
+    if settings.engine == "vllm":
+        with run.models.vllm_engine(
+            run.input("sft_model").path / "model",
+            precision=experiment.model.precision,
+            max_length=settings.max_prompt_length + settings.max_new_tokens,
+            lora_rank=experiment.lora.r,
+            trust_remote_code=experiment.model.trust_remote_code,
+        ) as engine:
+            return generate_by(engine.policy(adapter), tokenizer, prompts, settings, exact=False, **how)
+    with sft_model_on_loan(run) as model:
+        with nullcontext(model) if adapter is None else merged(model, adapter) as policy:
+            return generate(policy, tokenizer, prompts, settings, **how)
 
 
 def sft_scores(run: StageRun) -> Metrics:
@@ -135,7 +147,7 @@ def _score(run: StageRun, source: str, policy: Artifact | None) -> Metrics:
 def _log_ratios(run: StageRun, rows: list[dict[str, Any]], policy: Artifact | None) -> dict[str, list[float]]:
     """log p_adapter - log p_sft of generated responses, by adapter: `margin`, `policy`, as far as there are such."""
     from helpsteer_assets.modpo.log_probs import BASE, score_sequences
-    from helpsteer_assets.modpo.models import load_adapters
+    from helpsteer_assets.modpo.models import load_adapters, scoring_batch_tokens
     from helpsteer_assets.modpo.tokenization import Sequence, encode_prompt
 
     experiment = run.experiment
@@ -148,18 +160,21 @@ def _log_ratios(run: StageRun, rows: list[dict[str, Any]], policy: Artifact | No
     # The tokens that were generated, not their text tokenized again: that can differ.
     sequences = [
         Sequence(
-            encode_prompt(tokenizer, row["prompt"], experiment.generation.max_prompt_length)[0], list(row["token_ids"])
+            encode_prompt(tokenizer, row["prompt"], experiment.generation.max_prompt_length)[0],
+            np.array(row["token_ids"], np.int32),
         )
         for row in rows
     ]
-    scored = score_sequences(
-        load_adapters(load_sft_model(run), adapters),
-        sequences,
-        pad_id=tokenizer.pad_token_id,
-        adapters=(BASE, *adapters),
-        progress=run.progress,
-        checkpoint=run.checkpoints / "log_probs.jsonl",
-    )
+    with sft_model_on_loan(run) as base:
+        model = load_adapters(base, adapters)
+        scored = score_sequences(
+            model,
+            sequences,
+            adapters=(BASE, *adapters),
+            batch_tokens=scoring_batch_tokens(experiment.run, model.device),
+            progress=run.progress,
+            checkpoint=run.checkpoints / "log_probs.jsonl",
+        )
     return {name: [a - b for a, b in zip(scored[name], scored[BASE], strict=True)] for name in adapters}
 
 
@@ -174,6 +189,7 @@ def _rater(run: StageRun) -> "Rater | None":
     from helpsteer_assets.modpo.models import choose_device
 
     device = choose_device(run.experiment.run, run.experiment.model.precision)
+    run.models.release_model()
     return RewardModelRater(fetch(run.experiment, "rater"), settings, str(device))
 
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from helpsteer_assets.assets.display import rounded
+from helpsteer_assets.assets.loading import LoadedModels
 from helpsteer_assets.assets.progress import ProgressReporter
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment import Experiment
@@ -49,6 +50,8 @@ class StageRun:
     inputs: Inputs
     progress: ProgressReporter
     log: Callable[[str], None]
+    models: LoadedModels
+    """What earlier stages of this process loaded."""
 
     def input(self, asset: str) -> Artifact:
         """The one artifact that is read of an asset."""
@@ -113,6 +116,7 @@ class Lab:
         self.store = ArtifactStore(home)
         self.warehouse = Warehouse(home)
         self.digest_cache = home / "cache" / "digests.json"
+        self.models = LoadedModels()
         self._announce = announce
         self._terminal = terminal
 
@@ -188,6 +192,7 @@ class Lab:
                     inputs,
                     progress,
                     log,
+                    self.models,
                 )
                 try:
                     return declaration.compute(run)

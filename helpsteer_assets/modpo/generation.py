@@ -1,23 +1,27 @@
 """Responses of a policy to the evaluation prompts."""
 
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from helpsteer_assets.modpo.batching import plan_batches
+from helpsteer_assets.modpo.decoding import Decoding, decode
 from helpsteer_assets.modpo.progress import Progress, silent
 from helpsteer_assets.modpo.resumable import ResumableRows
-from helpsteer_assets.modpo.tokenization import encode_prompt, end_of_text_id
+from helpsteer_assets.modpo.tokenization import encode_prompts, end_of_text_id
 
 if TYPE_CHECKING:
     from helpsteer_assets.experiment import GenerationSettings
+
+SHARE_OF_PROMPTS = 256
+"""Prompts that are decoded together: where rounding depends on the batch, what a killed generation begins again."""
+
+Engine = Callable[[dict[int, list[int]], Decoding], Iterator[list[tuple[int, list[int]]]]]
+"""Decodes prompts (token ids by index); yields lists of (index, token ids of the response), in any order."""
 
 
 @dataclass(frozen=True)
@@ -45,97 +49,92 @@ def generate(
 ) -> list[Generation]:
     """One response per prompt, in the order of the prompts.
 
-    Batches hold prompts of similar length within a cap of padded tokens; in fp32 a greedy response does not depend on
-    the batch it was made in.
+    In fp32 a response depends neither on the prompts beside it nor on `max_batch_tokens`.
 
     Args:
         model: the policy, its adapter merged.
         tokenizer: its tokenizer.
         prompts: the prompts as text.
         settings: how to decode.
-        seed: seed of sampling, per batch.
-        progress: called after each batch with the prompts done.
-        checkpoint: a file that keeps finished batches, from which a killed generation goes on.
+        seed: of sampling; a response is drawn by seed and place of its prompt.
+        progress: called with the responses done.
+        checkpoint: a file that keeps finished responses, from which a killed generation goes on.
     """
     model.eval()
-    encoded = [encode_prompt(tokenizer, prompt, settings.max_prompt_length) for prompt in prompts]
-    rows = ResumableRows(checkpoint)
-    found = {row.pop("index"): Generation(**row) for row in rows.read()}
-    for number, indices in enumerate(_plan([len(ids) for ids, _ in encoded], settings)):
-        if all(index in found for index in indices):
-            continue
-        set_seed((seed + number) % 2**32)
-        batch = _generate_batch(model, tokenizer, [encoded[index][0] for index in indices], settings)
-        finished = {
-            index: Generation(
-                response=tokenizer.decode(token_ids, skip_special_tokens=True),
-                token_ids=token_ids,
-                finish_reason="eos" if token_ids[-1] == end_of_text_id(tokenizer) else "length",
-                prompt_truncated=encoded[index][1],
-            )
-            for index, token_ids in zip(indices, batch, strict=True)
-        }
-        rows.append([{"index": index, **asdict(generation)} for index, generation in finished.items()])
-        found |= finished
-        progress(len(found), len(prompts))
-    return [found[index] for index in range(len(prompts))]
+
+    def decode_all(encoded: dict[int, list[int]], how: Decoding) -> Iterator[list[tuple[int, list[int]]]]:
+        return decode(model, encoded, how)
+
+    return generate_by(
+        decode_all,
+        tokenizer,
+        prompts,
+        settings,
+        seed=seed,
+        exact=model.dtype == torch.float32,
+        progress=progress,
+        checkpoint=checkpoint,
+    )
 
 
-def _plan(prompt_lengths: list[int], settings: "GenerationSettings") -> list[list[int]]:
-    """Indices of the prompts of each batch."""
-    if settings.no_repeat_ngram_size == 0:
-        groups = [list(range(len(prompt_lengths)))]
-    else:
-        # It counts the padding as text (a pad token that is the end-of-text token would keep responses from ending),
-        # so that a batch must need none.
-        by_length: dict[int, list[int]] = defaultdict(list)
-        for index, length in enumerate(prompt_lengths):
-            by_length[length].append(index)
-        groups = list(by_length.values())
-    return [
-        [group[place] for place in places]
-        for group in groups
-        for places in plan_batches(
-            [prompt_lengths[index] + settings.max_new_tokens for index in group], settings.max_batch_tokens
-        )
-    ]
+def generate_by(
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Items[str],
+    settings: "GenerationSettings",
+    *,
+    seed: int,
+    exact: bool,
+    progress: Progress = silent,
+    checkpoint: Path | None = None,
+) -> list[Generation]:
+    """As `generate`, whatever decodes: the same tokens of prompts, rules of ending, and records.
 
-
-@contextmanager
-def _without_own_defaults(model: PreTrainedModel) -> Iterator[None]:
-    """generate() fills what a given config leaves open from the model's generation_config.json: here it holds nothing.
-
-    Else what comes with a base model (suppressed tokens, a shortest length, ...) would change how policies decode.
+    Args:
+        engine: what decodes.
+        tokenizer: the policy's tokenizer.
+        prompts: the prompts as text.
+        settings: how to decode.
+        seed: of sampling.
+        exact: whether a response is the same whatever prompts are decoded beside it.
+        progress: called with the responses done.
+        checkpoint: a file that keeps finished responses.
     """
-    own = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
-def _generate_batch(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], settings: "GenerationSettings"
-) -> list[list[int]]:
-    width = max(len(ids) for ids in prompts)
-    pad_id, end_id = tokenizer.pad_token_id, end_of_text_id(tokenizer)
-    input_ids = torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in prompts], device=model.device)
-    attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
-    sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0} if settings.do_sample else {}
-    config = GenerationConfig(
+    end_id = end_of_text_id(tokenizer)
+    how = Decoding(
         max_new_tokens=settings.max_new_tokens,
+        end_id=end_id,
+        max_batch_tokens=settings.max_batch_tokens,
         do_sample=settings.do_sample,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
         repetition_penalty=settings.repetition_penalty,
         no_repeat_ngram_size=settings.no_repeat_ngram_size,
-        pad_token_id=pad_id,
-        eos_token_id=end_id,
-        **sampling,
+        seed=seed,
     )
-    with _without_own_defaults(model):
-        output = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
-    return [_until_end(ids, end_id) for ids in output[:, width:].tolist()]
-
-
-def _until_end(token_ids: list[int], end_id: int) -> list[int]:
-    return token_ids[: token_ids.index(end_id) + 1] if end_id in token_ids else token_ids
+    encoded = encode_prompts(tokenizer, list(prompts), settings.max_prompt_length)
+    rows = ResumableRows(checkpoint)
+    found = {row.pop("index"): Generation(**row) for row in rows.read()}
+    longest_first = sorted(range(len(prompts)), key=lambda index: (-len(encoded[index][0]), index))
+    for start in range(0, len(prompts), SHARE_OF_PROMPTS):
+        share = longest_first[start : start + SHARE_OF_PROMPTS]
+        missing = [index for index in share if index not in found]
+        if not missing:
+            continue
+        if not exact:
+            # Beside fewer prompts a response could come out differently: begin this share again as a whole.
+            missing = share
+        for finished in engine({index: encoded[index][0].tolist() for index in missing}, how):
+            made = {
+                index: Generation(
+                    response=tokenizer.decode(token_ids, skip_special_tokens=True),
+                    token_ids=token_ids,
+                    finish_reason="eos" if token_ids[-1] == end_id else "length",
+                    prompt_truncated=encoded[index][1],
+                )
+                for index, token_ids in finished
+            }
+            rows.append([{"index": index, **asdict(generation)} for index, generation in made.items()])
+            found |= made
+            progress(len(found), len(prompts))
+    return [found[index] for index in range(len(prompts))]

@@ -36,7 +36,8 @@ class LogProbHead:
             targets: [tokens] token ids.
 
         Returns:
-            [tokens], fp32 (fp64 of fp64 hidden states).
+            [tokens] float64. Logits and probabilities are fp32 (fp64 of fp64 hidden states); what is left of a token
+            is not rounded to fp32 again, for sums of hundreds of them are subtracted from each other.
         """
         return _LogProb.apply(hidden, targets, self)
 
@@ -62,7 +63,7 @@ class _LogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: torch.Tensor, targets: torch.Tensor, head: LogProbHead) -> torch.Tensor:
         accurate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        found = torch.empty(len(hidden), dtype=accurate, device=hidden.device)
+        found = torch.empty(len(hidden), dtype=torch.float64, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         rows = max(1, CHUNK_ELEMENTS // len(head.weight))
         for start in range(0, len(hidden), rows):
@@ -77,12 +78,14 @@ class _LogProb(torch.autograd.Function):
                 logits.div_(head.softcap).tanh_()  # its slope is 1 minus its square
                 slope = 1 - logits.square() if gradient is not None else None
                 logits *= head.softcap
-            log_probs = torch.log_softmax(logits, dim=1)
-            found[part] = log_probs.gather(1, of_chunk)[:, 0]
+            probabilities = torch.softmax(logits, dim=1)
+            # The largest probability is accurate however many there are: log sum exp = logit - log p there.
+            log_sum = logits.amax(1).double() - probabilities.amax(1).double().log()
+            found[part] = logits.gather(1, of_chunk)[:, 0].double() - log_sum
             if gradient is None:
                 continue
             # d log p(target) / d logits = one-hot(target) - p
-            by_logit = log_probs.exp_().neg_()
+            by_logit = probabilities.neg_()
             by_logit.scatter_add_(1, of_chunk, torch.ones_like(of_chunk, dtype=accurate))
             if head.softcap is not None:
                 by_logit *= slope

@@ -8,7 +8,7 @@ which is tried out once per model on a small tree.
 import logging
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -75,9 +75,15 @@ def padded_log_probs(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 def response_log_probs(model: torch.nn.Module, batch: TreeBatch) -> torch.Tensor:
     """log p(y|x) of each response of the trees: [responses] float64, in nats, as `padded_log_probs` has them.
 
-    Where activations are recomputed in the backward pass, that must happen within `tree_attention(model)`, too.
+    Where activations are recomputed in the backward pass, that must happen within `attention_for(model)`, too.
     """
     return log_probs_by(method_for(model), model, batch)
+
+
+def attention_for(model: torch.nn.Module) -> AbstractContextManager[None]:
+    """The attention that `response_log_probs` computes a model with."""
+    by_tree = method_for(model).attention == "tree"
+    return tree_attention(_language_model(model)) if by_tree else nullcontext()
 
 
 def log_probs_by(method: Method, model: torch.nn.Module, batch: TreeBatch) -> torch.Tensor:

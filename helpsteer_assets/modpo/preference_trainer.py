@@ -15,12 +15,11 @@ from transformers import Trainer
 
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.compilation import compiled_layers
-from helpsteer_assets.modpo.log_probs import response_log_probs
+from helpsteer_assets.modpo.log_probs import attention_for, response_log_probs
 from helpsteer_assets.modpo.losses import log_ratios, modpo_loss
 from helpsteer_assets.modpo.progress import Progress, silent
 from helpsteer_assets.modpo.tokenization import Sequence
 from helpsteer_assets.modpo.training import TrainingResult, train, training_arguments
-from helpsteer_assets.modpo.tree_attention import tree_attention
 from helpsteer_assets.modpo.trees import Forest
 
 if TYPE_CHECKING:
@@ -169,7 +168,7 @@ class PreferenceTrainer(Trainer):
         """Gradients of the mean loss of a batch, one micro-batch after the other; returns that loss."""
         total = torch.zeros((), dtype=torch.float64, device=self.args.device)
         # Activations that are recomputed in the backward pass are so under the same attention.
-        with tree_attention(model):
+        with attention_for(model):
             for micro_batch, share in zip(inputs["micro_batches"], inputs["shares"], strict=True):
                 part = {"micro_batches": [micro_batch], "shares": [share]}
                 total += super().training_step(model, part, num_items_in_batch)

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig
 
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment import GenerationSettings
 from helpsteer_assets.modpo import generation
+from helpsteer_assets.modpo.decoding import Decoding, decode
 from helpsteer_assets.modpo.generation import generate
 from helpsteer_assets.modpo.models import load_model
 from helpsteer_assets.modpo.tokenization import encode_prompt
@@ -37,7 +37,7 @@ class TestGreedy:
     def test_takes_the_likeliest_token_until_the_end_of_text_token_or_the_limit(self, policy, tokenizer):
         made = generate(policy, tokenizer, PROMPTS, settings_of(), seed=0)
         for prompt, found in zip(PROMPTS, made, strict=True):
-            tokens, _ = encode_prompt(tokenizer, prompt, 40)
+            tokens = encode_prompt(tokenizer, prompt, 40)[0].tolist()
             expected: list[int] = []
             while len(expected) < 12 and (not expected or expected[-1] != EOS):
                 expected.append(policy(torch.tensor([tokens + expected])).logits[0, -1].argmax().item())
@@ -132,20 +132,25 @@ class TestSampling:
         made = [generate(policy, tokenizer, PROMPTS, self.how, seed=seed) for seed in (3, 3, 4)]
         assert made[0] == made[1] != made[2]
 
-    def test_draws_anew_in_every_batch(self, policy, tokenizer):
-        how = settings_of(do_sample=True, temperature=1.5, max_batch_tokens=1)
-        made = generate(policy, tokenizer, PROMPTS[:1] * 3, how, seed=0)
+    def test_draws_anew_for_every_prompt(self, policy, tokenizer):
+        made = generate(policy, tokenizer, PROMPTS[:1] * 3, self.how, seed=0)
         assert len({tuple(g.token_ids) for g in made}) == 3
+
+    @pytest.mark.parametrize("max_batch_tokens", [1, 90, 10**6])
+    def test_response_does_not_depend_on_batch_size(self, policy, tokenizer, max_batch_tokens):
+        how = self.how.model_copy(update={"max_batch_tokens": max_batch_tokens})
+        assert generate(policy, tokenizer, PROMPTS, how, seed=3) == generate(
+            policy, tokenizer, PROMPTS, self.how, seed=3
+        )
 
     def test_takes_every_seed_that_an_experiment_may_have(self, policy, tokenizer):
         assert len(generate(policy, tokenizer, PROMPTS, self.how, seed=2**32 - 1)) == len(PROMPTS)
 
-    def test_draws_from_all_tokens_but_for_what_top_p_leaves_out(self, policy, tokenizer, monkeypatch):
-        seen: list[GenerationConfig] = []
-        original = policy.generate
-        monkeypatch.setattr(policy, "generate", lambda **k: seen.append(k["generation_config"]) or original(**k))
-        generate(policy, tokenizer, PROMPTS[:1], settings_of(do_sample=True, top_p=0.9, temperature=0.7), seed=0)
-        assert (seen[0].top_k, seen[0].top_p, seen[0].temperature) == (0, 0.9, 0.7)
+    def test_takes_temperature_and_top_p_from_the_settings(self, policy, tokenizer):
+        greedy = generate(policy, tokenizer, PROMPTS, settings_of(), seed=0)
+        for nearly_greedy in ({"temperature": 1e-4}, {"top_p": 1e-6}):
+            how = settings_of(do_sample=True, **nearly_greedy)
+            assert generate(policy, tokenizer, PROMPTS, how, seed=0) == greedy
 
 
 class TestResume:
@@ -163,8 +168,28 @@ class TestResume:
     def test_generates_nothing_again(self, policy, tokenizer, tmp_path, monkeypatch):
         file = tmp_path / "generations.jsonl"
         whole = generate(policy, tokenizer, PROMPTS, settings_of(), seed=0, checkpoint=file)
-        monkeypatch.setattr(generation, "_generate_batch", lambda *_: pytest.fail("generated again"))
+        monkeypatch.setattr(policy, "forward", lambda **_: pytest.fail("generated again"))
         assert generate(policy, tokenizer, PROMPTS, settings_of(), seed=0, checkpoint=file) == whole
+
+    @pytest.mark.parametrize(("precision", "again"), [("fp32", 1), ("bf16", 4)])
+    def test_begins_a_share_of_the_prompts_again_where_rounding_depends_on_the_batch(
+        self, tiny_model_path, tokenizer, tmp_path, monkeypatch, precision, again
+    ):
+        monkeypatch.setattr(generation, "SHARE_OF_PROMPTS", 4)
+        decoded: list[int] = []
+
+        def spy(model: torch.nn.Module, prompts: dict[int, list[int]], how: Decoding) -> Any:
+            decoded.append(len(prompts))
+            return decode(model, prompts, how)
+
+        monkeypatch.setattr(generation, "decode", spy)
+        model, file = load_model(tiny_model_path, precision=precision), tmp_path / "generations.jsonl"
+        whole = generate(model, tokenizer, PROMPTS, settings_of(), seed=0, checkpoint=file)
+        assert decoded == [4, 4, 4]
+        lines = file.read_bytes().splitlines(keepends=True)
+        file.write_bytes(b"".join(lines[:7]) + lines[7][:9])
+        assert generate(model, tokenizer, PROMPTS, settings_of(), seed=0, checkpoint=file) == whole
+        assert decoded[3:] == [again, 4]
 
     def test_progress_reports_up_to_all(self, policy, tokenizer):
         seen: list[tuple[int, int]] = []
