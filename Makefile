@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DATA ?=
 
-.PHONY: demo test ui smollm2 docs lint clean
+LONG ?=
+
+.PHONY: demo test ui smollm2 bench docs lint clean
 
 demo: $(READY)
 	HELPSTEER_EXPERIMENT=demo $(BIN)/helpsteer run
@@ -19,6 +21,10 @@ ui: $(READY)
 # A real 135M-parameter model on your own ratings: make smollm2 DATA=path/to/folder
 smollm2: $(READY)
 	$(BIN)/python -m helpsteer_assets.prepare_smollm2 $(if $(DATA),--data "$(DATA)")
+
+# Speed against the reference procedure, in about three minutes; make bench LONG=1 for all of it.
+bench: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks $(if $(LONG),--long) --json build/benchmarks.json
 
 # The parts of docs/ that are generated from code.
 docs: $(READY)

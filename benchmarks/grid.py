@@ -1,0 +1,96 @@
+"""The policies of a whole grid of weights, one after another, with all that must be computed for them."""
+
+import itertools
+from typing import Any
+
+import torch
+
+from benchmarks import ours, reference_procedure
+from benchmarks.models import SMOLLM2, Contenders, contenders
+from benchmarks.optimizer import Optimizer, weights_put_back
+from benchmarks.pairs import MIXES, Pair, RandomText
+from benchmarks.setting import Setting
+from benchmarks.timing import interleave
+
+BETA = 0.1
+
+
+def run(setting: Setting) -> dict[str, Any]:
+    """W = 1, 3, 6 and 12 (the short form and SmolLM2: fewer), one pass over HelpSteer-like pairs per policy."""
+    rows = []
+    for name in setting.models:
+        grids = (1, 2) if not setting.long else (1, 3) if name == SMOLLM2 else (1, 3, 6, 12)
+        steps = 3 if setting.long and name != SMOLLM2 else 1
+        with contenders(name, setting.device, setting.precision) as models:
+            text = RandomText(models.vocabulary, MIXES["mid prompts"], setting.max_tokens)
+            pairs = text.helpsteer_like(setting.pairs_per_step)[: steps * setting.pairs_per_step]
+            compared = compare(models, pairs, grids, setting.pairs_per_step, setting.device)
+            rows += [{"model": name} | row for row in compared]
+    return {"rows": rows}
+
+
+def compare(
+    models: Contenders, pairs: list[Pair], grids: tuple[int, ...], pairs_per_step: int, device: torch.device
+) -> list[dict[str, Any]]:
+    """Train the largest of the grids with both, weight by weight in turns; a smaller grid is its first weights.
+
+    Args:
+        models: what is trained.
+        pairs: one pass over them per policy.
+        grids: how many weights, ascending.
+        pairs_per_step: pairs of an optimizer step.
+        device: where.
+
+    Returns:
+        a row per grid.
+    """
+    weights = [(place + 1) / grids[-1] for place in range(grids[-1])]
+    table: list[Any] = []
+    losses: dict[str, list[torch.Tensor]] = {"reference": [], "ours": []}
+    of_reference, of_ours = itertools.cycle(weights), itertools.cycle(weights)
+
+    def precompute() -> None:
+        table[:] = ours.make_table(models.scorer, pairs)
+
+    def reference_policy() -> None:
+        w = next(of_reference)
+        with weights_put_back(models.reference):
+            optimizer = Optimizer(models.reference)
+            for start in range(0, len(pairs), pairs_per_step):
+                step = pairs[start : start + pairs_per_step]
+                losses["reference"].append(reference_procedure.training_step(models.reference, step, w=w, beta=BETA))
+                optimizer.step()
+
+    def our_policy() -> None:
+        w = next(of_ours)
+        with weights_put_back(models.policy):
+            optimizer = Optimizer(models.policy)
+            for start in range(0, len(pairs), pairs_per_step):
+                step = table[start : start + pairs_per_step]
+                losses["ours"].append(ours.training_step(models.policy, step, w=w, beta=BETA))
+                optimizer.step()
+
+    ours.make_table(models.scorer, pairs[:1])  # finds out what the model can do, once in a process
+    of_table = interleave({"table": precompute}, 1, device)["table"][0]
+    timed = interleave({"reference": reference_policy, "ours": our_policy}, len(weights), device)
+    steps = len(losses["ours"]) // len(weights)
+    rows = []
+    for grid in grids:
+        reference, own = sum(timed["reference"][:grid]), sum(timed["ours"][:grid])
+        differences = [
+            (a.double() - b.double()).abs().max().item()
+            for a, b in zip(losses["reference"][: grid * steps], losses["ours"][: grid * steps], strict=True)
+        ]
+        rows.append(
+            {
+                "weights": grid,
+                "smallest_w": weights[0],  # its loss magnifies differences of log-probabilities by beta / w
+                "pairs_per_policy": len(pairs),
+                "reference_seconds": reference,
+                "our_seconds": of_table + own,
+                "ratio": reference / (of_table + own),
+                "share_of_log_prob_table": of_table / (of_table + own),
+                "loss_difference": max(differences),
+            }
+        )
+    return rows

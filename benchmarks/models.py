@@ -1,0 +1,145 @@
+"""The models that are measured on, and the copies of one that the contenders work with."""
+
+import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from benchmarks import ours
+from benchmarks.reference_procedure import MARGIN, POLICY
+from helpsteer_assets.errors import HelpsteerError
+from helpsteer_assets.modpo.models import load_model
+
+SMOLLM2 = "smollm2"
+SMOLLM2_VARIABLE = "HELPSTEER_BENCH_SMOLLM2"
+"""Environment variable: folder of SmolLM2-135M-Instruct."""
+SMOLLM2_FOLDER = Path("models/smollm2-135m-instruct")
+"""Where `python -m helpsteer_assets.prepare_smollm2` puts it."""
+
+_SHAPES: dict[str, dict[str, int]] = {
+    "tiny": dict(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    ),
+    "body8": dict(
+        vocab_size=32000,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+    ),
+    "llama1b": dict(
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    ),
+}
+MODELS = (*_SHAPES, SMOLLM2)
+"""`tiny` is for tests, `body8` for CPUs, `llama1b` for GPUs: Llamas of random weights; `smollm2` is a real one."""
+
+
+def smollm2_folder() -> Path | None:
+    """Where SmolLM2-135M-Instruct is, None where it is not."""
+    folder = Path(os.environ.get(SMOLLM2_VARIABLE, SMOLLM2_FOLDER))
+    return folder if (folder / "config.json").is_file() else None
+
+
+def load_base(name: str, device: torch.device, precision: str) -> PreTrainedModel:
+    """A base model by its name in `MODELS`; raises HelpsteerError where it is not on this machine."""
+    if name == SMOLLM2:
+        folder = smollm2_folder()
+        if folder is None:
+            raise HelpsteerError(
+                f"no model in {os.environ.get(SMOLLM2_VARIABLE, SMOLLM2_FOLDER)}; `make smollm2` puts it there, or "
+                f"name its folder in {SMOLLM2_VARIABLE}"
+            )
+        return load_model(folder, precision=precision, device=device)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **_SHAPES[name], max_position_embeddings=2048, tie_word_embeddings=False, attn_implementation="sdpa"
+    )
+    with device:
+        model = LlamaForCausalLM(config)
+    return model.to({"fp32": torch.float32, "bf16": torch.bfloat16}[precision]).eval()
+
+
+@dataclass(frozen=True)
+class Contenders:
+    """Copies of one model with the same adapters: what one contender does to its copy the others don't see."""
+
+    reference: PeftModel
+    """The reference procedure's, with the adapters `POLICY` and `MARGIN`."""
+    policy: PeftModel
+    """Ours, with the LoRA to train."""
+    scorer: PeftModel
+    """Ours, with the adapter `MARGIN`."""
+
+    @property
+    def vocabulary(self) -> int:
+        """Size of the vocabulary."""
+        return self.reference.config.vocab_size
+
+
+@contextmanager
+def contenders(name: str, device: torch.device, precision: str) -> Iterator[Contenders]:
+    """Load the model once for each contender, with adapters that differ from the base as trained ones do."""
+    with TemporaryDirectory() as folder:
+        paths = _make_adapters(load_base(name, device, precision), Path(folder))
+        reference = PeftModel.from_pretrained(
+            load_base(name, device, precision), paths[POLICY], adapter_name=POLICY, is_trainable=True
+        )
+        reference.load_adapter(paths[MARGIN], adapter_name=MARGIN)
+        yield Contenders(
+            reference=reference,
+            policy=ours.load_policy(load_base(name, device, precision), paths[POLICY]),
+            scorer=ours.load_scorer(load_base(name, device, precision), paths[MARGIN]),
+        )
+
+
+def in_fp64(model: PeftModel) -> PeftModel:
+    """A copy that computes in fp64, without checkpointing."""
+    doubled = copy.deepcopy(model).double()
+    doubled.get_base_model().gradient_checkpointing_disable()
+    for module in doubled.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            # transformers' own norm rounds to fp32 on the way.
+            module.forward = _Fp64Norm(module.weight, module.variance_epsilon)
+    return doubled
+
+
+@dataclass(frozen=True)
+class _Fp64Norm:
+    weight: torch.Tensor
+    epsilon: float
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(hidden, self.weight.shape, self.weight, self.epsilon)
+
+
+def _make_adapters(base: PreTrainedModel, folder: Path) -> dict[str, Path]:
+    config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(base, config, adapter_name=POLICY)
+    model.add_adapter(MARGIN, config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    model.save_pretrained(folder, selected_adapters=[POLICY, MARGIN])
+    return {POLICY: folder, MARGIN: folder / MARGIN}

@@ -1,0 +1,164 @@
+"""The benchmarks compare like with like: on a tiny model their numbers agree. Nothing here depends on a clock."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import grid, scoring, training_step
+from benchmarks.__main__ import main
+from benchmarks.gemm_floor import GemmFloor, count_tokens
+from benchmarks.models import Contenders, contenders, in_fp64
+from benchmarks.optimizer import take_gradient
+from benchmarks.pairs import END_OF_TEXT, MIXES, Pair, RandomText
+from benchmarks.reference_procedure import exact_step
+from benchmarks.report import as_text
+from benchmarks.timing import interleave, peak_memory, ratio
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def models() -> Iterator[Contenders]:
+    with contenders("tiny", CPU, "fp32") as made:
+        yield made
+
+
+@pytest.fixture
+def text(models: Contenders) -> RandomText:
+    return RandomText(models.vocabulary, MIXES["mid prompts"], max_tokens=48)
+
+
+def test_training_steps_of_both_give_the_same_losses_and_gradients(models: Contenders, text: RandomText) -> None:
+    found = training_step.compare(models, [text.pairs(4) for _ in range(3)], CPU)
+
+    assert found["loss_difference"] < 3e-5
+    assert found["gradient_difference"] < 2e-5
+
+
+def test_both_are_close_to_fp64_and_so_is_fp64_to_itself(models: Contenders, text: RandomText) -> None:
+    pairs = text.pairs(3)
+    found = training_step.compare_with_fp64(models, pairs)
+    doubled = in_fp64(models.reference)
+    losses, _ = exact_step(doubled, pairs, w=0.5, beta=0.1)
+    gradient = take_gradient(doubled)
+    # Other micro-batches, other rounding: in fp64 far less of it than fp32 has.
+    by_one = [exact_step(doubled, [pair], w=0.5, beta=0.1)[0] for pair in pairs]
+    gradient_by_one = take_gradient(doubled) / len(pairs)
+
+    for quantity in ("loss", "log_prob", "gradient"):
+        assert 0 < found[f"{quantity}_error_of_reference"] < 1e-4
+        assert 0 < found[f"{quantity}_error_of_ours"] < 1e-4
+    assert losses.dtype == torch.float64
+    assert torch.allclose(torch.cat(by_one), losses, rtol=1e-13)
+    assert torch.allclose(gradient_by_one, gradient, rtol=1e-9, atol=1e-13)
+
+
+def test_a_comparison_leaves_the_weights_as_they_were(models: Contenders, text: RandomText) -> None:
+    before = {name: tensor.clone() for name, tensor in models.policy.state_dict().items()}
+    training_step.compare(models, [text.pairs(2) for _ in range(2)], CPU)
+
+    assert all(torch.equal(tensor, before[name]) for name, tensor in models.policy.state_dict().items())
+
+
+def test_a_grid_of_both_gives_the_same_losses_for_every_weight(models: Contenders, text: RandomText) -> None:
+    rows = grid.compare(models, text.helpsteer_like(4), (1, 3), 4, CPU)
+
+    assert [row["weights"] for row in rows] == [1, 3]
+    assert all(row["loss_difference"] < 3e-5 for row in rows)
+    assert rows[0]["share_of_log_prob_table"] > rows[1]["share_of_log_prob_table"] > 0
+
+
+def test_the_table_and_the_scores_of_both_are_the_same(models: Contenders, text: RandomText) -> None:
+    pairs = text.helpsteer_like(3)
+    table = scoring.compare_tables(models, pairs, 1, CPU)
+    drawn = [text.prompt_and_responses(3) for _ in range(2)]
+    by_policy = [[(prompt, responses[policy]) for prompt, responses in drawn] for policy in range(3)]
+    scores = scoring.compare_scores(models, by_policy, 1, CPU)
+
+    assert table["log_prob_difference"] < 1e-4
+    assert table["unique_responses"] < 2 * table["pairs"]
+    assert scores["log_ratio_difference"] < 1e-4
+
+
+def test_trl_does_the_same_work_at_w_1(models: Contenders, text: RandomText) -> None:
+    trl_dpo = pytest.importorskip("benchmarks.trl_dpo")
+    found = trl_dpo.compare(models, text.pairs(4), 1, 3, CPU)
+
+    assert found["loss_difference"] < 3e-5
+    assert found["gradient_difference"] < 2e-5
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_random_pairs_keep_to_the_limit_and_end(mix: str) -> None:
+    pairs = RandomText(300, MIXES[mix], max_tokens=64).pairs(50)
+
+    assert all(len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) <= 64 for p in pairs)
+    assert all(ids[-1] == END_OF_TEXT and END_OF_TEXT not in ids[:-1] for p in pairs for ids in (p.chosen_ids,))
+    assert pairs == RandomText(300, MIXES[mix], max_tokens=64).pairs(50)
+
+
+def test_helpsteer_like_steps_have_each_prompt_once() -> None:
+    pairs = RandomText(300, MIXES["mid prompts"], max_tokens=64).helpsteer_like(8)
+
+    assert len({tuple(pair.prompt_ids) for pair in pairs}) == 8
+    for start in (0, 8, 16):
+        assert len({tuple(pair.prompt_ids) for pair in pairs[start : start + 8]}) == 8
+
+
+def test_the_floor_counts_each_prompt_token_once(models: Contenders) -> None:
+    pair = Pair([10] * 5, [11] * 2, [12] * 3)
+    floor = GemmFloor(models.reference.get_base_model(), rows=16)
+    floor.measure()
+    # Llama of 2 layers, d = 32: q and o 32 x 32, k and v 16 x 32, three of 64 x 32; vocabulary 300.
+    body, head = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32), 32 * 300
+
+    assert count_tokens([pair]) == (10, 5)
+    assert floor.at_peak_rate([pair]) * floor.peak_rate == pytest.approx(4 * (body * 10 + head * 5))
+    assert floor.at_own_rates([pair, pair]) == pytest.approx(2 * floor.at_own_rates([pair]))
+
+
+def test_contenders_take_turns() -> None:
+    order: list[str] = []
+    measured = interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3, CPU)
+
+    assert order == ["a", "b", "b", "a", "a", "b"]
+    assert [len(seconds) for seconds in measured.values()] == [3, 3]
+
+
+def test_a_ratio_is_taken_round_by_round() -> None:
+    assert ratio([4.0, 9.0, 20.0], [2.0, 3.0, 2.0]) == {"median": 3.0, "low": 2.0, "high": 10.0}
+
+
+def test_peak_memory_sees_what_was_freed_again() -> None:
+    peak = peak_memory(lambda: torch.ones(64 * 2**18).sum(), CPU)
+
+    assert peak is None or 60 < peak < 100
+
+
+def test_report_and_json_come_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "results" / "benchmarks.json"
+    main(["--case", "scoring", "--model", "tiny", "--device", "cpu", "--json", str(file)])
+    results, printed = json.loads(file.read_text(encoding="utf-8")), capsys.readouterr().out
+
+    assert results["form"] == "short"
+    assert results["versions"]["torch"] == torch.__version__
+    (row,) = results["cases"]["scoring"]["log_prob_table"]
+    assert {"median", "low", "high"} == set(row["ratio"])
+    assert f"{row['ratio']['median']:.2f} ({row['ratio']['low']:.2f} to" in printed
+
+
+def test_a_report_has_a_column_per_row() -> None:
+    rows = [{"model": "a", "ratio": {"median": 2.0, "low": 1.5, "high": 2.5}}, {"model": "b", "loss_error": 1.23e-6}]
+
+    assert as_text("case", {"rows": rows, "wall_seconds": 3.0}).splitlines() == [
+        "case",
+        "====",
+        "",
+        "model                         a        b",
+        "ratio       2.00 (1.50 to 2.50)        -",
+        "loss error                    -  1.2e-06",
+        "wall seconds: 3",
+    ]
