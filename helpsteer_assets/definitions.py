@@ -5,6 +5,7 @@ import dagster as dg
 from helpsteer_assets.assets import build_assets
 from helpsteer_assets.assets.checks import build_checks
 from helpsteer_assets.assets.materialization import Lab
+from helpsteer_assets.executor import step_executor
 from helpsteer_assets.experiment import load_experiment
 from helpsteer_assets.home import home_path
 from helpsteer_assets.jobs import build_jobs
@@ -16,4 +17,5 @@ defs = dg.Definitions(
     asset_checks=build_checks(experiment),
     jobs=build_jobs(experiment),
     resources={"lab": Lab(experiment, home_path())},
+    executor=step_executor,
 )

@@ -1,5 +1,6 @@
 """A margin adapter that fails its check stops every weight, whichever way the weights are started."""
 
+import contextlib
 import json
 import os
 import signal
@@ -80,11 +81,13 @@ def server(copied: Callable[..., Finished], tmp_path: Path) -> Iterator[tuple[Fi
         _wait(lambda: _answers(f"http://127.0.0.1:{port}"), "the UI to start", tmp_path / "ui.log", process)
         yield failing, f"http://127.0.0.1:{port}"
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
+        # It ends its own services, in order; what a broken one leaves must not outlive the test.
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
         log.close()
 
 

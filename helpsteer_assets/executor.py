@@ -1,0 +1,43 @@
+"""How the steps of a run start: as forks of one process that has imported what they need.
+
+A step process of its own would spend seconds on importing dagster, torch and transformers before it does anything, and
+another second on tearing them down. Here a run pays once. Steps stay processes: one that is killed, or runs out of
+memory, is tried again by its run.
+"""
+
+import os
+
+import dagster as dg
+
+from helpsteer_assets.assets.materialization import GPU_POOL
+
+STEP_MODULES = ("dagster._core.storage.sqlite_storage", "helpsteer_assets.definitions")
+"""What every step imports: Dagster's storage and the code location."""
+
+MODEL_MODULES = (
+    "helpsteer_assets.modpo.generation",
+    "helpsteer_assets.modpo.models",
+    "helpsteer_assets.modpo.preference_trainer",
+    "helpsteer_assets.modpo.raters",
+    "helpsteer_assets.modpo.sft",
+    "trl.trainer.sft_trainer",
+    "matplotlib.figure",
+)
+"""What steps that load a model import. Importing these starts no thread and touches no GPU, neither of which would
+survive the fork; a test holds them to it."""
+
+
+@dg.executor(
+    name="multiprocess",
+    config_schema=dg.multiprocess_executor.config_schema,
+    requirements=dg.multiple_process_executor_requirements(),
+)
+def step_executor(context: dg.InitExecutorContext) -> dg.Executor:
+    """Dagster's multiprocess executor, on a fork server that imports the model libraries where the run needs them."""
+    # CUDA that was asked for a device before the fork works in no fork. None of these modules asks, and torch's answer
+    # to other libraries that may be installed beside them comes without CUDA.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    loads_model = GPU_POOL in context.job.get_definition().graph.pools
+    preloaded = [*STEP_MODULES, *(MODEL_MODULES if loads_model else ())]
+    config = {"start_method": {"forkserver": {"preload_modules": preloaded}}, **context.executor_config}
+    return dg.multiprocess_executor.executor_creation_fn(context._replace(executor_config=config))
