@@ -1,7 +1,8 @@
 """What `helpsteer check` reports: does this experiment make sense with this source, this model and this machine?
 
 The source is read and paired as the assets would; of the model only its configuration and tokenizer are loaded, and
-its size is counted without memory for its weights. Nothing is trained, and nothing is written but to the hub's cache.
+its size is counted without memory for its weights. Nothing is trained, and nothing is left behind but in the hub's
+cache.
 A section that cannot be looked at becomes a problem, and the others are reported all the same.
 """
 
@@ -9,6 +10,7 @@ import importlib.util
 import json
 import os
 import shutil
+import tempfile
 import textwrap
 import warnings
 from collections.abc import Generator, Iterator
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from helpsteer_assets.embedded.generator import build_rows
 from helpsteer_assets.errors import HelpsteerError
@@ -28,9 +31,10 @@ from helpsteer_assets.modpo.attributes import ATTRIBUTES, OVERALL
 from helpsteer_assets.modpo.hub import download
 from helpsteer_assets.modpo.model_card import role_in_words
 from helpsteer_assets.modpo.pairs import RATED, SPLITS, build_pairs, describe_pairs, select_evaluation_prompts
-from helpsteer_assets.modpo.ratings import hash_share, query, read_ratings, rows_to_ratings
+from helpsteer_assets.modpo.ratings import hash_share, read_ratings, rows_to_ratings
 from helpsteer_assets.modpo.schedule import count_steps
 from helpsteer_assets.modpo.statistics import judge_margin_adapter
+from helpsteer_assets.modpo.tables import Source, query
 from helpsteer_assets.stages import fetch, local_path
 
 if TYPE_CHECKING:
@@ -65,18 +69,31 @@ class _Findings:
 
 
 @dataclass(frozen=True)
+class _Pairs:
+    """A file of pairs, and how many there are of each split."""
+
+    file: Path
+    counts: dict[str, int]
+
+
+@dataclass(frozen=True)
 class _Data:
     """What the source gives; None for what could not be made."""
 
-    ratings: pa.Table
-    preference_pairs: pa.Table | None
-    margin_pairs: pa.Table | None
+    ratings: Path
+    preference_pairs: _Pairs | None
+    margin_pairs: _Pairs | None
 
     @property
     def bytes(self) -> int:
-        pairs = [table for table in (self.preference_pairs, self.margin_pairs) if table is not None]
+        pairs = [made.file for made in (self.preference_pairs, self.margin_pairs) if made is not None]
         # Pairs are kept as Parquet and published in the warehouse, which is written anew beside the old one.
-        return int(self.ratings.nbytes + 3 * sum(table.nbytes for table in pairs))
+        return _uncompressed_bytes(self.ratings) + 3 * sum(map(_uncompressed_bytes, pairs))
+
+
+def _uncompressed_bytes(file: Path) -> int:
+    metadata = pq.read_metadata(file)
+    return sum(metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups))
 
 
 @dataclass(frozen=True)
@@ -97,10 +114,15 @@ def report(experiment: Experiment, home: Path) -> Iterator[str]:
     Raises HelpsteerError after the last line where there are problems. Reads or downloads the source; of models on the
     hub only what describes them.
     """
+    with tempfile.TemporaryDirectory() as scratch:
+        yield from _report(experiment, home, Path(scratch))
+
+
+def _report(experiment: Experiment, home: Path, scratch: Path) -> Iterator[str]:
     findings = _Findings()
     yield f"experiment {experiment.name}" + (f": {experiment.description}" if experiment.description else "")
     yield f"home {home}"
-    data = yield from _data(experiment, findings)
+    data = yield from _data(experiment, scratch, findings)
     if data is not None:
         yield from _pairs(experiment, data, findings)
     yield from _weights(experiment)
@@ -124,17 +146,18 @@ def report(experiment: Experiment, home: Path) -> Iterator[str]:
     yield "No problems: `helpsteer run` can start."
 
 
-def _data(experiment: Experiment, findings: _Findings) -> Generator[str, None, _Data | None]:
+def _data(experiment: Experiment, scratch: Path, findings: _Findings) -> Generator[str, None, _Data | None]:
     settings = experiment.data
     yield from _heading(f"Data: {settings.source}", settings.revision)
     options = settings.model_dump(
         include={"on_bad_rows", "validation_share", "max_train_prompts", "max_validation_prompts"}
     )
+    ratings = scratch / "ratings.parquet"
     try:
         if settings.source == "embedded":
-            ratings, read = rows_to_ratings(build_rows(), **options)
+            read = rows_to_ratings(build_rows(), ratings, **options)
         else:
-            ratings, read = read_ratings(fetch(experiment, "data"), **options)
+            read = read_ratings(fetch(experiment, "data"), ratings, **options)
     except HelpsteerError as error:
         findings.problems.append(str(error))
         yield "  cannot be used, see Problems"
@@ -156,13 +179,14 @@ def _data(experiment: Experiment, findings: _Findings) -> Generator[str, None, _
         share = bad / sum(file["rows"] for file in read["files"])
         if share > _MANY_BAD_ROWS:
             findings.warnings.append(f"{share:.0%} of the source's rows are bad and dropped: is data.source meant?")
-    made: dict[str, pa.Table | None] = {}
+    made: dict[str, _Pairs] = {}
     wanted = {"preference_pairs": settings.preference_attribute}
     if experiment.has_margin_adapter:
         wanted["margin_pairs"] = settings.margin_attribute
     for name, attribute in wanted.items():
         try:
-            made[name] = build_pairs(ratings, attribute, settings.selection_share)
+            file = scratch / f"{name}.parquet"
+            made[name] = _Pairs(file, build_pairs(ratings, attribute, settings.selection_share, file))
         except HelpsteerError as error:
             findings.problems.append(str(error))
     return _Data(ratings, made.get("preference_pairs"), made.get("margin_pairs"))
@@ -184,13 +208,13 @@ def _pairs(experiment: Experiment, data: _Data, findings: _Findings) -> Iterator
     yield "  selection: train prompts held out to choose checkpoints; tied: rated equally, so no pair"
     if data.preference_pairs is not None:
         yield from _conflict(experiment, data, findings)
-        if "selection" not in set(data.preference_pairs["split"].to_pylist()):
+        if not data.preference_pairs.counts["selection"]:
             findings.warnings.append(
                 "no preference pairs are held out to choose a checkpoint by, so the last one is kept; raise "
                 "data.selection_share or give more prompts"
             )
     if data.margin_pairs is not None:
-        validation = data.margin_pairs["split"].to_pylist().count("validation")
+        validation = data.margin_pairs.counts["validation"]
         if not validation:
             findings.problems += judge_margin_adapter({"n": 0}, experiment.checks.margin_adapter_min_accuracy)
         elif validation < _FEW_VALIDATION_PAIRS:
@@ -200,7 +224,7 @@ def _pairs(experiment: Experiment, data: _Data, findings: _Findings) -> Iterator
             )
 
 
-def count_pairs(ratings: pa.Table, selection_share: float) -> dict[str, dict[str, int]]:
+def count_pairs(ratings: Source, selection_share: float) -> dict[str, dict[str, int]]:
     """By attribute: the pairs that `build_pairs` would make in each of SPLITS, and the `tied` ones that make none.
 
     One query for all attributes: making all those pairs only to count them would take most of the report's time.
@@ -239,7 +263,7 @@ def count_pairs(ratings: pa.Table, selection_share: float) -> dict[str, dict[str
 def _conflict(experiment: Experiment, data: _Data, findings: _Findings) -> Iterator[str]:
     """In how many preference pairs the two objectives pull apart."""
     preference, margin = experiment.data.preference_attribute, experiment.data.margin_attribute
-    described = describe_pairs(data.preference_pairs, data.ratings, preference, margin)
+    described = describe_pairs(data.preference_pairs.file, data.ratings, preference, margin)
     if experiment.has_margin_adapter:
         shares = described["other"]
         yield from _prose(
@@ -358,20 +382,27 @@ def _lengths(
 ) -> Iterator[str]:
     from transformers.utils import logging as transformers_logging
 
-    from helpsteer_assets.modpo.tokenization import count_response_tokens, encode_prompt
+    from helpsteer_assets.modpo.tokenization import count_response_tokens, encode_prompts
 
     transformers_logging.set_verbosity_error()  # it warns of texts longer than the context, which are cut
     model, generation = experiment.model, experiment.generation
-    _, first = np.unique(data.ratings["response_id"].to_numpy(), return_index=True)  # sorted by the hash
-    responses = data.ratings.take(first[:_MEASURED_RESPONSES])
+    responses = query(
+        f"""
+        WITH measured AS (SELECT DISTINCT response_id FROM ratings ORDER BY response_id LIMIT {_MEASURED_RESPONSES})
+        SELECT prompt_id, response_id, any_value(prompt) AS prompt, any_value(response) AS response
+        FROM ratings JOIN measured USING (response_id) GROUP BY prompt_id, response_id ORDER BY response_id
+        """,
+        ratings=data.ratings,
+    )
+    total = query("SELECT count(DISTINCT response_id) AS total FROM ratings", ratings=data.ratings)["total"][0].as_py()
     asked = _evaluation_prompts(experiment, data)
     texts = dict(zip(responses["prompt_id"].to_pylist(), responses["prompt"].to_pylist(), strict=True))
     unlimited = 2**31
 
-    def prompt_tokens(text: str) -> int:
-        return len(encode_prompt(tokenizer, text, unlimited)[0])
+    def prompt_tokens(prompts: list[str]) -> list[int]:
+        return [len(ids) for ids, _ in encode_prompts(tokenizer, prompts, unlimited)]
 
-    of_prompt = {prompt_id: prompt_tokens(text) for prompt_id, text in texts.items()}
+    of_prompt = dict(zip(texts, prompt_tokens(list(texts.values())), strict=True))
     counted = count_response_tokens(tokenizer, responses)
     ids = zip(responses["prompt_id"].to_pylist(), responses["response_id"].to_pylist(), strict=True)
     prompts = np.array(list(of_prompt.values()))
@@ -379,7 +410,6 @@ def _lengths(
     cut_prompt = float(np.mean(prompts > model.max_prompt_length))
     room = model.max_length - np.minimum(lengths[:, 0], model.max_prompt_length)
     cut_response = float(np.mean(lengths[:, 1] > room))
-    total = len(first)
     of = f", measured on {_number(len(responses))} of {_number(total)} responses" if len(responses) < total else ""
     yield from _heading(f"Lengths in tokens{of}")
     rows = [("", "median", "95%", "longest", "limit", "over it")]
@@ -388,7 +418,7 @@ def _lengths(
     both = float(np.mean(lengths.sum(axis=1) > model.max_length))
     rows.append(("together", *_quantiles(lengths.sum(axis=1)), f"max_length {model.max_length}", f"{both:.1%}"))
     if asked is not None:
-        evaluated = np.array([prompt_tokens(text) for text in asked["prompt"].to_pylist()])
+        evaluated = np.array(prompt_tokens(asked["prompt"].to_pylist()))
         cut = float(np.mean(evaluated > generation.max_prompt_length))
         limit = f"generation.max_prompt_length {generation.max_prompt_length}"
         rows.append(("evaluation prompts", *_quantiles(evaluated), limit, f"{cut:.1%}"))
@@ -450,8 +480,9 @@ def _training(experiment: Experiment, data: _Data | None, findings: _Findings) -
             )
 
 
-def _train_rows(pairs: pa.Table | None) -> pa.Table | None:
-    return None if pairs is None else pairs.filter(pc.equal(pairs["split"], "train"))
+def _train_rows(pairs: _Pairs | None) -> pa.Table | None:
+    """`chosen_id` of the train pairs."""
+    return None if pairs is None else query("SELECT chosen_id FROM pairs WHERE split = 'train'", pairs=pairs.file)
 
 
 def _evaluation(experiment: Experiment, data: _Data | None, findings: _Findings) -> Iterator[str]:

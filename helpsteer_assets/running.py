@@ -59,6 +59,7 @@ def run_experiment(
             recover_dead_runs(instance, home, announce)
             complete = _materialize_phases(experiment, home, job, instance, tags, selected, weights, announce)
     finally:
+        lab.models.release()
         lab.warehouse.publish()
     if complete and selected >= {"score_summary", "tradeoff"}:
         _announce_results(lab, announce)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 import helpsteer_assets.embedded
@@ -114,11 +115,13 @@ def test_data_and_pairs_are_counted_for_every_attribute(source: Path, tmp_path: 
     assert " coherence 0 0 0 140 " in table
 
 
-def test_pairs_and_ties_are_those_that_the_assets_will_have() -> None:
-    ratings, _ = rows_to_ratings(build_rows(60, 10))
+def test_pairs_and_ties_are_those_that_the_assets_will_have(tmp_path: Path) -> None:
+    ratings, pairs = tmp_path / "ratings.parquet", tmp_path / "pairs.parquet"
+    rows_to_ratings(build_rows(60, 10), ratings)
     counts = preflight.count_pairs(ratings, 0.1)
     for attribute in RATED:
-        described = describe_pairs(build_pairs(ratings, attribute, 0.1), ratings, attribute, attribute)
+        build_pairs(ratings, attribute, 0.1, pairs)
+        described = describe_pairs(pairs, ratings, attribute, attribute)
         assert counts[attribute] == {**described["pairs"], "tied": described["ties"]}
         assert all(counts[attribute].values())
 
@@ -313,7 +316,8 @@ def test_lengths_are_counted_by_the_base_models_tokenizer_against_the_limits(sou
         "max_train_prompts": None,
         "max_validation_prompts": None,
     }
-    ratings, _ = read_ratings(source, **options)
+    read_ratings(source, tmp_path / "ratings.parquet", **options)
+    ratings = pq.read_table(tmp_path / "ratings.parquet")
     tokenizer = load_tokenizer(EMBEDDED_MODEL)
     prompts = {text: len(encode_prompt(tokenizer, text, 999)[0]) for text in set(ratings["prompt"].to_pylist())}
     responses = count_response_tokens(tokenizer, ratings)

@@ -5,11 +5,11 @@ both texts and all ratings; evaluation_prompts/prompts.parquet.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from helpsteer_assets.assets.display import arrow_schema, table_metadata
@@ -19,6 +19,7 @@ from helpsteer_assets.experiment import Experiment
 from helpsteer_assets.modpo.attributes import ATTRIBUTES
 from helpsteer_assets.modpo.pairs import build_pairs, describe_pairs, select_evaluation_prompts
 from helpsteer_assets.modpo.ratings import RATINGS_SCHEMA, read_ratings, rows_to_ratings
+from helpsteer_assets.modpo.tables import query
 from helpsteer_assets.resources.artifacts import Artifact
 from helpsteer_assets.stages import fetch
 
@@ -34,13 +35,13 @@ def helpsteer_ratings(run: StageRun) -> Metrics:
         "max_train_prompts": data.max_train_prompts,
         "max_validation_prompts": data.max_validation_prompts,
     }
+    file = run.folder / "ratings.parquet"
     if data.source == "embedded":
-        ratings, report = rows_to_ratings(build_rows(), **options)
+        report = rows_to_ratings(build_rows(), file, **options)
     else:
-        ratings, report = read_ratings(fetch(run.experiment, "data"), **options)
+        report = read_ratings(fetch(run.experiment, "data"), file, **options)
     if report["bad_rows"]["count"]:
         run.log(f"helpsteer_ratings: dropped {report['bad_rows']['count']} bad rows (data.on_bad_rows: drop)")
-    run.write(ratings, "ratings.parquet")
     return report
 
 
@@ -55,17 +56,15 @@ def margin_pairs(run: StageRun) -> Metrics:
 
 
 def _pairs(run: StageRun, attribute: str) -> Metrics:
-    pairs = build_pairs(
-        run.table("helpsteer_ratings", "ratings.parquet"), attribute, run.experiment.data.selection_share
-    )
-    run.write(pairs, "pairs.parquet")
-    return {"pairs": pairs.num_rows}
+    ratings = run.input("helpsteer_ratings").file("ratings.parquet")
+    counts = build_pairs(ratings, attribute, run.experiment.data.selection_share, run.folder / "pairs.parquet")
+    return {"pairs": sum(counts.values())}
 
 
 def evaluation_prompts(run: StageRun) -> Metrics:
     """Unique held-out prompts that SFT and every policy answer."""
     asked = run.experiment.evaluation.prompts
-    prompts = select_evaluation_prompts(run.table("helpsteer_ratings", "ratings.parquet"), asked)
+    prompts = select_evaluation_prompts(run.input("helpsteer_ratings").file("ratings.parquet"), asked)
     if prompts.num_rows < asked:
         run.log(
             f"evaluation_prompts: {prompts.num_rows} held-out prompts are there, evaluation.prompts asks for {asked}"
@@ -98,17 +97,16 @@ def _describe_ratings(artifact: Artifact, inputs: Inputs, experiment: Experiment
 def _describe_pairs(attribute: Callable[[Experiment], str], other: Callable[[Experiment], str]) -> Any:
     def describe(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
         (ratings,) = inputs["helpsteer_ratings"].values()
-        pairs = pq.read_table(artifact.file("pairs.parquet"))
-        report = describe_pairs(
-            pairs, pq.read_table(ratings.file("ratings.parquet")), attribute(experiment), other(experiment)
-        )
+        pairs = artifact.file("pairs.parquet")
+        report = describe_pairs(pairs, ratings.file("ratings.parquet"), attribute(experiment), other(experiment))
+        count = sum(report["pairs"].values())
         shares = {how: report["other"][how] for how in ("agrees", "opposes", "ties")}
         return {
             "attribute": attribute(experiment),
             **{f"{split}_pairs": count for split, count in report["pairs"].items()},
             "tied_pairs": report["ties"],
             "duplicate_responses": report["duplicate_responses"],
-            **{f"pairs_{other(experiment)}_{how}": round(share * pairs.num_rows) for how, share in shares.items()},
+            **{f"pairs_{other(experiment)}_{how}": round(share * count) for how, share in shares.items()},
             **{f"share_{other(experiment)}_{how}": share for how, share in shares.items()},
             "mean_words_chosen": report["chosen_words"],
             "mean_words_rejected": report["rejected_words"],
@@ -120,18 +118,19 @@ def _describe_pairs(attribute: Callable[[Experiment], str], other: Callable[[Exp
     return describe
 
 
-def _preview(pairs: pa.Table, attribute: str) -> list[dict[str, Any]]:
+def _preview(pairs: Path, attribute: str) -> list[dict[str, Any]]:
     """The first train pair of each of the first prompts."""
-    ratings = (f"chosen_{attribute}", f"rejected_{attribute}")
-    by_prompt: dict[str, dict[str, Any]] = {}
-    for pair in pairs.filter(pc.equal(pairs["split"], "train")).to_pylist():
-        by_prompt.setdefault(pair["prompt_id"], pair)
-        if len(by_prompt) == PREVIEW_ROWS:
-            break
-    return [
-        {key: pair[key] for key in ("prompt", "chosen", "rejected")} | {key: pair[key] for key in ratings}
-        for pair in by_prompt.values()
-    ]
+    return query(
+        f"""
+        WITH firsts AS (
+            SELECT min(pair_id) AS pair_id FROM pairs WHERE split = 'train'
+            GROUP BY prompt_id ORDER BY prompt_id LIMIT {PREVIEW_ROWS}
+        )
+        SELECT prompt, chosen, rejected, chosen_{attribute}, rejected_{attribute}
+        FROM pairs JOIN firsts USING (pair_id) ORDER BY prompt_id
+        """,
+        pairs=pairs,
+    ).to_pylist()
 
 
 def _describe_prompts(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:

@@ -6,11 +6,12 @@ margin_rewards/margin_rewards.parquet hold one row per unique (prompt, response)
 """
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from helpsteer_assets.assets.display import table_metadata
 from helpsteer_assets.assets.loading import load_sft_tokenizer, sft_model_on_loan
@@ -26,7 +27,7 @@ from helpsteer_assets.stages import fetch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from helpsteer_assets.modpo.tokenization import Sequence
+    from helpsteer_assets.modpo.tokenization import EncodedResponses, Sequence
     from helpsteer_assets.modpo.training import TrainingResult
 
 
@@ -49,7 +50,7 @@ def sft_model(run: StageRun) -> Metrics:
     model = load_model(base, precision=settings.precision, device=device, trust_remote_code=settings.trust_remote_code)
     metrics: Metrics = {}
     if experiment.sft.enabled:
-        pairs = run.table("preference_pairs", "pairs.parquet")
+        pairs = run.input("preference_pairs").file("pairs.parquet")
         model = attach_lora(model, experiment.lora, experiment.seed)
         result = train_sft(
             model,
@@ -73,13 +74,11 @@ def sft_model(run: StageRun) -> Metrics:
     return metrics
 
 
-def _chosen(run: StageRun, tokenizer: "PreTrainedTokenizerBase", pairs: pa.Table, split: str) -> "list[Sequence]":
+def _chosen(run: StageRun, tokenizer: "PreTrainedTokenizerBase", pairs: Path, split: str) -> "list[Sequence]":
     """Tokens of the unique chosen responses of a split."""
     from helpsteer_assets.modpo.tokenization import encode_responses
 
-    of_split = pairs.filter(pc.equal(pairs["split"], split))
-    responses = unique_responses(of_split)
-    chosen = responses.filter(pc.is_in(responses["response_id"], of_split["chosen_id"].combine_chunks()))
+    chosen = unique_responses(pairs, splits=(split,), sides=("chosen",))
     model = run.experiment.model
     return list(encode_responses(tokenizer, chosen, model.max_length, model.max_prompt_length).values())
 
@@ -88,10 +87,10 @@ def reference_log_probs(run: StageRun) -> Metrics:
     """log p_sft(y|x) and token count of every unique (prompt, response) of the pairs, computed once for all weights."""
     from helpsteer_assets.modpo.log_probs import BASE
 
-    pair_sets = [
-        run.table(name, "pairs.parquet") for name in ("preference_pairs", "margin_pairs") if name in run.inputs
+    pair_files = [
+        run.input(name).file("pairs.parquet") for name in ("preference_pairs", "margin_pairs") if name in run.inputs
     ]
-    responses = unique_responses(*pair_sets)
+    responses = unique_responses(*pair_files)
     sequences = list(_encode(run, load_sft_tokenizer(run), responses).values())
     with sft_model_on_loan(run) as model:
         log_probs = _log_probs(run, model, sequences, BASE)
@@ -104,7 +103,7 @@ def reference_log_probs(run: StageRun) -> Metrics:
         "responses": len(sequences),
         "truncated": sum(truncated),
         "tokens": sum(len(sequence) for sequence in sequences),
-        "responses_of_pairs": 2 * sum(len(pairs) for pairs in pair_sets),
+        "responses_of_pairs": 2 * sum(pq.read_metadata(file).num_rows for file in pair_files),
     }
 
 
@@ -116,9 +115,9 @@ def margin_adapter(run: StageRun) -> Metrics:
     settings = experiment.margin_adapter
     assert settings is not None  # validated with the experiment: this asset would not be there
     tokenizer = load_sft_tokenizer(run)
-    pairs = run.table("margin_pairs", "pairs.parquet")
-    validation = pairs.filter(pc.equal(pairs["split"], "validation"))
-    encoded = _encode(run, tokenizer, unique_responses(validation)) if validation.num_rows else {}
+    pairs = run.input("margin_pairs").file("pairs.parquet")
+    validation = pq.read_table(pairs, filters=[("split", "=", "validation")])
+    encoded = _encode(run, tokenizer, unique_responses(pairs, splits=("validation",)))
     with sft_model_on_loan(run) as base:
         result, model = _train(
             run, base, tokenizer, pairs, settings, w=1.0, beta=settings.beta, margins=None, what="margin_adapter"
@@ -141,7 +140,7 @@ def margin_rewards(run: StageRun) -> Metrics:
     from helpsteer_assets.modpo.models import load_adapters
     from helpsteer_assets.modpo.tokenization import count_response_tokens
 
-    responses = unique_responses(run.table("preference_pairs", "pairs.parquet"))
+    responses = unique_responses(run.input("preference_pairs").file("pairs.parquet"))
     tokenizer = load_sft_tokenizer(run)
     log_ratios: list[float | None] = [None] * responses.num_rows
     if run.experiment.has_margin_adapter:
@@ -173,7 +172,7 @@ def modpo_models(run: StageRun) -> Metrics:
             run,
             model,
             load_sft_tokenizer(run),
-            run.table("preference_pairs", "pairs.parquet"),
+            run.input("preference_pairs").file("pairs.parquet"),
             experiment.modpo,
             w=float(run.partition),
             beta=experiment.objective.beta,
@@ -198,7 +197,7 @@ def adapter_gate(experiment: Experiment, inputs: Inputs) -> None:
             )
 
 
-def _encode(run: StageRun, tokenizer: "PreTrainedTokenizerBase", responses: pa.Table) -> "dict[str, Sequence]":
+def _encode(run: StageRun, tokenizer: "PreTrainedTokenizerBase", responses: pa.Table) -> "EncodedResponses":
     from helpsteer_assets.modpo.tokenization import encode_responses
 
     model = run.experiment.model
@@ -236,7 +235,7 @@ def _train(
     run: StageRun,
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    pairs: pa.Table,
+    pairs: Path,
     settings: Any,
     *,
     w: float,
@@ -250,12 +249,11 @@ def _train(
     from helpsteer_assets.modpo.preference_trainer import PairDataset, train_preference
 
     experiment = run.experiment
-    pairs = pairs.filter(pc.is_in(pairs["split"], pa.array(["train", "selection"])))
-    sequences = _encode(run, tokenizer, unique_responses(pairs))
+    sequences = _encode(run, tokenizer, unique_responses(pairs, splits=("train", "selection")))
     reference = _reference(run)
 
     def of_split(split: str) -> PairDataset:
-        rows = pairs.filter(pc.equal(pairs["split"], split))
+        rows = pq.read_table(pairs, columns=["chosen_id", "rejected_id"], filters=[("split", "=", split)])
         ids = zip(rows["chosen_id"].to_pylist(), rows["rejected_id"].to_pylist(), strict=True)
         return PairDataset(list(ids), sequences, reference, margins)
 

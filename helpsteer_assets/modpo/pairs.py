@@ -1,18 +1,25 @@
 """Preference pairs: which of two responses to one prompt is rated higher on an attribute.
 
 Pairs are formed over all responses to a prompt within one split, wherever their rows stand. Every function's result
-depends on the set of rows alone, never on their order.
+depends on the set of rows alone, never on their order. Files of ratings and pairs are read by the columns that are
+needed, and never whole.
 """
 
 import hashlib
-from collections import Counter
+import tempfile
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
+import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.attributes import ATTRIBUTES, OVERALL
-from helpsteer_assets.modpo.ratings import hash_share, query
+from helpsteer_assets.modpo.ratings import hash_share
+from helpsteer_assets.modpo.tables import Source, database, query, stream, write_parquet
 
 RATED = (*ATTRIBUTES, OVERALL)
 SPLITS = ("train", "selection", "validation")
@@ -26,6 +33,11 @@ PAIRS_SCHEMA = pa.schema(
 )
 """`split` is train, selection (train prompts held out to choose checkpoints) or validation."""
 
+_RESPONSES_SCHEMA = pa.schema([(name, pa.string()) for name in ("prompt_id", "response_id", "prompt", "response")])
+_SHELF = "left(prompt_id, 1)"
+_STRETCH_ROWS = 16_384
+"""Responses of pairs whose texts the database holds at a time."""
+
 _OVERALL_SQL = " + ".join(ATTRIBUTES)
 
 
@@ -34,8 +46,8 @@ def pair_id(chosen_id: str, rejected_id: str) -> str:
     return hashlib.sha256((chosen_id + rejected_id).encode()).hexdigest()[:16]
 
 
-def build_pairs(ratings: pa.Table, attribute: str, selection_share: float) -> pa.Table:
-    """All pairs that an attribute decides.
+def build_pairs(ratings: Source, attribute: str, selection_share: float, file: Path) -> dict[str, int]:
+    """Write all pairs that an attribute decides; returns their number in each of SPLITS.
 
     Equal ratings make no pair, nor do equal responses. Where a response was rated more than once, the same pair can
     arise more than once: the one whose ratings lie furthest apart is kept. (Two ratings of a response may also put it
@@ -45,11 +57,28 @@ def build_pairs(ratings: pa.Table, attribute: str, selection_share: float) -> pa
         ratings: RATINGS_SCHEMA.
         attribute: one of RATED; `overall` is the sum of the five attributes.
         selection_share: share of the train prompts, by a stable hash, whose pairs become `selection`, in [0, 1).
+        file: the Parquet file to write, ordered by split, prompt_id and pair_id (PAIRS_SCHEMA); its folder is used for
+            temporary files.
 
-    Returns PAIRS_SCHEMA, ordered by split, prompt_id and pair_id. Raises HelpsteerError where no train pair arises.
+    Raises HelpsteerError where no train pair arises.
     """
-    pairs = query(
+    with (
+        tempfile.TemporaryDirectory(prefix=".pairs-", dir=file.parent) as scratch,
+        database(Path(scratch), ratings=ratings) as connection,
+    ):
+        counts = _decide_pairs(connection, ratings, attribute, selection_share)
+        _lay_out_texts(connection, Path(scratch) / "texts")
+        write_parquet(_join_texts(connection, Path(scratch) / "texts"), PAIRS_SCHEMA, file)
+    return counts
+
+
+def _decide_pairs(
+    connection: duckdb.DuckDBPyConnection, ratings: Source, attribute: str, selection_share: float
+) -> dict[str, int]:
+    """Make the table `pairs`, PAIRS_SCHEMA without texts, of the table `ratings`; returns their number by split."""
+    connection.execute(
         f"""
+        CREATE TABLE pairs AS
         WITH responses AS (
             SELECT *, {_OVERALL_SQL} AS {OVERALL}, CASE
                 WHEN split = 'train' AND {hash_share("selection", "prompt_id")} < $selection_share THEN 'selection'
@@ -61,44 +90,70 @@ def build_pairs(ratings: pa.Table, attribute: str, selection_share: float) -> pa
                 {_rated_columns("chosen")}, {_rated_columns("rejected")}
             FROM responses AS chosen JOIN responses AS rejected USING (part, prompt_id)
             WHERE chosen.{attribute} > rejected.{attribute} AND chosen.response_id <> rejected.response_id
-        ), distinct_pairs AS (
-            FROM pairs QUALIFY row_number() OVER (
-                PARTITION BY split, chosen_id, rejected_id
-                ORDER BY rejected_{attribute} - chosen_{attribute},
-                    {", ".join(f"{side}_{name}" for side in ("chosen", "rejected") for name in ATTRIBUTES)}
-            ) = 1
-        ), texts AS (
-            SELECT response_id, any_value(prompt) AS prompt, any_value(response) AS response
-            FROM ratings GROUP BY response_id
         )
-        SELECT left(sha256(chosen_id || rejected_id), 16) AS pair_id, distinct_pairs.*,
-            chosen.prompt, chosen.response AS chosen, rejected.response AS rejected
-        FROM distinct_pairs
-            JOIN texts AS chosen ON chosen.response_id = chosen_id
-            JOIN texts AS rejected ON rejected.response_id = rejected_id
-        ORDER BY split, prompt_id, pair_id
+        SELECT left(sha256(chosen_id || rejected_id), 16) AS pair_id, * FROM pairs QUALIFY row_number() OVER (
+            PARTITION BY split, chosen_id, rejected_id
+            ORDER BY rejected_{attribute} - chosen_{attribute},
+                {", ".join(f"{side}_{name}" for side in ("chosen", "rejected") for name in ATTRIBUTES)}
+        ) = 1
         """,
         {"selection_share": selection_share},
-        ratings=ratings,
     )
-    pairs = pairs.select(PAIRS_SCHEMA.names).cast(PAIRS_SCHEMA)
-    in_selection = pairs["split"].to_pylist().count("selection")
-    if "train" not in set(pairs["split"].to_pylist()):
-        counts = ", ".join(f"{name} {count}" for name, count in count_train_pairs(ratings).items())
+    counts = dict.fromkeys(SPLITS, 0) | dict(
+        connection.sql("SELECT split, count(*) FROM pairs GROUP BY split").fetchall()
+    )
+    if not counts["train"]:
+        by_attribute = ", ".join(f"{name} {count}" for name, count in count_train_pairs(ratings).items())
+        held_out = counts["selection"]
         raise HelpsteerError(
             f"{attribute} makes no train pairs: every two responses to a train prompt are rated equally on it"
-            + (f", but for {in_selection} pairs held out by data.selection_share" if in_selection else "")
-            + f". Train pairs by attribute, those held out included: {counts}. Choose another attribute "
+            + (f", but for {held_out} pairs held out by data.selection_share" if held_out else "")
+            + f". Train pairs by attribute, those held out included: {by_attribute}. Choose another attribute "
             "(data.preference_attribute, data.margin_attribute) or give more ratings"
         )
-    return pairs
+    return counts
+
+
+def _lay_out_texts(connection: duckdb.DuckDBPyConnection, folder: Path) -> None:
+    """Write the texts of the table `ratings` to Arrow files, one for all prompts whose ids begin alike.
+
+    The database's own joins and sorts fail where texts outgrow its memory. Of these files one at a time is needed.
+    """
+    from pyarrow import dataset  # it brings pandas, which who only loads the definitions need not wait for
+
+    dataset.write_dataset(
+        stream(connection, f"SELECT {_SHELF} AS shelf, response_id, prompt, response FROM ratings"),
+        folder,
+        format="ipc",
+        partitioning=dataset.partitioning(pa.schema([("shelf", pa.string())])),
+        use_threads=False,
+    )
+
+
+def _join_texts(connection: duckdb.DuckDBPyConnection, folder: Path) -> Iterator[pa.RecordBatch]:
+    """The rows of the table `pairs` with their texts, ordered by split, prompt_id and pair_id."""
+    from pyarrow import dataset
+
+    for batch in stream(connection, f"SELECT *, {_SHELF} AS shelf FROM pairs ORDER BY split, prompt_id, pair_id"):
+        shelves = batch["shelf"].to_pylist()
+        for shelf, of_shelf in groupby(range(len(shelves)), shelves.__getitem__):
+            positions = list(of_shelf)
+            pairs = batch.slice(positions[0], len(positions))
+            texts = dataset.dataset(folder / shelf, format="ipc").to_table(use_threads=False).combine_chunks()
+            chosen, rejected = (
+                texts.take(pc.index_in(pairs[side], texts["response_id"])) for side in ("chosen_id", "rejected_id")
+            )
+            columns = {"prompt": chosen["prompt"], "chosen": chosen["response"], "rejected": rejected["response"]}
+            for name, column in columns.items():
+                pairs = pairs.append_column(name, column.combine_chunks())
+            yield pairs
 
 
 def _rated_columns(side: str) -> str:
     return ", ".join(f"{side}.{name} AS {side}_{name}" for name in RATED)
 
 
-def count_train_pairs(ratings: pa.Table) -> dict[str, int]:
+def count_train_pairs(ratings: Source) -> dict[str, int]:
     """How many different pairs each attribute makes of the train prompts, those held out for selection included."""
     counted = ", ".join(
         f"count(DISTINCT chosen.response_id || rejected.response_id) FILTER (chosen.{name} > rejected.{name}) AS {name}"
@@ -114,11 +169,11 @@ def count_train_pairs(ratings: pa.Table) -> dict[str, int]:
     ).to_pylist()[0]
 
 
-def describe_pairs(pairs: pa.Table, ratings: pa.Table, attribute: str, other: str) -> dict[str, Any]:
+def describe_pairs(pairs: Source, ratings: Source, attribute: str, other: str) -> dict[str, Any]:
     """What the pairs of an attribute are like, JSON-able; shares and means are over the pairs of all splits.
 
     Args:
-        pairs: as `build_pairs(ratings, attribute, ...)` returned them.
+        pairs: as `build_pairs(ratings, attribute, ...)` wrote them.
         ratings: RATINGS_SCHEMA.
         attribute: the one that decides the pairs.
         other: another attribute, to see how far it goes along.
@@ -133,63 +188,73 @@ def describe_pairs(pairs: pa.Table, ratings: pa.Table, attribute: str, other: st
         chosen_words, rejected_words: mean number of words (separated by white space);
         chosen_longer: share of pairs in which the chosen response has more words.
     """
-    count = len(pairs)
-    if not count:
-        raise ValueError("there are no pairs to describe")
-    splits = Counter(pairs["split"].to_pylist())
-    prompts = Counter(
-        split for split, _ in set(zip(pairs["split"].to_pylist(), pairs["prompt_id"].to_pylist(), strict=True))
-    )
-    ties = query(
+    rated = query(
         f"""
-        WITH responses AS (SELECT *, {_OVERALL_SQL} AS {OVERALL} FROM ratings)
-        SELECT count(*) AS ties FROM responses AS one JOIN responses AS two USING (split, prompt_id, {attribute})
-        WHERE one.response_id < two.response_id
+        WITH responses AS (SELECT *, {_OVERALL_SQL} AS {OVERALL} FROM ratings), tied AS (
+            SELECT count(*) AS ties
+            FROM responses AS one JOIN responses AS two USING (split, prompt_id, {attribute})
+            WHERE one.response_id < two.response_id
+        )
+        SELECT ties, (SELECT count(*) - count(DISTINCT (split, response_id)) FROM ratings) AS duplicates FROM tied
         """,
         ratings=ratings,
-    )["ties"][0].as_py()
-    duplicates = query(
-        "SELECT count(*) - count(DISTINCT (split, response_id)) AS duplicates FROM ratings", ratings=ratings
-    )["duplicates"][0].as_py()
-    differences = [
-        chosen - rejected
-        for chosen, rejected in zip(
-            pairs[f"chosen_{other}"].to_pylist(), pairs[f"rejected_{other}"].to_pylist(), strict=True
+    ).to_pylist()[0]
+    with database(pairs=pairs, words=_count_words(ratings)) as connection:
+        splits = connection.sql(
+            "SELECT split, count(*), count(DISTINCT prompt_id) FROM pairs GROUP BY split ORDER BY split"
+        ).fetchall()
+        compared = stream(
+            connection,
+            f"""
+            SELECT count(*) AS count,
+                count(*) FILTER (chosen_{other} > rejected_{other}) AS agrees,
+                count(*) FILTER (chosen_{other} < rejected_{other}) AS opposes,
+                count(*) FILTER (chosen_{other} = rejected_{other}) AS ties,
+                sum(chosen.words) AS chosen_words, sum(rejected.words) AS rejected_words,
+                count(*) FILTER (chosen.words > rejected.words) AS chosen_longer
+            FROM pairs
+                JOIN words AS chosen ON chosen.response_id = chosen_id
+                JOIN words AS rejected ON rejected.response_id = rejected_id
+            """,
         )
-    ]
-    words = {
-        response_id: len(response.split())
-        for response_id, response in zip(
-            *(unique_responses(pairs)[name].to_pylist() for name in ("response_id", "response")), strict=True
-        )
-    }
-    chosen_words = [words[response] for response in pairs["chosen_id"].to_pylist()]
-    rejected_words = [words[response] for response in pairs["rejected_id"].to_pylist()]
+        (compared,) = compared.read_all().to_pylist()
+        histograms = {
+            side: {
+                str(rating): count
+                for rating, count in connection.sql(
+                    f"SELECT {side}_{attribute}, count(*) FROM pairs GROUP BY ALL ORDER BY ALL"
+                ).fetchall()
+            }
+            for side in ("chosen", "rejected")
+        }
+    count = compared["count"]
+    if not count:
+        raise ValueError("there are no pairs to describe")
     return {
-        "pairs": {split: splits[split] for split in SPLITS},
-        "prompts": {split: prompts[split] for split in SPLITS},
-        "ties": ties,
-        "duplicate_responses": duplicates,
-        "other": {
-            "attribute": other,
-            "agrees": sum(difference > 0 for difference in differences) / count,
-            "opposes": sum(difference < 0 for difference in differences) / count,
-            "ties": differences.count(0) / count,
-        },
-        "chosen_ratings": _histogram(pairs[f"chosen_{attribute}"]),
-        "rejected_ratings": _histogram(pairs[f"rejected_{attribute}"]),
-        "chosen_words": sum(chosen_words) / count,
-        "rejected_words": sum(rejected_words) / count,
-        "chosen_longer": sum(c > r for c, r in zip(chosen_words, rejected_words, strict=True)) / count,
+        "pairs": dict.fromkeys(SPLITS, 0) | {split: number for split, number, _ in splits},
+        "prompts": dict.fromkeys(SPLITS, 0) | {split: number for split, _, number in splits},
+        "ties": rated["ties"],
+        "duplicate_responses": rated["duplicates"],
+        "other": {"attribute": other} | {how: compared[how] / count for how in ("agrees", "opposes", "ties")},
+        "chosen_ratings": histograms["chosen"],
+        "rejected_ratings": histograms["rejected"],
+        "chosen_words": int(compared["chosen_words"]) / count,
+        "rejected_words": int(compared["rejected_words"]) / count,
+        "chosen_longer": compared["chosen_longer"] / count,
     }
 
 
-def _histogram(ratings: pa.ChunkedArray) -> dict[str, int]:
-    """Pairs by rating; the keys are text, as in JSON."""
-    return {str(rating): count for rating, count in sorted(Counter(ratings.to_pylist()).items())}
+def _count_words(ratings: Source) -> pa.Table:
+    """`response_id` and `words`, once for every response."""
+    words: dict[str, int] = {}
+    with database(ratings=ratings) as connection:
+        for batch in stream(connection, "SELECT response_id, response FROM ratings"):
+            counts = (len(response.split()) for response in batch["response"].to_pylist())
+            words.update(zip(batch["response_id"].to_pylist(), counts, strict=True))
+    return pa.table({"response_id": list(words), "words": list(words.values())})
 
 
-def select_evaluation_prompts(ratings: pa.Table, count: int) -> pa.Table:
+def select_evaluation_prompts(ratings: Source, count: int) -> pa.Table:
     """`prompt_id` and `prompt` of the `count` unique validation prompts that come first by a stable hash.
 
     A larger count only adds prompts at the end. Where there are fewer than asked for, all of them. Raises
@@ -197,8 +262,12 @@ def select_evaluation_prompts(ratings: pa.Table, count: int) -> pa.Table:
     """
     prompts = query(
         """
-        SELECT prompt_id, any_value(prompt) AS prompt FROM ratings WHERE split = 'validation' GROUP BY prompt_id
-        ORDER BY sha256('evaluation:' || prompt_id) LIMIT $count
+        WITH asked AS (
+            SELECT prompt_id, sha256('evaluation:' || prompt_id) AS hash FROM ratings WHERE split = 'validation'
+            GROUP BY prompt_id ORDER BY hash LIMIT $count
+        )
+        SELECT prompt_id, any_value(prompt) AS prompt FROM ratings JOIN asked USING (prompt_id)
+        GROUP BY prompt_id, hash ORDER BY hash
         """,
         {"count": count},
         ratings=ratings,
@@ -212,17 +281,43 @@ def select_evaluation_prompts(ratings: pa.Table, count: int) -> pa.Table:
     return prompts
 
 
-def unique_responses(*pairs: pa.Table) -> pa.Table:
-    """Every (prompt, response) in the pairs once, as prompt_id, response_id, prompt, response, ordered by the ids."""
-    sides = " UNION ALL ".join(
-        f"SELECT prompt_id, {side}_id AS response_id, prompt, {side} AS response FROM pairs_{number}"
+def unique_responses(
+    *pairs: Source, splits: Iterable[str] = SPLITS, sides: Iterable[str] = ("chosen", "rejected")
+) -> pa.Table:
+    """Every (prompt, response) in the pairs once, as prompt_id, response_id, prompt, response, ordered by the ids.
+
+    Args:
+        pairs: PAIRS_SCHEMA.
+        splits: take pairs of these splits only.
+        sides: take these responses of a pair only.
+    """
+    listed = ", ".join(f"'{split}'" for split in splits)
+    united = " UNION ALL ".join(
+        f"SELECT prompt_id, {side}_id AS response_id, prompt, {side} AS response FROM pairs_{number} "
+        f"WHERE split IN ({listed})"
         for number in range(len(pairs))
-        for side in ("chosen", "rejected")
+        for side in sides
     )
-    return query(
-        f"""
-        SELECT prompt_id, response_id, any_value(prompt) AS prompt, any_value(response) AS response FROM ({sides})
-        GROUP BY prompt_id, response_id ORDER BY prompt_id, response_id
-        """,
-        **{f"pairs_{number}": table for number, table in enumerate(pairs)},
-    )
+    with database(**{f"pairs_{number}": source for number, source in enumerate(pairs)}) as connection:
+        connection.execute(f"CREATE VIEW sides AS {united}")
+        stretches = connection.sql(
+            f"""
+            SELECT min(prompt_id), max(prompt_id) FROM (
+                SELECT prompt_id, sum(count(*)) OVER (ORDER BY prompt_id) AS rows_up_to FROM sides GROUP BY prompt_id
+            ) GROUP BY rows_up_to // {_STRETCH_ROWS} ORDER BY ALL
+            """
+        ).fetchall()
+        batches = (
+            batch
+            for first, last in stretches
+            for batch in stream(
+                connection,
+                """
+                SELECT prompt_id, response_id, any_value(prompt) AS prompt, any_value(response) AS response FROM sides
+                WHERE prompt_id BETWEEN $first AND $last
+                GROUP BY prompt_id, response_id ORDER BY prompt_id, response_id
+                """,
+                {"first": first, "last": last},
+            )
+        )
+        return pa.Table.from_batches(batches, _RESPONSES_SCHEMA)

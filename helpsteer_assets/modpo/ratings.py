@@ -1,7 +1,8 @@
 """Ratings: rows of (prompt, response, five integers), read from files or memory, validated, identified and split.
 
 Every row passes one validator, whatever it was read from. A file is read as a stream, so that a damaged row is known by
-its number and costs nothing but itself; ids, splits and limits are then computed at once, in SQL.
+its number and costs nothing but itself, and good rows go to disk, so that memory holds some thousand of them at a time.
+Of all rows it holds the ids; from these splits and limits are then computed at once, in SQL.
 
 Splits and limits depend on hashes of the prompts alone: the same prompts fall to the same side whatever else the
 source holds and in whatever order, and a larger limit keeps all that a smaller one kept.
@@ -14,19 +15,22 @@ import hashlib
 import io
 import json
 import re
+import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from decimal import Decimal
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Literal
 
-import duckdb
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.attributes import ATTRIBUTES
+from helpsteer_assets.modpo.tables import BATCH_ROWS, query, write_parquet
 
 HIGHEST_RATING = 4
 COLUMNS = ("prompt", "response", *ATTRIBUTES)
@@ -56,7 +60,7 @@ _FORMATS = (".jsonl", ".json", ".csv", ".parquet")
 _LFS_POINTER = b"version https://git-lfs"
 _JSON_NAMES = {list: "array", str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}
 _SHOWN = 10
-_BATCH_ROWS = 10_000
+_RATINGS = frozenset(range(HIGHEST_RATING + 1))
 _NUMBER = re.compile(r"\s*[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?\s*", re.ASCII)
 
 _Record = dict[str, Any] | str
@@ -78,41 +82,31 @@ def hash_share(salt: str, column: str) -> str:
     return f"(('0x' || left(sha256('{salt}:' || {column}), 8))::UBIGINT / 4294967296.0)"
 
 
-def query(sql: str, parameters: dict[str, Any] | None = None, **tables: pa.Table) -> pa.Table:
-    """The result of an SQL query over Arrow tables, each known by its argument's name.
-
-    A database in memory that never spills to disk, on two threads, since assets may run side by side. The row order
-    is the query's ORDER BY and nothing else.
-    """
-    with duckdb.connect(":memory:", config={"threads": 2, "temp_directory": ""}) as connection:
-        for name, table in tables.items():
-            connection.register(name, table)
-        # Text columns of one batch must stay below Arrow's 2 GiB, hence batches of a bounded number of rows.
-        return connection.sql(sql, params=parameters or {}).to_arrow_reader(_BATCH_ROWS).read_all()
-
-
 def read_ratings(
     path: Path,
+    file: Path,
     *,
     on_bad_rows: str,
     validation_share: float,
     max_train_prompts: int | None,
     max_validation_prompts: int | None,
-) -> tuple[pa.Table, dict[str, Any]]:
-    """The validated ratings of a folder or a file, and a report of what was read, dropped and kept.
+) -> dict[str, Any]:
+    """Write the validated ratings of a folder or a file; returns a report of what was read, dropped and kept.
 
     A folder holds `train` and `validation` files (`train.jsonl.gz`, `train-00000-of-00002.parquet`, ...), itself or in
     its subfolder `data`. From a single file, and from a folder without validation files, a stable hash of the prompt
     takes the validation prompts.
 
     Args:
-        path: folder or file; jsonl, json (an array, or lines), csv or parquet, all but the last gzipped or not.
+        path: folder or file; jsonl, json (an array, or lines), csv or parquet, all but the last gzipped or not. Of
+            these a json array alone has to fit in memory.
+        file: the Parquet file to write, rows in reading order (RATINGS_SCHEMA); its folder is used for temporary files.
         on_bad_rows: `error` stops at bad rows, `drop` drops and counts them.
         validation_share: share of the prompts that becomes validation where the source doesn't say, in (0, 1).
         max_train_prompts: keep the so many train prompts with the smallest prompt_id; None: all.
         max_validation_prompts: the same for validation.
 
-    Returns the rows in reading order (RATINGS_SCHEMA) and a report that is JSON-able:
+    Returns a report that is JSON-able:
         files: `file`, `split` (null where a hash splits) and `rows` of each;
         bad_rows: `count` and the `first` ten as "file, row 3: reason";
         validation_by_hash: whether the source named no validation rows;
@@ -122,12 +116,13 @@ def read_ratings(
 
     Raises HelpsteerError where nothing is found, a file is damaged or lacks a column, or rows are bad.
     """
-    files = _find_files(path)
+    found = _find_files(path)
     root = path if path.is_dir() else path.parent
-    sources = ((split, file.relative_to(root).as_posix(), _records(file)) for split, file in files)
+    sources = ((split, source.relative_to(root).as_posix(), _records(source)) for split, source in found)
     return _validated(
         sources,
         f"the ratings in {path}",
+        file,
         on_bad_rows=on_bad_rows,
         validation_share=validation_share,
         limits={"train": max_train_prompts, "validation": max_validation_prompts},
@@ -136,12 +131,13 @@ def read_ratings(
 
 def rows_to_ratings(
     rows: dict[str, list[dict[str, Any]]],
+    file: Path,
     *,
     on_bad_rows: str = "error",
     validation_share: float = 0.05,
     max_train_prompts: int | None = None,
     max_validation_prompts: int | None = None,
-) -> tuple[pa.Table, dict[str, Any]]:
+) -> dict[str, Any]:
     """As `read_ratings`, of rows in memory by split (`train`, and perhaps `validation`); their file is `embedded`."""
     by_hash = "validation" not in rows
     sources = (
@@ -150,6 +146,7 @@ def rows_to_ratings(
     return _validated(
         sources,
         "the embedded ratings",
+        file,
         on_bad_rows=on_bad_rows,
         validation_share=validation_share,
         limits={"train": max_train_prompts, "validation": max_validation_prompts},
@@ -159,36 +156,40 @@ def rows_to_ratings(
 def _validated(
     sources: Iterable[tuple[Split | None, str, Iterable[tuple[int, _Record]]]],
     origin: str,
+    file: Path,
     *,
     on_bad_rows: str,
     validation_share: float,
     limits: dict[Split, int | None],
-) -> tuple[pa.Table, dict[str, Any]]:
-    """Validate (split, file, numbered records) and arrange what is good."""
-    collected = _Collected()
-    files = []
-    for split, file, records in sources:
-        rows = collected.add(split, file, records)
-        files.append({"file": file, "split": split, "rows": rows})
-    listed = "".join(f"\n  {reason}" for reason in collected.first_bad)
-    if collected.bad_rows > len(collected.first_bad):
-        listed += f"\n  ... and {collected.bad_rows - len(collected.first_bad)} more"
-    total = sum(file["rows"] for file in files)
-    if collected.bad_rows and on_bad_rows == "error":
-        raise HelpsteerError(
-            f"{origin}: {collected.bad_rows} of {total} rows are bad:{listed}\n"
-            "Mend them, or set `data.on_bad_rows: drop` to drop and count them."
-        )
-    if collected.bad_rows == total:
-        raise HelpsteerError(
-            f"{origin}: not one of the {total} rows is good:{listed}\nCheck that `data.source` is meant."
-        )
-    table, arranged = _arrange(collected.table(), validation_share, limits)
-    if not arranged["splits"]["train"]["rows"]:
-        raise HelpsteerError(
-            f"{origin}: no train rows are left of {total}, {collected.bad_rows} of them bad:{listed}\nGive more rows."
-        )
-    return table, {
+) -> dict[str, Any]:
+    """Validate (split, file, numbered records) and write what is good and kept."""
+    with tempfile.TemporaryDirectory(prefix=".rows-", dir=file.parent) as scratch:
+        with _Collected(Path(scratch) / "rows.arrow") as collected:
+            files = [
+                {"file": name, "split": split, "rows": collected.add(split, name, records)}
+                for split, name, records in sources
+            ]
+        listed = "".join(f"\n  {reason}" for reason in collected.first_bad)
+        if collected.bad_rows > len(collected.first_bad):
+            listed += f"\n  ... and {collected.bad_rows - len(collected.first_bad)} more"
+        total = sum(file["rows"] for file in files)
+        if collected.bad_rows and on_bad_rows == "error":
+            raise HelpsteerError(
+                f"{origin}: {collected.bad_rows} of {total} rows are bad:{listed}\n"
+                "Mend them, or set `data.on_bad_rows: drop` to drop and count them."
+            )
+        if collected.bad_rows == total:
+            raise HelpsteerError(
+                f"{origin}: not one of the {total} rows is good:{listed}\nCheck that `data.source` is meant."
+            )
+        fates, arranged = _arrange(collected.ids(), validation_share, limits)
+        if not arranged["splits"]["train"]["rows"]:
+            raise HelpsteerError(
+                f"{origin}: no train rows are left of {total}, {collected.bad_rows} of them bad:{listed}\n"
+                "Give more rows."
+            )
+        write_parquet(collected.kept(fates), RATINGS_SCHEMA, file)
+    return {
         "files": files,
         "bad_rows": {"count": collected.bad_rows, "first": collected.first_bad},
         "validation_by_hash": all(file["split"] is None for file in files),
@@ -197,67 +198,123 @@ def _validated(
 
 
 class _Collected:
-    """Good rows as Arrow batches, bad ones as reasons."""
+    """Good rows in a file, their ids in memory, bad rows as reasons."""
 
-    _SCHEMA = pa.schema(
-        [
-            pa.field("split", pa.string()),
-            *(RATINGS_SCHEMA.field(name) for name in (*COLUMNS, "file", "row")),
-        ]
+    _ROWS = pa.schema([RATINGS_SCHEMA.field(name) for name in (*COLUMNS, "file", "row")])
+    _IDS = pa.schema(
+        [pa.field("split", pa.string()), RATINGS_SCHEMA.field("prompt_id"), RATINGS_SCHEMA.field("response_id")]
     )
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path) -> None:
         self.bad_rows = 0
         self.first_bad: list[str] = []
-        self._batches: list[pa.RecordBatch] = []
+        self._path = path
+        self._ids: list[pa.RecordBatch] = []
 
-    def table(self) -> pa.Table:
-        return pa.Table.from_batches(self._batches, self._SCHEMA)
+    def __enter__(self) -> "_Collected":
+        self._writer = pa.ipc.new_stream(self._path, self._ROWS, options=pa.ipc.IpcWriteOptions(compression="lz4"))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.close()
+
+    def ids(self) -> pa.Table:
+        """split (null where a hash decides), prompt_id, response_id of the good rows, in the order they came."""
+        return pa.Table.from_batches(self._ids, self._IDS)
+
+    def kept(self, fates: pa.Table) -> Iterator[pa.RecordBatch]:
+        """The rows to keep, with all columns of RATINGS_SCHEMA.
+
+        Args:
+            fates: `split` and `fate` of every row of `ids`.
+        """
+        fates = fates.combine_chunks()
+        position = 0
+        with pa.ipc.open_stream(self._path) as batches:
+            for rows, ids in zip(batches, self._ids, strict=True):
+                (found,) = fates.slice(position, rows.num_rows).to_batches()
+                columns = {name: batch[name] for batch in (rows, ids, found) for name in batch.schema.names}
+                yield pa.RecordBatch.from_pydict(columns).filter(pc.equal(found["fate"], "kept"))
+                position += rows.num_rows
 
     def add(self, split: Split | None, file: str, records: Iterable[tuple[int, _Record]]) -> int:
         """Validate a file's records; returns how many there were."""
-        count = 0
-        good: list[tuple[Any, ...]] = []
+        count, any_complete = 0, False
         keys: set[str] = set()  # of the records that lack a column
-        every_record_lacks_columns = True
-        for number, record in records:
-            count += 1
-            if isinstance(record, dict):
-                try:
-                    values = [record[column] for column in COLUMNS]
-                except KeyError:
-                    keys |= record.keys()
-                    lacking = [column for column in COLUMNS if column not in record]
-                    reason = f"column {', '.join(lacking)} is missing"
-                else:
-                    every_record_lacks_columns = False
-                    ratings = [_rating(value) for value in values[2:]]
-                    if None not in ratings and _is_text(values[0]) and _is_text(values[1]):
-                        good.append((split, values[0], values[1], *ratings, file, number))
-                        if len(good) == _BATCH_ROWS:
-                            self._keep(good)
-                        continue
-                    reason = "; ".join(_complaints(values))
-            else:
-                reason = record
-            self.bad_rows += 1
-            if len(self.first_bad) < _SHOWN:
-                self.first_bad.append(f"{file}, row {number}: {reason}")
-        self._keep(good)
+        records = iter(records)
+        while batch := list(islice(records, BATCH_ROWS)):
+            count += len(batch)
+            if _all_good(batch):
+                any_complete = True
+                self._keep(split, file, batch)
+                continue
+            judged = [(number, record, _reason(record)) for number, record in batch]
+            self._keep(split, file, [(number, record) for number, record, reason in judged if reason is None])
+            bad = [f"{file}, row {number}: {reason}" for number, _, reason in judged if reason is not None]
+            self.bad_rows += len(bad)
+            self.first_bad += bad[: _SHOWN - len(self.first_bad)]
+            objects = [record for _, record in batch if isinstance(record, dict)]
+            incomplete = [record for record in objects if _lacking(record)]
+            any_complete |= len(incomplete) < len(objects)
+            keys.update(*incomplete)
         if not count:
             raise HelpsteerError(f"{file} is empty: it holds no rows. Remove it or give it rows.")
-        if keys and every_record_lacks_columns:
+        if keys and not any_complete:
             _require_columns(file, keys)
         return count
 
-    def _keep(self, good: list[tuple[Any, ...]]) -> None:
-        if good:
-            columns = [
-                pa.array(values, field.type)
-                for values, field in zip(zip(*good, strict=True), self._SCHEMA, strict=True)
-            ]
-            self._batches.append(pa.record_batch(columns, schema=self._SCHEMA))
-            good.clear()
+    def _keep(self, split: Split | None, file: str, good: list[tuple[int, Any]]) -> None:
+        if not good:
+            return
+        columns = {column: [record[column] for _, record in good] for column in COLUMNS}
+        prompts, responses = columns["prompt"], columns["response"]
+        ratings = {attribute: [int(value) for value in columns[attribute]] for attribute in ATTRIBUTES}
+        numbers = [number for number, _ in good]
+        self._writer.write_batch(
+            pa.RecordBatch.from_pydict(
+                columns | ratings | {"file": [file] * len(good), "row": numbers}, schema=self._ROWS
+            )
+        )
+        ids = {
+            "split": [split] * len(good),
+            "prompt_id": list(map(prompt_id, prompts)),
+            "response_id": list(map(response_id, prompts, responses)),
+        }
+        self._ids.append(pa.RecordBatch.from_pydict(ids, schema=self._IDS))
+
+
+def _all_good(records: list[tuple[int, _Record]]) -> bool:
+    """Whether no record is bad, found out by the column: most records are good, and this is faster than one by one."""
+    try:
+        prompts, responses, *ratings = ([record[column] for _, record in records] for column in COLUMNS)  # type: ignore[index]
+    except (KeyError, TypeError):
+        return False
+    return all(map(_all_texts, (prompts, responses))) and all(map(_all_ratings, ratings))
+
+
+def _all_texts(values: list[Any]) -> bool:
+    """Whether `_is_text` holds for all."""
+    if set(map(type, values)) != {str} or not all(values) or any(map(str.isspace, values)):
+        return False
+    return _is_text(".".join(values))
+
+
+def _all_ratings(values: list[Any]) -> bool:
+    """Whether `_rating` finds one in all; True, which equals 1, is none."""
+    return set(map(type, values)) <= {int, float, Decimal} and set(values) <= _RATINGS
+
+
+def _lacking(record: dict[str, Any]) -> list[str]:
+    return [column for column in COLUMNS if column not in record]
+
+
+def _reason(record: _Record) -> str | None:
+    """Why a record is bad; None where it is good."""
+    if isinstance(record, str):
+        return record
+    if lacking := _lacking(record):
+        return f"column {', '.join(lacking)} is missing"
+    return "; ".join(_complaints([record[column] for column in COLUMNS])) or None
 
 
 def _is_text(value: object) -> bool:
@@ -281,15 +338,14 @@ def _rating(value: object) -> int | None:
 def _complaints(values: list[Any]) -> Iterator[str]:
     """Why a row with these values, in the order of COLUMNS, is bad."""
     for column, value in zip(COLUMNS, values, strict=True):
-        shown = repr(value) if len(repr(value)) <= 40 else f"{repr(value)[:40]}..."
         if value is None:
             yield f"{column} is null"
         elif column in ATTRIBUTES:
             if _rating(value) is None:
-                what = f"the text {shown}" if isinstance(value, str) else shown
+                what = f"the text {_shown(value)}" if isinstance(value, str) else _shown(value)
                 yield f"{column} is {what}, not an integer 0 to {HIGHEST_RATING}"
         elif not isinstance(value, str):
-            yield f"{column} is {shown}, not text"
+            yield f"{column} is {_shown(value)}, not text"
         elif not value or value.isspace():
             yield f"{column} is empty"
         elif not _is_text(value):
@@ -297,22 +353,21 @@ def _complaints(values: list[Any]) -> Iterator[str]:
             yield f"{column} is not valid UTF-8" if undecodable else f"{column} holds half a surrogate pair"
 
 
+def _shown(value: object) -> str:
+    return repr(value) if len(repr(value)) <= 40 else f"{repr(value)[:40]}..."
+
+
 def _arrange(
-    rows: pa.Table, validation_share: float, limits: dict[Split, int | None]
+    ids: pa.Table, validation_share: float, limits: dict[Split, int | None]
 ) -> tuple[pa.Table, dict[str, Any]]:
-    """Give rows their ids and split, remove what must not stay; returns the ratings and what was counted."""
-    rows = rows.append_column("position", pa.array(range(len(rows)), pa.int64()))
-    keys = query(
+    """Give rows a split and decide which must not stay; returns `split` and `fate` of each, and what was counted."""
+    fates = query(
         f"""
-        WITH identified AS (
-            SELECT position, left(sha256(prompt), 16) AS prompt_id,
-                left(sha256(encode(prompt) || '\\x00'::BLOB || encode(response)), 16) AS response_id, split
-            FROM source
-        ), divided AS (
-            SELECT position, prompt_id, response_id, coalesce(split, CASE
+        WITH divided AS (
+            SELECT position, prompt_id, coalesce(split, CASE
                 WHEN {hash_share("validation", "prompt_id")} < $validation_share THEN 'validation' ELSE 'train'
             END) AS split
-            FROM identified
+            FROM ids
         ), judged AS (
             SELECT *, split = 'validation' AND prompt_id IN (
                 SELECT prompt_id FROM divided WHERE split = 'train'
@@ -321,28 +376,24 @@ def _arrange(
         ), ranked AS (
             SELECT *, dense_rank() OVER (PARTITION BY split, in_both ORDER BY prompt_id) AS prompt_rank FROM judged
         )
-        SELECT prompt_id, response_id, split, CASE
+        SELECT prompt_id, split, CASE
             WHEN in_both THEN 'in both'
             WHEN prompt_rank > CASE split WHEN 'train' THEN $train ELSE $validation END THEN 'left out'
             ELSE 'kept' END AS fate
         FROM ranked ORDER BY position
         """,
-        {"validation_share": validation_share, **{split: limit or len(rows) for split, limit in limits.items()}},
-        source=rows,
+        {"validation_share": validation_share, **{split: limit or len(ids) for split, limit in limits.items()}},
+        ids=ids.append_column("position", pa.array(np.arange(len(ids)))),
     )
     counts = {
         (row["split"], row["fate"]): {"rows": row["rows"], "prompts": row["prompts"]}
         for row in query(
-            "SELECT split, fate, count(*) AS rows, count(DISTINCT prompt_id) AS prompts FROM keys GROUP BY split, fate",
-            keys=keys,
+            "SELECT split, fate, count(*) AS rows, count(DISTINCT prompt_id) AS prompts FROM rows GROUP BY split, fate",
+            rows=fates,
         ).to_pylist()
     }
     none = {"rows": 0, "prompts": 0}
-    columns = {name: rows[name] for name in rows.column_names} | {
-        name: keys[name] for name in ("split", "prompt_id", "response_id")
-    }
-    ratings = pa.Table.from_arrays([columns[field.name] for field in RATINGS_SCHEMA], schema=RATINGS_SCHEMA)
-    return ratings.filter(pc.equal(keys["fate"], "kept")), {
+    return fates, {
         "removed_from_validation": counts.get(("validation", "in both"), none),
         "limits": {
             split: {"max_prompts": limit, **counts.get((split, "left out"), none)} for split, limit in limits.items()
@@ -445,12 +496,15 @@ def _json_lines(file: Path, lines: Iterable[bytes]) -> Iterator[tuple[int, _Reco
 
 def _json_records(file: Path, stream: IO[bytes]) -> Iterator[tuple[int, _Record]]:
     """One array; or lines, which are often named so too."""
-    content = stream.read()
-    if not content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-        yield from _json_lines(file, content.split(b"\n"))
+    start = b""
+    while not start.removeprefix(codecs.BOM_UTF8).strip() and (more := stream.read(4096)):
+        start += more
+    stream.seek(0)
+    if not start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        yield from _json_lines(file, stream)
         return
     try:
-        records = _decoded_json(content)
+        records = _decoded_json(stream.read())
     except ValueError as error:
         raise HelpsteerError(f"{file} is {error}. Mend it or get it again") from error
     for number, record in enumerate(records, 1):
@@ -505,10 +559,11 @@ def _number(text: str) -> float | str | None:
 
 def _parquet_records(file: Path) -> Iterator[tuple[int, _Record]]:
     try:
-        with pq.ParquetFile(file) as reader:
+        # Not prefetched, and read piece by piece: a row group may hold all rows of the file.
+        with pq.ParquetFile(file, pre_buffer=False, buffer_size=2**20) as reader:
             _require_columns(file, reader.schema_arrow.names)
             number = 0
-            for batch in reader.iter_batches(_BATCH_ROWS, columns=list(COLUMNS)):
+            for batch in reader.iter_batches(BATCH_ROWS, columns=list(COLUMNS)):
                 for values in zip(*(_values(batch.column(column)) for column in COLUMNS), strict=True):
                     number += 1
                     yield number, dict(zip(COLUMNS, values, strict=True))

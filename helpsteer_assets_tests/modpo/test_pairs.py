@@ -1,19 +1,24 @@
 import json
 import random
+import tempfile
 from itertools import permutations
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpsteer_assets.errors import HelpsteerError
+from helpsteer_assets.modpo import pairs as pairs_module
+from helpsteer_assets.modpo import tables
 from helpsteer_assets.modpo.attributes import ATTRIBUTES
 from helpsteer_assets.modpo.pairs import (
     PAIRS_SCHEMA,
     RATED,
-    build_pairs,
+    SPLITS,
     count_train_pairs,
     describe_pairs,
     pair_id,
@@ -30,7 +35,16 @@ def row(prompt: str, response: str, *ratings: int) -> Row:
 
 
 def ratings_of(train: list[Row], validation: list[Row] | None = None) -> pa.Table:
-    return rows_to_ratings({"train": train, "validation": validation or [row("held out", "yes", 0, 0, 0, 0, 0)]})[0]
+    rows = {"train": train, "validation": validation or [row("held out", "yes", 0, 0, 0, 0, 0)]}
+    with tempfile.TemporaryDirectory() as folder:
+        rows_to_ratings(rows, Path(folder) / "ratings.parquet")
+        return pq.read_table(Path(folder) / "ratings.parquet")
+
+
+def build_pairs(ratings: pa.Table, attribute: str, selection_share: float) -> pa.Table:
+    with tempfile.TemporaryDirectory() as folder:
+        pairs_module.build_pairs(ratings, attribute, selection_share, Path(folder) / "pairs.parquet")
+        return pq.read_table(Path(folder) / "pairs.parquet")
 
 
 def many_rows(prompts: int, tag: str = "") -> list[Row]:
@@ -108,6 +122,34 @@ class TestBuildPairs:
         order = [(r["split"], r["prompt_id"], r["pair_id"]) for r in rows]
         assert order == sorted(order)
 
+    def test_of_files_are_those_of_tables_and_only_the_pairs_are_left(self, tmp_path: Path) -> None:
+        source, file = tmp_path / "ratings[0].parquet", tmp_path / "pairs.parquet"
+        ratings = ratings_of(many_rows(3000), many_rows(5, tag="new "))
+        pq.write_table(ratings, source)
+        counts = pairs_module.build_pairs(source, "helpfulness", 0.3, file)
+        pairs = pq.read_table(file)
+        assert pairs == build_pairs(ratings, "helpfulness", 0.3)
+        assert counts == {split: pairs["split"].to_pylist().count(split) for split in SPLITS}
+        assert pq.read_metadata(file).num_row_groups == 2
+        assert describe_pairs(file, source, "helpfulness", "verbosity") == describe_pairs(
+            pairs, ratings, "helpfulness", "verbosity"
+        )
+        assert unique_responses(file) == unique_responses(pairs)
+        assert sorted(tmp_path.iterdir()) == [file, source]
+
+    @pytest.mark.parametrize("rows", [1, 7, 50])
+    def test_do_not_depend_on_how_many_rows_are_read_at_a_time(
+        self, monkeypatch: pytest.MonkeyPatch, rows: int
+    ) -> None:
+        ratings = ratings_of(many_rows(25), many_rows(5, tag="new "))
+        pairs = build_pairs(ratings, "helpfulness", 0.3)
+        responses = unique_responses(pairs)
+        monkeypatch.setattr(tables, "BATCH_ROWS", rows)
+        monkeypatch.setattr(tables, "ROW_GROUP_ROWS", rows)
+        monkeypatch.setattr(pairs_module, "_STRETCH_ROWS", rows)
+        assert build_pairs(ratings, "helpfulness", 0.3) == pairs
+        assert unique_responses(pairs) == responses
+
     def test_equal_ratings_and_equal_responses_make_no_pair(self) -> None:
         ratings = ratings_of(
             [
@@ -149,8 +191,9 @@ class TestBuildPairs:
         assert len(large["selection"] | large["train"]) == 300
         assert small["validation"] == large["validation"] == {prompt_id(f"new {p}") for p in range(40)}
 
-    def test_selection_is_independent_of_the_validation_hash(self) -> None:
-        ratings, _ = rows_to_ratings({"train": many_rows(1000)}, validation_share=0.5)
+    def test_selection_is_independent_of_the_validation_hash(self, tmp_path: Path) -> None:
+        rows_to_ratings({"train": many_rows(1000)}, tmp_path / "ratings.parquet", validation_share=0.5)
+        ratings = pq.read_table(tmp_path / "ratings.parquet")
         pairs = build_pairs(ratings, "helpfulness", 0.4)
         share = describe_pairs(pairs, ratings, "helpfulness", "verbosity")["prompts"]
         assert 0.33 < share["selection"] / (share["selection"] + share["train"]) < 0.47
@@ -248,3 +291,13 @@ def test_unique_responses_are_all_responses_of_all_pair_tables_once() -> None:
     assert all(r["response_id"] == response_id(r["prompt"], r["response"]) for r in found.to_pylist())
     assert unique_responses(margin_pairs, pairs) == found
     assert len(unique_responses(pairs)) == len(found) - 2
+
+
+def test_unique_responses_of_some_splits_and_of_one_side() -> None:
+    ratings = ratings_of(many_rows(20), many_rows(5, tag="new "))
+    pairs = build_pairs(ratings, "helpfulness", 0.2)
+    rows = pairs.to_pylist()
+    for splits in (("train",), ("selection", "validation")):
+        found = unique_responses(pairs, splits=splits, sides=("chosen",))
+        assert set(found["response_id"].to_pylist()) == {r["chosen_id"] for r in rows if r["split"] in splits}
+        assert len(found) == 3 * len({r["prompt_id"] for r in rows if r["split"] in splits})

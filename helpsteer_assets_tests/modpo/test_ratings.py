@@ -1,6 +1,7 @@
 import csv
 import gzip
 import json
+import tempfile
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
@@ -13,17 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpsteer_assets.errors import HelpsteerError
+from helpsteer_assets.modpo import ratings as ratings_module
+from helpsteer_assets.modpo import tables
 from helpsteer_assets.modpo.attributes import ATTRIBUTES
 from helpsteer_assets.modpo.ratings import (
     COLUMNS,
     RATINGS_SCHEMA,
     hash_share,
     prompt_id,
-    query,
-    read_ratings,
     response_id,
-    rows_to_ratings,
 )
+from helpsteer_assets.modpo.tables import query
 
 Row = dict[str, Any]
 
@@ -42,7 +43,16 @@ def many_rows(prompts: int, responses: int = 3, tag: str = "") -> list[Row]:
 
 def read(path: Path, **changes: Any) -> tuple[pa.Table, Row]:
     given = {"on_bad_rows": "error", "validation_share": 0.2, "max_train_prompts": None, "max_validation_prompts": None}
-    return read_ratings(path, **given | changes)
+    with tempfile.TemporaryDirectory() as folder:
+        report = ratings_module.read_ratings(path, Path(folder) / "ratings.parquet", **given | changes)
+        assert [file.name for file in Path(folder).iterdir()] == ["ratings.parquet"]
+        return pq.read_table(Path(folder) / "ratings.parquet"), report
+
+
+def rows_to_ratings(rows: dict[str, list[Row]], **changes: Any) -> tuple[pa.Table, Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        report = ratings_module.rows_to_ratings(rows, Path(folder) / "ratings.parquet", **changes)
+        return pq.read_table(Path(folder) / "ratings.parquet"), report
 
 
 def write_jsonl(path: Path, rows: list[Row]) -> None:
@@ -199,7 +209,7 @@ class TestUnicode:
 
     @settings(max_examples=25, deadline=None)
     @given(st.lists(st.tuples(st.text(min_size=1), st.text(min_size=1)), min_size=1, max_size=5))
-    def test_ids_of_sql_are_those_of_python(self, texts: list[tuple[str, str]]) -> None:
+    def test_ids_are_those_of_the_texts_beside_them(self, texts: list[tuple[str, str]]) -> None:
         rows = [row(f".{prompt}", f".{response}") for prompt, response in texts]
         table, _ = rows_to_ratings({"train": rows, "validation": [row("other")]})
         for found in table.to_pylist():
@@ -387,6 +397,58 @@ class TestBadRows:
 
 def without(column: str) -> list[Row]:
     return [{k: v for k, v in r.items() if k != column} for r in many_rows(2)]
+
+
+TEXTS = {"a": True, "über\n": True, "": False, " \t": False, "\u3000": False, "\udc80": False, "\ud83d\ude00": False}
+RATINGS = [(value, True) for value in (0, 4, 3.0, Decimal("2.0"))] + [
+    (value, False) for value in (-1, 5, 2.5, float("nan"), 10**400, True, False, None, "3", [3], Decimal("0.5"))
+]
+judged_texts = st.sampled_from([*TEXTS.items(), (None, False), (7, False), (b"bytes", False), (["a"], False)])
+judged_ratings = st.one_of(st.just((1, True)), st.sampled_from(RATINGS))
+judged_rows = st.tuples(judged_texts, judged_texts, *(judged_ratings for _ in ATTRIBUTES))
+
+
+class TestBatches:
+    @settings(max_examples=25, deadline=None)
+    @given(judged=st.lists(st.one_of(st.just((("a", True), ("b", True), *[(1, True)] * 5)), judged_rows), max_size=9))
+    @pytest.mark.parametrize("size", [1, 3])
+    def test_rows_are_judged_alike_alone_and_among_others(self, size: int, judged: list[Any]) -> None:
+        judged = [*judged, (("known", True), ("good", True), *[(2, True)] * 5)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ratings_module, "BATCH_ROWS", size)
+            table, report = rows_to_ratings(
+                {"train": [row(*(value for value, _ in values)) for values in judged], "validation": [row("v")]},
+                on_bad_rows="drop",
+            )
+        good = [number for number, values in enumerate(judged, 1) if all(is_good for _, is_good in values)]
+        assert table["row"].to_pylist() == [*good, 1]
+        assert report["bad_rows"]["count"] == len(judged) - len(good)
+        for found in table.to_pylist()[:-1]:
+            values = [value for value, _ in judged[found["row"] - 1]]
+            assert [found[column] for column in COLUMNS] == values
+
+    @pytest.mark.parametrize("size", [1, 7, 100])
+    def test_the_result_does_not_depend_on_their_size(self, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+        rows = many_rows(20)
+        rows[11]["verbosity"] = rows[30]["verbosity"] = 9
+        del rows[40]["prompt"]
+        given: dict[str, Any] = {"on_bad_rows": "drop", "validation_share": 0.3, "max_train_prompts": 9}
+        expected = rows_to_ratings({"train": rows}, **given)
+        monkeypatch.setattr(ratings_module, "BATCH_ROWS", size)
+        monkeypatch.setattr(tables, "ROW_GROUP_ROWS", size)
+        assert rows_to_ratings({"train": rows}, **given) == expected
+
+    def test_a_column_missing_in_some_batches_only_is_bad_rows(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ratings_module, "BATCH_ROWS", 2)
+        rows = {"train": [*without("verbosity"), row("a")], "validation": [row("v")]}
+        assert rows_to_ratings(rows, on_bad_rows="drop")[1]["bad_rows"]["count"] == 6
+        with pytest.raises(HelpsteerError, match=r"embedded has no column verbosity"):
+            rows_to_ratings({"train": without("verbosity")}, on_bad_rows="drop")
+
+    @pytest.mark.parametrize("space", [b"", b" " * 5000, b"\xef\xbb\xbf", b"\xef\xbb\xbf\n" + b" " * 4096])
+    def test_a_json_array_is_one_whatever_space_precedes_it(self, tmp_path: Path, space: bytes) -> None:
+        (tmp_path / "rows.json").write_bytes(space + json.dumps([row("a"), row("b")]).encode())
+        assert read(tmp_path / "rows.json", validation_share=1e-9)[0]["row"].to_pylist() == [1, 2]
 
 
 class TestFiles:
