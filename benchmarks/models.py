@@ -79,6 +79,12 @@ def load_base(name: str, device: torch.device, precision: str) -> PreTrainedMode
     return model.to({"fp32": torch.float32, "bf16": torch.bfloat16}[precision]).eval()
 
 
+ATTENTION = ("q_proj", "v_proj")
+"""Where the described pipeline has its LoRA: it names no modules, and peft's choice for a Llama is these."""
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The library's default."""
+
+
 @dataclass(frozen=True)
 class Contenders:
     """Copies of one model with the same adapters: what one contender does to its copy the others don't see."""
@@ -97,10 +103,12 @@ class Contenders:
 
 
 @contextmanager
-def contenders(name: str, device: torch.device, precision: str) -> Iterator[Contenders]:
+def contenders(
+    name: str, device: torch.device, precision: str, target_modules: tuple[str, ...] = ATTENTION
+) -> Iterator[Contenders]:
     """Load the model once for each contender, with adapters that differ from the base as trained ones do."""
     with TemporaryDirectory() as folder:
-        paths = _make_adapters(load_base(name, device, precision), Path(folder))
+        paths = _make_adapters(load_base(name, device, precision), Path(folder), target_modules)
         reference = PeftModel.from_pretrained(
             load_base(name, device, precision), paths[POLICY], adapter_name=POLICY, is_trainable=True
         )
@@ -132,8 +140,10 @@ class _Fp64Norm:
         return F.rms_norm(hidden, self.weight.shape, self.weight, self.epsilon)
 
 
-def _make_adapters(base: PreTrainedModel, folder: Path) -> dict[str, Path]:
-    config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+def _make_adapters(base: PreTrainedModel, folder: Path, target_modules: tuple[str, ...]) -> dict[str, Path]:
+    config = LoraConfig(
+        r=16, lora_alpha=32, lora_dropout=0.0, target_modules=list(target_modules), task_type="CAUSAL_LM"
+    )
     model = get_peft_model(base, config, adapter_name=POLICY)
     model.add_adapter(MARGIN, config)
     generator = torch.Generator().manual_seed(1)

@@ -9,7 +9,7 @@ from peft import PeftModel
 
 from benchmarks import ours, reference_procedure
 from benchmarks.gemm_floor import GemmFloor, count_tokens
-from benchmarks.models import SMOLLM2, Contenders, contenders, in_fp64
+from benchmarks.models import ALL_LINEAR, ATTENTION, SMOLLM2, Contenders, contenders, in_fp64
 from benchmarks.optimizer import Optimizer, take_gradient, weights_put_back
 from benchmarks.pairs import MIXES, Pair, RandomText
 from benchmarks.setting import Setting
@@ -19,18 +19,21 @@ W, BETA = 0.5, 0.1
 
 
 def run(setting: Setting) -> dict[str, Any]:
-    """Every model; in the long form the random ones with every length mix, and all against fp64."""
+    """Every model; in the long form the random ones with every length mix and more LoRA, and all against fp64."""
     rows = []
     for name in setting.models:
-        rounds = 3 if setting.long and name != SMOLLM2 else 2
-        with contenders(name, setting.device, setting.precision) as models:
-            for mix in MIXES if setting.long and name != SMOLLM2 else ("mid prompts",):
-                text = RandomText(models.vocabulary, MIXES[mix], setting.max_tokens)
-                steps = [text.pairs(setting.pairs_per_step) for _ in range(rounds)]
-                row = compare(models, steps, setting.device)
-                if setting.long:
-                    row |= compare_with_fp64(models, text.pairs(4))
-                rows.append({"model": name, "lengths": mix} | row)
+        thorough = setting.long and name != SMOLLM2
+        for lora, targets in {"q, v": ATTENTION, "all linear": ALL_LINEAR}.items():
+            if targets == ALL_LINEAR and not thorough:
+                continue
+            with contenders(name, setting.device, setting.precision, targets) as models:
+                for mix in MIXES if thorough and targets == ATTENTION else ("mid prompts",):
+                    text = RandomText(models.vocabulary, MIXES[mix], setting.max_tokens)
+                    steps = [text.pairs(setting.pairs_per_step) for _ in range(3 if thorough else 2)]
+                    row = compare(models, steps, setting.device)
+                    if setting.long:
+                        row |= compare_with_fp64(models, text.pairs(4))
+                    rows.append({"model": name, "lengths": mix, "lora": lora} | row)
     return {"rows": rows}
 
 

@@ -132,7 +132,7 @@ def pairs(tiny_model_path: Path, tokenizer: PreTrainedTokenizerBase) -> "list[Pr
         Sequence(s.prompt_ids, other.response_ids) for s, other in zip(chosen, [*chosen[1:], chosen[0]], strict=True)
     ]
     model = load_model(tiny_model_path, precision="fp32")
-    reference = score_sequences(model, chosen + rejected, pad_id=0)[BASE]
+    reference = score_sequences(model, chosen + rejected)[BASE]
     return [
         PreferencePair(chosen[i], rejected[i], reference[i], reference[20 + i], 0.3 * (i % 3), -0.2 * (i % 4))
         for i in range(20)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import Linear
+from torch.autograd.function import once_differentiable
 
 
 class FusedLoraLinear(Linear):
@@ -40,8 +41,8 @@ class FusedLoraLinear(Linear):
         if self.training and not isinstance(dropout, torch.nn.Identity) and dropout.p > 0:
             return None
         base = self.get_base_layer()
-        plain = type(base) is torch.nn.Linear and not base.weight.requires_grad and base.weight.dtype == x.dtype
-        return active[0] if plain else None
+        frozen = not any(parameter.requires_grad for parameter in base.parameters())
+        return active[0] if type(base) is torch.nn.Linear and frozen and base.weight.dtype == x.dtype else None
 
 
 def fuse_lora(model: PeftModel) -> PeftModel:
@@ -72,6 +73,7 @@ class _LoraLinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         flat, lowered, weight, lora_a, lora_b = ctx.saved_tensors
         g = upstream.reshape(-1, upstream.shape[-1])

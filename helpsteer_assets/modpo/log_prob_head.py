@@ -9,6 +9,7 @@ since what follows, per-sequence sums and a scalar loss, multiplies the gradient
 from dataclasses import dataclass
 
 import torch
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 CHUNK_ELEMENTS = 2**23
@@ -43,12 +44,14 @@ class LogProbHead:
 
 
 def find_head(model: PreTrainedModel) -> LogProbHead | None:
-    """The head of a model, or None where it is something else than a frozen linear layer.
+    """The head of a model, or None where it is something else than a linear layer or wants a gradient.
 
     Whether a model does more to its logits than the config's known keys say is for the caller to try.
     """
     layer = model.get_output_embeddings()
-    if type(layer) is not torch.nn.Linear or any(parameter.requires_grad for parameter in layer.parameters()):
+    if type(layer) is not torch.nn.Linear:
+        return None
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in layer.parameters()):
         return None
     config = model.config.get_text_config()
     return LogProbHead(
@@ -97,6 +100,7 @@ class _LogProb(torch.autograd.Function):
         return found
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return (upstream[:, None] * gradient).to(gradient.dtype), None, None

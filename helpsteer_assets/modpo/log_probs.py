@@ -19,11 +19,17 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from helpsteer_assets.modpo.batching import Batch, collate
-from helpsteer_assets.modpo.log_prob_head import LogProbHead, find_head
+from helpsteer_assets.modpo.log_prob_head import find_head
 from helpsteer_assets.modpo.progress import Progress, silent
 from helpsteer_assets.modpo.resumable import ResumableRows
 from helpsteer_assets.modpo.tokenization import Sequence
-from helpsteer_assets.modpo.tree_attention import TreeLayout, fastest_kernel, tree_attention
+from helpsteer_assets.modpo.tree_attention import (
+    TreeLayout,
+    check_layers,
+    fastest_kernel,
+    is_plain_attention,
+    tree_attention,
+)
 from helpsteer_assets.modpo.trees import TreeBatch, pack, plan_trees, unpack
 
 logger = logging.getLogger(__name__)
@@ -43,8 +49,8 @@ class Method:
     """`tree`: by `tree_attention`; `mask`: the tree as a 4D mask for the model's own attention; `padded`."""
     kernel: str = "split"
     """Of `tree_attention`."""
-    head: LogProbHead | None = None
-    """None: the model's own head, at the predicted positions."""
+    fused: bool = False
+    """Whether by a `LogProbHead`, where the head is frozen; else by the model's own, at the predicted positions."""
 
 
 PADDED = Method("padded")
@@ -99,13 +105,14 @@ def log_probs_by(method: Method, model: torch.nn.Module, batch: TreeBatch) -> to
     else:
         inputs["tree"] = layout
         attention = tree_attention(language_model)
+    head = find_head(language_model) if method.fused else None
     with attention:
-        if method.head is not None:
+        if head is not None:
             hidden = language_model.base_model(**inputs).last_hidden_state[0]
         else:
             logits = language_model(**inputs, logits_to_keep=batch.predictors).logits[0]
-    if method.head is not None:
-        token_log_probs = method.head(hidden.index_select(0, batch.predictors), batch.targets)
+    if head is not None:
+        token_log_probs = head(hidden.index_select(0, batch.predictors), batch.targets)
     else:
         logits = logits if logits.dtype == torch.float64 else logits.float()
         token_log_probs = -F.cross_entropy(logits, batch.targets, reduction="none")
@@ -140,15 +147,17 @@ def _find_method(model: PreTrainedModel) -> Method:
     kernel = fastest_kernel(
         str(model.device), model.dtype, heads, getattr(config, "num_key_value_heads", None) or heads, head_size
     )
-    candidates = [Method("tree", kernel, find_head(model)), Method("tree", kernel)]
-    if getattr(config, "sliding_window", None) is None:
-        candidates.append(Method("mask"))  # a window would not show in so small a tree
+    candidates = [Method("tree", kernel, fused=True), Method("tree", kernel)]
+    if is_plain_attention(config) and model.dtype in (torch.float32, torch.float64):
+        candidates.append(Method("mask"))  # in 16 bits, rounding hides what a mask does not say
     reason = ""
     with _evaluating(model):
         truth = log_probs_by(PADDED, model, batch)
         tolerance = (1e-4 if model.dtype in (torch.float32, torch.float64) else 5e-2) * (1 + truth.abs())
         for candidate in candidates:
             try:
+                if candidate.attention == "tree":
+                    _check_layers(model, batch)
                 difference = (log_probs_by(candidate, model, batch) - truth).abs()
             except Exception as error:  # whatever a model's own code has against it
                 reason = reason or f"{type(error).__name__}: {error}"
@@ -168,6 +177,13 @@ def _find_method(model: PreTrainedModel) -> Method:
             ],
         )
     return candidate
+
+
+def _check_layers(model: PreTrainedModel, batch: TreeBatch) -> None:
+    layout = TreeLayout(batch, "split")
+    with tree_attention(model):
+        model.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, tree=layout)
+    check_layers(model.config.get_text_config(), layout.windows)
 
 
 @contextmanager

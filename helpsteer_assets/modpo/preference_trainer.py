@@ -204,15 +204,11 @@ class PreferenceTrainer(Trainer):
             return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the share of pairs whose logit is positive since the last log, and weigh held-out pairs alike."""
+        """Add the share of pairs whose logit is positive since the last log."""
         prefix = "eval_" if "eval_loss" in logs else ""
         if kept := self._losses.pop(prefix, []):
-            losses = torch.cat(kept)
             # A loss below log 2 is a positive logit: chosen is ranked first.
-            logs[f"{prefix}accuracy"] = (losses < math.log(2)).double().mean().item()
-            if prefix:
-                # Trainer's own mean is over batches, of which the last may be smaller.
-                logs["eval_loss"] = losses.mean().item()
+            logs[f"{prefix}accuracy"] = (torch.cat(kept) < math.log(2)).double().mean().item()
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

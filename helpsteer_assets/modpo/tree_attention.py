@@ -41,7 +41,9 @@ class TreeLayout:
         self.sizes = batch.sizes
         self.batch = batch
         self._position_ids = batch.position_ids[0]
-        self._masks: dict[Any, torch.Tensor] = {}
+        self._masks: dict[Any, Any] = {}
+        self.windows: list[int | None] = []
+        """The sliding window of each attention layer that has used the layout."""
 
     @cached_property
     def segments(self) -> list[tuple[int, int]]:
@@ -82,26 +84,54 @@ class TreeLayout:
         seen &= (branch[key] == 0) | (branch[key] == branch[query])
         return seen if window is None else seen & (position[query] - position[key] < window)
 
-    @cache  # noqa: B019 - a layout lives as long as its batch
     def block_mask(self, window: int | None) -> Any:
         """The tree for FlexAttention."""
         from torch.nn.attention.flex_attention import create_block_mask
 
-        length = len(self._position_ids)
-        return create_block_mask(
-            lambda batch, head, query, key: self.visible(query, key, window),
-            B=None,
-            H=None,
-            Q_LEN=length,
-            KV_LEN=length,
-            device=str(self._position_ids.device),
-        )
+        if window not in self._masks:
+            length = len(self._position_ids)
+            self._masks[window] = create_block_mask(
+                lambda batch, head, query, key: self.visible(query, key, window),
+                B=None,
+                H=None,
+                Q_LEN=length,
+                KV_LEN=length,
+                device=str(self._position_ids.device),
+            )
+        return self._masks[window]
 
     def full_mask(self, dtype: torch.dtype) -> torch.Tensor:
         """[1, 1, N, N] of 0 where a key is seen and -inf elsewhere: for models with an attention of their own."""
         index = torch.arange(len(self._position_ids), device=self._position_ids.device)
         seen = self.visible(index[:, None], index[None])
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)[None, None]
+
+
+def is_plain_attention(config: PreTrainedConfig) -> bool:
+    """Whether every layer attends to all that is before it, as far as the config says."""
+    types = getattr(config, "layer_types", None) or ()
+    return set(types) <= {"full_attention"} and getattr(config, "sliding_window", None) is None
+
+
+def check_layers(config: PreTrainedConfig, windows: list[int | None]) -> None:
+    """Raise NotImplementedError unless every layer of a model attended through the registry, with its window.
+
+    Some models have layers of another kind, which would carry state from response to response; some apply their window
+    in the mask alone. Neither need show in the numbers of a small tree.
+
+    Args:
+        config: the model's.
+        windows: the sliding window of each layer that attended.
+    """
+    types = getattr(config, "layer_types", None) or ()
+    if other := set(types) - {"full_attention", "sliding_attention"}:
+        raise NotImplementedError(f"layers of type {', '.join(sorted(other))}")
+    if len(windows) != config.num_hidden_layers:
+        raise NotImplementedError(f"{len(windows)} of {config.num_hidden_layers} layers attend by the registry")
+    window = getattr(config, "sliding_window", None)
+    expected = sum(t == "sliding_attention" for t in types) if types else (window is not None) * len(windows)
+    if windows.count(window if expected else None) != (expected or len(windows)):
+        raise NotImplementedError("a sliding window that attention functions are not told of")
 
 
 @contextmanager
@@ -158,6 +188,7 @@ def attend(
     """
     if further.get("s_aux") is not None:
         raise NotImplementedError("attention sinks")
+    tree.windows.append(sliding_window)
     longest = max(sum(sizes[:1]) + max(sizes[1:], default=0) for sizes in tree.sizes)
     if sliding_window is not None and sliding_window >= longest:
         sliding_window = None
@@ -308,9 +339,13 @@ def _agrees(kernel: str, device: str, dtype: torch.dtype, heads: int, key_value_
 
     inputs = random(heads), random(key_value_heads), random(key_value_heads)
     upstream = random(heads).detach().transpose(1, 2)
-    results = []
-    for name in (kernel, "split"):
-        attended, _ = attend(torch.nn.Identity(), *inputs, None, tree=TreeLayout(batch, name))
-        results.append((attended, *torch.autograd.grad(attended, inputs, upstream)))
     tolerance = 1e-4 if dtype in (torch.float32, torch.float64) else 5e-2
-    return all(torch.allclose(a, b, rtol=tolerance, atol=tolerance) for a, b in zip(*results, strict=True))
+    for window in (None, 5):
+        results = []
+        for name in (kernel, "split"):
+            layout = TreeLayout(batch, name)
+            attended, _ = attend(torch.nn.Identity(), *inputs, None, tree=layout, sliding_window=window)
+            results.append((attended, *torch.autograd.grad(attended, inputs, upstream)))
+        if not all(torch.allclose(a, b, rtol=tolerance, atol=tolerance) for a, b in zip(*results, strict=True)):
+            return False
+    return True

@@ -1,5 +1,6 @@
 from itertools import pairwise
 
+import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,7 +36,8 @@ def test_longest_come_first_and_equal_lengths_keep_their_order():
 
 
 def test_collate_marks_tokens_by_position_so_that_pad_may_be_the_end_of_text_token():
-    batch = collate([Sequence([5, 6], [7, 2]), Sequence([5], [2])], pad_id=2)
+    sequences = [Sequence(np.array(p, np.int32), np.array(r, np.int32)) for p, r in (([5, 6], [7, 2]), ([5], [2]))]
+    batch = collate(sequences, pad_id=2)
     assert batch.input_ids.tolist() == [[5, 6, 7, 2], [5, 2, 2, 2]]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert batch.response_mask.tolist() == [[False, False, True, True], [False, True, False, False]]

@@ -7,10 +7,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, disable_progress_bars
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, set_seed
@@ -19,25 +22,42 @@ from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment import LoraSettings, ModpoSettings
 from helpsteer_assets.modpo.batching import collate
 from helpsteer_assets.modpo.checkpoints import checkpoint_progress
-from helpsteer_assets.modpo.log_probs import BASE, response_log_probs, score_sequences
+from helpsteer_assets.modpo.log_probs import BASE, padded_log_probs, response_log_probs, score_sequences
 from helpsteer_assets.modpo.models import attach_lora, load_model
 from helpsteer_assets.modpo.preference_trainer import (
     PairCollator,
     PairDataset,
     PreferencePair,
     PreferenceTrainer,
-    make_pairs,
+    pair_losses,
     train_preference,
 )
 from helpsteer_assets.modpo.progress import silent
 from helpsteer_assets.modpo.tokenization import Sequence
 from helpsteer_assets.modpo.training import TrainingResult, training_arguments
+from helpsteer_assets.modpo.trees import unpack
+from helpsteer_assets_tests.modpo.test_log_probs import SMALL, make_family
 
 LORA = LoraSettings(r=4, alpha=8)
 
 
+def sequence(prompt_ids: list[int], response_ids: list[int]) -> Sequence:
+    return Sequence(np.array(prompt_ids, np.int32), np.array(response_ids, np.int32))
+
+
 def settings_of(**changes: Any) -> ModpoSettings:
     return ModpoSettings(**({"steps": 6, "batch_size": 4, "learning_rate": 5e-3, "evaluate_every": 2} | changes))
+
+
+def as_dataset(pairs: list[PreferencePair]) -> PairDataset:
+    """The pairs as a data set of which each has two responses of its own."""
+    ids = [(f"{number}, chosen", f"{number}, rejected") for number in range(len(pairs))]
+    sequences, reference, margins = {}, {}, {}
+    for (chosen, rejected), pair in zip(ids, pairs, strict=True):
+        sequences |= {chosen: pair.chosen, rejected: pair.rejected}
+        reference |= {chosen: pair.reference_chosen, rejected: pair.reference_rejected}
+        margins |= {chosen: pair.margin_chosen, rejected: pair.margin_rejected}
+    return PairDataset(ids, sequences, reference, margins)
 
 
 def train(
@@ -49,6 +69,7 @@ def train(
     w: float = 0.5,
     lora: LoraSettings = LORA,
     seed: int = 0,
+    batch_tokens: int = 100,
     progress: Any = silent,
     **changes: Any,
 ) -> tuple[PeftModel, TrainingResult]:
@@ -56,12 +77,12 @@ def train(
     model = attach_lora(load_model(model_path, precision="fp32"), lora, seed)
     result = train_preference(
         model,
-        train_pairs=pairs,
-        selection_pairs=selection,
+        train_pairs=as_dataset(pairs),
+        selection_pairs=as_dataset(selection),
         w=w,
         beta=0.1,
         settings=settings_of(**changes),
-        pad_id=0,
+        batch_tokens=batch_tokens,
         seed=seed,
         report_to=[],
         what=f"w={w}",
@@ -101,9 +122,9 @@ def trainer_of(model: PeftModel, pairs: list[PreferencePair], folder: Path, *, w
         w=w,
         beta=beta,
         args=arguments,
-        train_dataset=PairDataset(pairs),
-        eval_dataset=PairDataset(pairs),
-        data_collator=PairCollator(0),
+        train_dataset=as_dataset(pairs),
+        eval_dataset=as_dataset(pairs),
+        data_collator=PairCollator(100),
     )
 
 
@@ -117,22 +138,209 @@ def randomize(model: PeftModel) -> PeftModel:
     return model
 
 
-class TestMakePairs:
-    rows = ({"chosen_id": "a", "rejected_id": "b"}, {"chosen_id": "b", "rejected_id": "c"})
-    sequences = MappingProxyType({"a": Sequence([1], [5]), "b": Sequence([1], [6]), "c": Sequence([1], [7])})
+class TestPairDataset:
+    pairs = (("a", "b"), ("b", "c"))
+    sequences = MappingProxyType({name: sequence([1], [5 + n]) for n, name in enumerate("abc")})
+    reference = MappingProxyType({"a": -1.0, "b": -2.0, "c": -3.0})
 
-    def test_join_tokens_references_and_margins_by_response(self):
-        reference, margins = {"a": -1.0, "b": -2.0, "c": -3.0}, {"a": 0.1, "b": 0.2, "c": 0.3}
-        made = make_pairs(self.rows, self.sequences, reference, margins)
-        assert made[1] == PreferencePair(self.sequences["b"], self.sequences["c"], -2.0, -3.0, 0.2, 0.3)
+    def test_joins_tokens_references_and_margins_by_response(self):
+        joined = PairDataset(self.pairs, self.sequences, self.reference, {"a": 0.1, "b": 0.2, "c": 0.3})
+        assert len(joined) == 2
+        assert joined[1] == PreferencePair(self.sequences["b"], self.sequences["c"], -2.0, -3.0, 0.2, 0.3)
 
     def test_without_margins_these_are_zero(self):
-        (first, _) = make_pairs(self.rows, self.sequences, {"a": -1.0, "b": -2.0, "c": -3.0})
+        first = PairDataset(self.pairs, self.sequences, self.reference)[0]
         assert (first.margin_chosen, first.margin_rejected) == (0.0, 0.0)
 
     def test_a_response_without_a_margin_is_an_error(self):
         with pytest.raises(KeyError, match="c"):
-            make_pairs(self.rows, self.sequences, {"a": -1.0, "b": -2.0, "c": -3.0}, {"a": 0.1, "b": 0.2})
+            PairDataset(self.pairs, self.sequences, self.reference, {"a": 0.1, "b": 0.2})[1]
+
+
+TOKENS = st.lists(st.integers(0, 2), max_size=4)
+PAIRS = st.lists(
+    st.tuples(TOKENS, TOKENS, TOKENS, *[st.floats(-9, 9)] * 4).map(
+        lambda drawn: PreferencePair(sequence(drawn[0], drawn[1]), sequence(drawn[0], drawn[2]), *drawn[3:])
+    ),
+    min_size=1,
+    max_size=10,
+)
+
+
+def tokens_of(pairs: list[PreferencePair]) -> int:
+    """Tokens of the pairs where each prompt, and each response to it, counts once."""
+    sides = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
+    prompts = {tuple(side.prompt_ids) for side in sides}
+    responses = {(tuple(side.prompt_ids), tuple(side.response_ids)) for side in sides}
+    return sum(map(len, prompts)) + sum(len(response) for _, response in responses)
+
+
+class TestPairCollator:
+    @settings(deadline=None)
+    @given(pairs=PAIRS, max_tokens=st.integers(1, 30))
+    def test_micro_batches_hold_the_pairs_in_their_order(self, pairs, max_tokens):
+        collated = PairCollator(max_tokens)(pairs)
+        found = []
+        for micro_batch in collated["micro_batches"]:
+            sequences = unpack(micro_batch["trees"])
+            columns = [micro_batch[name].t().tolist() for name in ("rows", "reference", "margin")]
+            for (chosen, rejected), reference, margin in zip(*columns, strict=True):
+                found.append(PreferencePair(sequences[chosen], sequences[rejected], *reference, *margin))
+        assert found == pairs
+
+    @settings(deadline=None)
+    @given(pairs=PAIRS, max_tokens=st.integers(1, 30))
+    def test_micro_batches_are_as_full_as_may_be_and_share_what_they_can(self, pairs, max_tokens):
+        collated = PairCollator(max_tokens)(pairs)
+        rest = pairs
+        for micro_batch, share in zip(collated["micro_batches"], collated["shares"], strict=True):
+            count = micro_batch["rows"].shape[1]
+            assert share == count / len(pairs)
+            assert micro_batch["trees"].tokens == tokens_of(rest[:count])
+            assert count == 1 or micro_batch["trees"].tokens <= max_tokens
+            assert len(rest) == count or tokens_of(rest[: count + 1]) > max_tokens
+            rest = rest[count:]
+        assert rest == []
+        assert sum(collated["shares"]) == pytest.approx(1)
+
+    def test_numbers_are_fp64(self):
+        pair = PreferencePair(sequence([5], [6]), sequence([5], [7]), -100.123456789, -99.987654321, 0.1, 0.2)
+        (micro_batch,) = PairCollator(9)([pair])["micro_batches"]
+        assert micro_batch["reference"].tolist() == [[-100.123456789], [-99.987654321]]
+        assert micro_batch["reference"].dtype == micro_batch["margin"].dtype == torch.float64
+
+
+def stepped(
+    model: PeftModel, pairs: list[PreferencePair], folder: Path, *, batch_tokens: int = 100, **how: Any
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of one training step."""
+    trainer = trainer_of(model, pairs, folder, **({"w": 0.3, "beta": 0.2} | how))
+    trainer.current_gradient_accumulation_steps = 1
+    model.zero_grad()
+    loss = trainer.training_step(model, PairCollator(batch_tokens)(pairs))
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def padded_loss(model: PeftModel, pairs: list[PreferencePair], *, w: float, beta: float) -> torch.Tensor:
+    """The mean MODPO loss the plain way: each response by itself, the formula written out."""
+    losses = []
+    for pair in pairs:
+        chosen, rejected = (padded_log_probs(model, collate([side], 0)) for side in (pair.chosen, pair.rejected))
+        advantage = beta * ((chosen - pair.reference_chosen) - (rejected - pair.reference_rejected))
+        margin = (1 - w) * (pair.margin_chosen - pair.margin_rejected)
+        losses.append(-F.logsigmoid((advantage - margin) / w))
+    return torch.cat(losses).mean()
+
+
+def assert_near(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
+    """Every tensor, relative to its norm."""
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert gradient.norm() > 0, name
+        assert (found[name] - gradient).norm() <= tolerance * gradient.norm(), name
+
+
+class TestTrainingStep:
+    def crossing(self, pairs: list[PreferencePair]) -> list[PreferencePair]:
+        """Pairs of which several have a prompt, or a response, in common, and one is there twice."""
+        prompt = pairs[0].chosen.prompt_ids
+        sides = [Sequence(prompt, pair.chosen.response_ids) for pair in pairs[1:4]]
+        of_one_prompt = [
+            PreferencePair(sides[a], sides[b], -20.0 - a, -21.0 - b, 0.1 * a, 0.2 * b)
+            for a, b in ((0, 1), (1, 2), (2, 0), (0, 1))
+        ]
+        return [*pairs[:3], *of_one_prompt, pairs[3]]
+
+    @pytest.mark.parametrize("batch_tokens", [1, 30, 60, 90, 10_000])
+    def test_has_the_loss_and_gradients_of_the_plain_way_whatever_the_micro_batches(
+        self, model, pairs, tmp_path, batch_tokens
+    ):
+        model = randomize(attach_lora(model, LORA, 0).double())
+        crossing = self.crossing(pairs)
+        model.zero_grad()
+        expected = padded_loss(model, crossing, w=0.3, beta=0.2)
+        expected.backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+        found, found_gradients = stepped(model, crossing, tmp_path, batch_tokens=batch_tokens)
+        assert found == pytest.approx(expected.item(), rel=1e-6)
+        assert_near(found_gradients, gradients, 1e-6)
+
+    def test_takes_several_passes_where_the_pairs_do_not_fit_into_one(self, pairs):
+        counts = [len(PairCollator(tokens)(self.crossing(pairs))["micro_batches"]) for tokens in (1, 60, 10_000)]
+        assert counts[0] == 8 > counts[1] > counts[2] == 1
+
+    def test_computes_what_pairs_share_once(self, model, pairs, tmp_path, monkeypatch):
+        model = attach_lora(model, LORA, 0)
+        crossing = self.crossing(pairs)
+        trainer = trainer_of(model, crossing, tmp_path, w=0.3, beta=0.2)
+        trainer.current_gradient_accumulation_steps = 1
+        response_log_probs(model, PairCollator(1)(pairs[:1])["micro_batches"][0]["trees"])  # tries its method
+        lengths: list[int] = []
+        model.get_base_model().model.layers[0].register_forward_pre_hook(
+            lambda _layer, inputs: lengths.append(inputs[0].shape[1])
+        )
+        trainer.training_step(model, PairCollator(10_000)(crossing))
+        assert lengths == [tokens_of(crossing)] == [trainer.tokens_seen]
+        apart = sum(len(pair.chosen) + len(pair.rejected) for pair in crossing)
+        assert lengths[0] < 0.6 * apart
+
+    def test_with_activation_checkpointing_has_the_same_gradients(self, model, pairs, tmp_path):
+        model = randomize(attach_lora(model, LORA, 0).double())
+        expected = stepped(model, self.crossing(pairs), tmp_path, batch_tokens=60)
+        layer = model.get_base_model().model.layers[0].mlp
+        calls: list[int] = []
+        layer.register_forward_pre_hook(lambda *_: calls.append(1))
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        found = stepped(model, self.crossing(pairs), tmp_path, batch_tokens=60)
+        assert len(calls) == 2 * len(PairCollator(60)(self.crossing(pairs))["micro_batches"])  # recomputed
+        assert found[0] == expected[0]
+        assert_near(found[1], expected[1], 1e-12)
+
+    def test_of_equal_responses_is_log_2_without_a_gradient(self, model, pairs, tmp_path):
+        """A policy cannot tell apart what is the same."""
+        model = randomize(attach_lora(model, LORA, 0))
+        same = [
+            PreferencePair(p.chosen, Sequence(p.chosen.prompt_ids, p.chosen.response_ids.copy()), -3.0, -3.0)
+            for p in pairs[:3]
+        ]
+        loss, gradients = stepped(model, same, tmp_path)
+        assert loss == pytest.approx(math.log(2), abs=1e-12)
+        assert all(gradient.abs().max() == 0 for gradient in gradients.values())
+
+    def test_of_a_pair_alone_weighs_as_much_as_in_company(self, model, pairs, tmp_path):
+        model = randomize(attach_lora(model, LORA, 0).double())
+        alone = [stepped(model, [pair], tmp_path) for pair in pairs[:3]]
+        together = stepped(model, pairs[:3], tmp_path, batch_tokens=50)
+        assert together[0] == pytest.approx(sum(loss for loss, _ in alone) / 3, rel=1e-9)
+        means = {name: sum(gradients[name] for _, gradients in alone) / 3 for name in together[1]}
+        assert_near(together[1], means, 1e-6)
+
+    @pytest.mark.parametrize("checkpointing", [False, True])
+    @pytest.mark.parametrize("family", ["Falcon", "Bloom", "GptOss", "Lfm2"])
+    @pytest.mark.filterwarnings("ignore")
+    def test_of_a_model_that_trees_do_not_fit_is_that_of_the_plain_way_too(
+        self, pairs, tmp_path, family, checkpointing
+    ):
+        names = {
+            "Falcon": {"num_hidden_layers": 2, "num_attention_heads": 4},
+            "Bloom": {"n_layer": 2, "n_head": 4},
+            "GptOss": SMALL | {"num_local_experts": 4, "head_dim": 16, "sliding_window": 7},
+            "Lfm2": SMALL | {"layer_types": ["conv", "full_attention"]},
+        }
+        config = names[family] | {"vocab_size": 300, "hidden_size": 32}
+        model = randomize(attach_lora(make_family(family, config), LORA, 0))
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        first = stepped(model, pairs[:3], tmp_path, batch_tokens=50)
+        model.zero_grad()
+        expected = padded_loss(model, pairs[:3], w=0.3, beta=0.2)
+        expected.backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+        for loss, found in (first, stepped(model, pairs[:3], tmp_path, batch_tokens=50)):
+            assert loss == pytest.approx(expected.item(), rel=1e-5)
+            largest = max(gradient.norm() for gradient in gradients.values())
+            for name, gradient in gradients.items():
+                assert (found[name] - gradient).norm() <= 1e-4 * max(gradient.norm(), 0.01 * largest), name
 
 
 class TestLoss:
@@ -141,21 +349,19 @@ class TestLoss:
         model = randomize(attach_lora(model, LORA, 0))
         trainer = trainer_of(model, pairs, tmp_path, w=w, beta=0.3)
         with torch.no_grad():
-            found = trainer.compute_loss(model, PairCollator(0)(pairs[:5])).item()
-            losses = []
-            for pair in pairs[:5]:
-                chosen, rejected = (
-                    response_log_probs(model, collate([sequence], 0)) for sequence in (pair.chosen, pair.rejected)
-                )
-                advantage = 0.3 * ((chosen - pair.reference_chosen) - (rejected - pair.reference_rejected))
-                margin = (1 - w) * (pair.margin_chosen - pair.margin_rejected)
-                losses.append(-F.logsigmoid((advantage - margin) / w).item())
-        assert found == pytest.approx(sum(losses) / 5, rel=1e-5)
+            found = trainer.compute_loss(model, PairCollator(60)(pairs[:5])).item()
+            expected = padded_loss(model, pairs[:5], w=w, beta=0.3).item()
+        assert found == pytest.approx(expected, rel=1e-5)
+
+    def test_of_each_pair_is_fp64(self, model, pairs):
+        (micro_batch,) = PairCollator(10_000)(pairs[:5])["micro_batches"]
+        losses = pair_losses(attach_lora(model, LORA, 0), micro_batch, w=0.5, beta=0.3)
+        assert (losses.shape, losses.dtype) == ((5,), torch.float64)
 
     def test_of_the_untrained_policy_without_margins_is_log_2(self, model, pairs, tmp_path):
         bare = [replace(pair, margin_chosen=0.0, margin_rejected=0.0) for pair in pairs]
         model = attach_lora(model, LORA, 0)
-        found = trainer_of(model, bare, tmp_path, w=0.1, beta=0.1).compute_loss(model, PairCollator(0)(bare))
+        found = trainer_of(model, bare, tmp_path, w=0.1, beta=0.1).compute_loss(model, PairCollator(60)(bare))
         assert found.item() == pytest.approx(math.log(2), abs=1e-5)
 
     def test_on_held_out_pairs_is_the_mean_over_pairs_whatever_the_batches(self, model, pairs, tmp_path):
@@ -166,9 +372,12 @@ class TestLoss:
             loss = trainer.evaluate()["eval_loss"]
             return loss, trainer.state.log_history[-1]["eval_accuracy"]
 
+        with torch.no_grad():
+            expected = padded_loss(model, pairs[:7], w=0.5, beta=0.3).item()
+            correct = sum(padded_loss(model, [pair], w=0.5, beta=0.3).item() < math.log(2) for pair in pairs[:7])
         # 7 pairs in batches of 4: the second batch is shorter.
-        assert evaluated(4) == pytest.approx(evaluated(7), rel=1e-5)
-        assert evaluated(7)[1] == pytest.approx(round(evaluated(7)[1] * 7) / 7)
+        for batch_size in (1, 4, 7, 64):
+            assert evaluated(batch_size) == pytest.approx((expected, correct / 7), rel=1e-5)
 
 
 class TestAgainstTrl:
@@ -218,8 +427,8 @@ class TestAgainstTrl:
         model, rows = trl_trainer.model, list(trl_trainer.train_dataset)
         ours = [
             PreferencePair(
-                Sequence(row["prompt_ids"], row["chosen_ids"]),
-                Sequence(row["prompt_ids"], row["rejected_ids"]),
+                sequence(row["prompt_ids"], row["chosen_ids"]),
+                sequence(row["prompt_ids"], row["rejected_ids"]),
                 row["ref_chosen_logps"],
                 row["ref_rejected_logps"],
                 *margins,
@@ -243,8 +452,8 @@ class TestAgainstTrl:
         expected = self.gradients(model)
 
         trainer = trainer_of(model, ours, tmp_path, w=w, beta=self.BETA)
-        our_loss = trainer.compute_loss(model, PairCollator(0)(ours))
-        our_loss.backward()
+        trainer.current_gradient_accumulation_steps = 1
+        our_loss = trainer.training_step(model, PairCollator(40)(ours))
         found = self.gradients(model)
 
         assert our_loss.item() == pytest.approx(loss.item(), rel=2e-5)
@@ -286,30 +495,34 @@ class TestTraining:
             how = {"steps": 30, "batch_size": 8, "learning_rate": 1e-2, "evaluate_every": 30}
             model, _ = train(tiny_model_path, tmp_path / str(sign), one + other, [], w=0.5, **how)
             sequences = [p.chosen for p in pairs] + [p.rejected for p in pairs]
-            scored = score_sequences(model, sequences, pad_id=0, adapters=("default", BASE))
+            scored = score_sequences(model, sequences, adapters=("default", BASE))
             ratios = [a - b for a, b in zip(scored["default"], scored[BASE], strict=True)]
             return (sum(ratios[: len(pairs)]) - sum(ratios[len(pairs) :])) / len(pairs)
 
         # The optimum is (1-w)/beta * sign * 0.5 = +-2.5.
         assert drawn(+1) > 1 > -1 > drawn(-1)
 
-    def test_a_batch_of_4_equals_4_accumulated_batches_of_1(self, tiny_model_path, pairs, tmp_path):
+    def test_batch_size_and_accumulation_come_to_the_same(self, tiny_model_path, pairs, tmp_path):
         # 18 pairs: the last batch of a pass is a short one.
         results = {}
-        for name, batch_size, accumulation in (("whole", 4, 1), ("parts", 1, 4)):
+        for batch_size, batch_tokens in ((8, 10_000), (8, 60), (4, 90), (2, 1), (1, 10_000)):
+            name = f"{batch_size}, {batch_tokens}"
             _, results[name] = train(
                 tiny_model_path,
                 tmp_path / name,
                 pairs[:18],
                 pairs[18:],
                 batch_size=batch_size,
-                accumulation=accumulation,
+                accumulation=8 // batch_size,
+                batch_tokens=batch_tokens,
                 steps=7,
             )
-        assert furthest(weights(tmp_path / "whole"), weights(tmp_path / "parts")) < 1e-5
-        # AdamW and clipping hide a gradient that is too large by a factor.
-        for whole, parts in zip(results["whole"].history, results["parts"].history, strict=True):
-            assert whole == pytest.approx(parts, rel=1e-3)
+        first, *others = results
+        for other in others:
+            assert furthest(weights(tmp_path / first), weights(tmp_path / other)) < 5e-6
+            # AdamW and clipping hide a gradient that is too large by a factor.
+            for whole, parts in zip(results[first].history, results[other].history, strict=True):
+                assert whole == pytest.approx(parts, rel=1e-3)
 
     def test_activation_checkpointing_changes_no_result(self, tiny_model_path, pairs, tmp_path):
         for name, checkpointing in (("with", True), ("without", False)):
@@ -444,8 +657,8 @@ def test_the_adapter_loads_with_plain_peft_and_says_the_same(tiny_model_path, pa
     model, _ = train(tiny_model_path, tmp_path, pairs, pairs[:4], learning_rate=1e-2)
     sequences = [pair.chosen for pair in pairs]
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_path), tmp_path / "adapter")
-    expected = score_sequences(model, sequences, pad_id=0, adapters=("default", BASE))
-    found = score_sequences(plain, sequences, pad_id=0, adapters=("default", BASE))
+    expected = score_sequences(model, sequences, adapters=("default", BASE))
+    found = score_sequences(plain, sequences, adapters=("default", BASE))
     assert found["default"] == pytest.approx(expected["default"], abs=1e-5)
     assert abs(found["default"][0] - found[BASE][0]) > 1e-2
 
@@ -453,24 +666,26 @@ def test_the_adapter_loads_with_plain_peft_and_says_the_same(tiny_model_path, pa
 QUIET_TRAINING = """
 import sys
 from pathlib import Path
+import numpy as np
 from helpsteer_assets.experiment import LoraSettings, ModpoSettings, SftSettings
 from helpsteer_assets.modpo.models import attach_lora, load_adapters, load_model, load_tokenizer
-from helpsteer_assets.modpo.preference_trainer import PreferencePair, train_preference
+from helpsteer_assets.modpo.preference_trainer import PairDataset, train_preference
 from helpsteer_assets.modpo.sft import train_sft
 from helpsteer_assets.modpo.tokenization import Sequence
 
 base, folder = Path(sys.argv[1]), Path(sys.argv[2])
-sequences = [Sequence([5, 6 + i], [9 + i, 2]) for i in range(4)]
+sequences = [Sequence(np.array([5, 6 + i], np.int32), np.array([9 + i, 2], np.int32)) for i in range(4)]
 how = dict(steps=2, batch_size=2, learning_rate=1e-3, evaluate_every=1, early_stopping=5, gradient_checkpointing=True)
 common = dict(seed=0, report_to=[])
 for attempt in range(2):
     model = attach_lora(load_model(base, precision="fp32"), LoraSettings(r=2), 0)
-    train_sft(model, load_tokenizer(base), train_sequences=sequences, selection_sequences=sequences, max_length=64,
+    train_sft(model, load_tokenizer(base), train_sequences=sequences, selection_sequences=sequences,
               settings=SftSettings(**how), checkpoints=folder / "sft", **common)
     model = attach_lora(load_model(base, precision="fp32"), LoraSettings(r=2), 0)
-    pairs = [PreferencePair(a, b, -9.0, -9.0) for a, b in zip(sequences, sequences[1:])]
+    by_id = {str(n): sequence for n, sequence in enumerate(sequences)}
+    pairs = PairDataset([("0", "1"), ("1", "2"), ("2", "3")], by_id, dict.fromkeys(by_id, -9.0))
     train_preference(model, train_pairs=pairs, selection_pairs=pairs, w=0.5, beta=0.1, settings=ModpoSettings(**how),
-                     pad_id=0, what="w=0.5", checkpoints=folder / "modpo", **common)
+                     batch_tokens=100, what="w=0.5", checkpoints=folder / "modpo", **common)
     (folder / "sft/checkpoint-2/complete.json").unlink()
     (folder / "modpo/checkpoint-2/complete.json").unlink()
 model.save_pretrained(folder / "adapter")

@@ -31,6 +31,7 @@ from helpsteer_assets.modpo.progress import silent
 from helpsteer_assets.modpo.sft import train_sft
 from helpsteer_assets.modpo.training import TrainingResult
 from helpsteer_assets_tests.conftest import die, make_sequences, run_to_its_death
+from helpsteer_assets_tests.modpo.test_preference_trainer import as_dataset
 
 # Dropout draws random numbers in every step, 10 steps cross two borders of a pass over the pairs, and 10 is no multiple
 # of the 3 steps between checkpoints: those are at 3, 6, 9 and 10.
@@ -56,12 +57,12 @@ def train(request: pytest.FixtureRequest, tiny_model_path: Path, pairs: list[Pre
         if request.param == "preference":
             result = train_preference(
                 model,
-                train_pairs=pairs[:16],
-                selection_pairs=held_out,
+                train_pairs=as_dataset(pairs[:16]),
+                selection_pairs=as_dataset(held_out),
                 w=0.3,
                 beta=0.1,
                 settings=ModpoSettings(**HOW | how),
-                pad_id=0,
+                batch_tokens=60,
                 what="w=0.3",
                 **common,
             )
@@ -74,7 +75,6 @@ def train(request: pytest.FixtureRequest, tiny_model_path: Path, pairs: list[Pre
                 train_sequences=sequences,
                 selection_sequences=[pair.chosen for pair in held_out],
                 settings=SftSettings(**HOW | how),
-                max_length=80,
                 **common,
             )
         model.save_pretrained(folder / "adapter")
@@ -225,12 +225,12 @@ def test_dropout_and_data_order_matter_here(tiny_model_path: Path, pairs, tmp_pa
         model = attach_lora(load_model(tiny_model_path, precision="fp32"), lora, 0)
         train_preference(
             model,
-            train_pairs=order,
-            selection_pairs=[],
+            train_pairs=as_dataset(order),
+            selection_pairs=as_dataset([]),
             w=0.3,
             beta=0.1,
             settings=ModpoSettings(**HOW | {"steps": 3}),
-            pad_id=0,
+            batch_tokens=60,
             what="w=0.3",
             seed=0,
             report_to=[],
@@ -253,7 +253,7 @@ base, folder = Path(sys.argv[1]), Path(sys.argv[2])
 pairs, held_out, lora, how = pickle.loads((folder / "arguments").read_bytes())
 model = attach_lora(load_model(base, precision="fp32"), lora, 0)
 train_preference(model, train_pairs=pairs, selection_pairs=held_out, w=0.3, beta=0.1, settings=ModpoSettings(**how),
-                 pad_id=0, what="w=0.3", seed=0, report_to=[], checkpoints=folder / "checkpoints")
+                 batch_tokens=60, what="w=0.3", seed=0, report_to=[], checkpoints=folder / "checkpoints")
 model.save_pretrained(folder / "adapter")
 """
 
@@ -263,7 +263,7 @@ def test_a_new_interpreter_goes_on_from_a_killed_process(train, whole, tiny_mode
     run_to_its_death(lambda: train(tmp_path, progress=at_step(5)))
     assert checkpoint_progress(tmp_path / "checkpoints") == (3, 10)
     held_out = [replace(p, margin_chosen=0.0, margin_rejected=0.0) for p in pairs[16:]]
-    (tmp_path / "arguments").write_bytes(pickle.dumps((pairs[:16], held_out, LORA, HOW)))
+    (tmp_path / "arguments").write_bytes(pickle.dumps((as_dataset(pairs[:16]), as_dataset(held_out), LORA, HOW)))
     subprocess.run(
         [sys.executable, "-c", IN_A_NEW_INTERPRETER, str(tiny_model_path), str(tmp_path)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
