@@ -25,7 +25,9 @@ def test_no_digest_is_left_over() -> None:
 
 
 def test_every_piece_enters_a_stage() -> None:
-    used = {piece for stage in stages(load_experiment("demo")).values() for piece in stage.code}
+    demo = load_experiment("demo")
+    by_vllm = demo.model_copy(update={"generation": demo.generation.model_copy(update={"engine": "vllm"})})
+    used = {piece for experiment in (demo, by_vllm) for stage in stages(experiment).values() for piece in stage.code}
     assert used == set(CODE_VERSIONS)
 
 

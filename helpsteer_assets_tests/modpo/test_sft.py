@@ -9,7 +9,7 @@ from peft import PeftModel
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment import LoraSettings, SftSettings
 from helpsteer_assets.modpo.batching import collate
-from helpsteer_assets.modpo.log_probs import response_log_probs
+from helpsteer_assets.modpo.log_probs import padded_log_probs
 from helpsteer_assets.modpo.models import attach_lora, load_model, load_tokenizer
 from helpsteer_assets.modpo.sft import train_sft
 from helpsteer_assets.modpo.tokenization import Sequence
@@ -33,7 +33,6 @@ def train(
         train_sequences=sequences,
         selection_sequences=selection or [],
         settings=SftSettings(**how),
-        max_length=100,
         seed=0,
         report_to=[],
         checkpoints=folder,
@@ -71,7 +70,8 @@ def test_sequences_train_untouched_and_the_loss_is_on_the_response_only(
             assert (labels[length:] == -100).all()
             found.add((tuple(tokens[:length].tolist()), tuple(labels[:length].tolist())))
     assert found == {
-        (tuple(s.prompt_ids + s.response_ids), tuple([-100] * len(s.prompt_ids) + s.response_ids)) for s in sequences
+        ((*s.prompt_ids.tolist(), *s.response_ids.tolist()), (*[-100] * len(s.prompt_ids), *s.response_ids.tolist()))
+        for s in sequences
     }
 
 
@@ -79,7 +79,7 @@ def test_loss_is_the_mean_over_the_responses_tokens(tiny_model_path, tokenizer, 
     sequences = make_sequences(tokenizer, 8)
     _, result = train(tiny_model_path, tmp_path, sequences, batch_size=8, steps=1)
     with torch.no_grad():
-        total = response_log_probs(model, collate(sequences, 0)).sum().item()
+        total = padded_log_probs(model, collate(sequences, 0)).sum().item()
     assert result.history[0]["loss"] == pytest.approx(-total / sum(len(s.response_ids) for s in sequences), rel=1e-5)
 
 
