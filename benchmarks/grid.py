@@ -16,14 +16,13 @@ BETA = 0.1
 
 
 def run(setting: Setting) -> dict[str, Any]:
-    """W = 1, 3, 6 and 12 (the short form and SmolLM2: fewer), one pass over HelpSteer-like pairs per policy."""
+    """W = 1, 3, 6 and 12 (the short form and SmolLM2: fewer), one step of HelpSteer-like pairs per policy."""
     rows = []
     for name in setting.models:
         grids = (1, 2) if not setting.long else (1, 3) if name == SMOLLM2 else (1, 3, 6, 12)
-        steps = 3 if setting.long and name != SMOLLM2 else 1
         with contenders(name, setting.device, setting.precision) as models:
             text = RandomText(models.vocabulary, MIXES["mid prompts"], setting.max_tokens)
-            pairs = text.helpsteer_like(setting.pairs_per_step)[: steps * setting.pairs_per_step]
+            pairs = text.helpsteer_like(setting.pairs_per_step)[: setting.pairs_per_step]
             compared = compare(models, pairs, grids, setting.pairs_per_step, setting.device)
             rows += [{"model": name} | row for row in compared]
     return {"rows": rows}

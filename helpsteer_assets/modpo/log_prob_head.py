@@ -12,7 +12,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-CHUNK_ELEMENTS = 2**23
+CHUNK_ELEMENTS = 2**24
 """Logits (rows times vocabulary) that are in memory at once."""
 
 
@@ -68,11 +68,17 @@ class _LogProb(torch.autograd.Function):
         accurate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         found = torch.empty(len(hidden), dtype=torch.float64, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        rows = max(1, CHUNK_ELEMENTS // len(head.weight))
-        for start in range(0, len(hidden), rows):
+        rows = min(len(hidden), max(1, CHUNK_ELEMENTS // len(head.weight)))
+        # Taken once: memory of this size comes from the system page by page, each time anew.
+        memory = torch.empty(2, rows, len(head.weight), dtype=accurate, device=hidden.device)
+        for start in range(0, len(hidden), max(rows, 1)):
             part = slice(start, start + rows)
             chunk, of_chunk = hidden[part], targets[part, None]
-            logits = (chunk @ head.weight.t()).to(accurate)
+            logits, probabilities = memory[:, : len(chunk)]
+            if hidden.dtype == accurate:
+                torch.mm(chunk, head.weight.t(), out=logits)
+            else:
+                logits.copy_(chunk @ head.weight.t())
             if head.bias is not None:
                 logits += head.bias
             if head.scale != 1:
@@ -81,7 +87,7 @@ class _LogProb(torch.autograd.Function):
                 logits.div_(head.softcap).tanh_()  # its slope is 1 minus its square
                 slope = 1 - logits.square() if gradient is not None else None
                 logits *= head.softcap
-            probabilities = torch.softmax(logits, dim=1)
+            torch.softmax(logits, dim=1, out=probabilities)
             # The largest probability is accurate however many there are: log sum exp = logit - log p there.
             log_sum = logits.amax(1).double() - probabilities.amax(1).double().log()
             found[part] = logits.gather(1, of_chunk)[:, 0].double() - log_sum
