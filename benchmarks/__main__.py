@@ -87,3 +87,6 @@ if __name__ == "__main__":
         main()
     except HelpsteerError as error:
         sys.exit(f"error: {error}")
+    # End at once: DuckDB 2's bindings print pages about harmless leaks while an interpreter is torn down.
+    sys.stdout.flush()
+    os._exit(0)

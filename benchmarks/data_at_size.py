@@ -24,7 +24,7 @@ from helpsteer_assets.modpo.attributes import ATTRIBUTES
 HELPSTEER_ROWS = 37_120
 RESPONSES_PER_PROMPT = 4
 MAX_LENGTH, MAX_PROMPT_LENGTH = 1024, 512
-SAMPLE = 2_000
+SAMPLE = 1_000
 """Responses that are tokenized many and one a call, to compare."""
 ROUNDS = 3
 VOCABULARY = 16_384

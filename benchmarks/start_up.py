@@ -22,7 +22,7 @@ from helpsteer_assets.resources.artifacts import ALL
 from helpsteer_assets.resources.warehouse import Warehouse
 
 COMMANDS = {"--help": ["--help"], "status": ["status"], "query": ["query", "SELECT count(*) FROM materializations"]}
-STEPS = 3
+STEPS = 2
 START_METHODS: dict[str, dict[str, Any]] = {
     "forkserver": {},
     "spawn": {"execution": {"config": {"start_method": {"spawn": {}}}}},
