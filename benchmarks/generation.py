@@ -50,7 +50,7 @@ CASES = {
 
 def run(long: bool) -> dict[str, Any]:
     """The cases, on the random model of eight layers; the long form has more of them, more prompts, and SmolLM2."""
-    prompts, rounds = (96, 3) if long else (24, 1)
+    prompts, rounds = (96, 3) if long else (16, 1)
     cases = {name: case for name, case in CASES.items() if long or case.ending}
     models = ["body8", *([SMOLLM2] if long and smollm2_folder() is not None else [])]
     return {
