@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import GenerationConfig, PreTrainedModel
 
-from benchmarks.models import SMOLLM2, load_base, smollm2_folder
+from benchmarks.models import SMOLLM2, draw_lora, load_base, smollm2_folder
 from benchmarks.timing import interleave, ratio
 from helpsteer_assets.modpo.decoding import Decoding, decode
 from helpsteer_assets.modpo.lending import merged
@@ -152,9 +152,5 @@ def _make_adapter(name: str, folder: Path) -> None:
     """A LoRA on every linear layer that differs from the base as a trained one does."""
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(load_base(name, CPU, "fp32"), lora)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if "lora_" in parameter_name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    draw_lora(model)
     model.save_pretrained(folder)

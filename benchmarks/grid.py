@@ -1,9 +1,11 @@
 """The policies of a whole grid of weights, one after another, with all that must be computed for them."""
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft import PeftModel
 
 from benchmarks import ours, reference_procedure
 from benchmarks.models import SMOLLM2, Contenders, contenders
@@ -46,32 +48,31 @@ def compare(
     weights = [(place + 1) / grids[-1] for place in range(grids[-1])]
     table: list[Any] = []
     losses: dict[str, list[torch.Tensor]] = {"reference": [], "ours": []}
-    of_reference, of_ours = itertools.cycle(weights), itertools.cycle(weights)
 
     def precompute() -> None:
         table[:] = ours.make_table(models.scorer, pairs)
 
-    def reference_policy() -> None:
-        w = next(of_reference)
-        with weights_put_back(models.reference):
-            optimizer = Optimizer(models.reference)
-            for start in range(0, len(pairs), pairs_per_step):
-                step = pairs[start : start + pairs_per_step]
-                losses["reference"].append(reference_procedure.training_step(models.reference, step, w=w, beta=BETA))
-                optimizer.step()
+    def policies(name: str, model: PeftModel, training_step: Callable[..., torch.Tensor], data: list[Any]) -> Any:
+        """What trains the policy of the next weight each time it is called."""
+        of_next = itertools.cycle(weights)
 
-    def our_policy() -> None:
-        w = next(of_ours)
-        with weights_put_back(models.policy):
-            optimizer = Optimizer(models.policy)
-            for start in range(0, len(pairs), pairs_per_step):
-                step = table[start : start + pairs_per_step]
-                losses["ours"].append(ours.training_step(models.policy, step, w=w, beta=BETA))
-                optimizer.step()
+        def train_policy() -> None:
+            w = next(of_next)
+            with weights_put_back(model):
+                optimizer = Optimizer(model)
+                for start in range(0, len(data), pairs_per_step):
+                    losses[name].append(training_step(model, data[start : start + pairs_per_step], w=w, beta=BETA))
+                    optimizer.step()
+
+        return train_policy
 
     ours.make_table(models.scorer, pairs[:1])  # finds out what the model can do, once in a process
     of_table = interleave({"table": precompute}, 1, device)["table"][0]
-    timed = interleave({"reference": reference_policy, "ours": our_policy}, len(weights), device)
+    contestants = {
+        "reference": policies("reference", models.reference, reference_procedure.training_step, pairs),
+        "ours": policies("ours", models.policy, ours.training_step, table),
+    }
+    timed = interleave(contestants, len(weights), device)
     steps = len(losses["ours"]) // len(weights)
     rows = []
     for grid in grids:

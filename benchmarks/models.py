@@ -140,16 +140,21 @@ class _Fp64Norm:
         return F.rms_norm(hidden, self.weight.shape, self.weight, self.epsilon)
 
 
+def draw_lora(model: PeftModel) -> None:
+    """Give every LoRA layer random weights: it then differs from the base as a trained one does."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+
+
 def _make_adapters(base: PreTrainedModel, folder: Path, target_modules: tuple[str, ...]) -> dict[str, Path]:
     config = LoraConfig(
         r=16, lora_alpha=32, lora_dropout=0.0, target_modules=list(target_modules), task_type="CAUSAL_LM"
     )
     model = get_peft_model(base, config, adapter_name=POLICY)
     model.add_adapter(MARGIN, config)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    draw_lora(model)
     model.save_pretrained(folder, selected_adapters=[POLICY, MARGIN])
     return {POLICY: folder, MARGIN: folder / MARGIN}

@@ -65,6 +65,7 @@ CODE_VERSIONS = {
 """Version of each piece of code that determines results. Raise it when a change alters what the code computes: all
 that was made by it is then out of date. A test holds a digest of each piece and asks whoever changes one."""
 
+_PAIRS = ("modpo/pairs.py", "modpo/tables.py")
 _SFT = ("assets/loading.py", "modpo/fused_lora.py", "modpo/lending.py", "modpo/models.py")
 _SCORING = (
     "modpo/batching.py",
@@ -153,24 +154,21 @@ def stages(experiment: Experiment) -> dict[str, Stage]:
             ("helpsteer_ratings",),
             ("data.preference_attribute", "data.selection_share"),
             "assets/data.py:preference_pairs",
-            "modpo/pairs.py",
-            "modpo/tables.py",
+            *_PAIRS,
         ),
         stage(
             "margin_pairs",
             ("helpsteer_ratings",),
             ("data.margin_attribute", "data.selection_share"),
             "assets/data.py:margin_pairs",
-            "modpo/pairs.py",
-            "modpo/tables.py",
+            *_PAIRS,
         ),
         stage(
             "evaluation_prompts",
             ("helpsteer_ratings",),
             ("evaluation.prompts",),
             "assets/data.py:evaluation_prompts",
-            "modpo/pairs.py",
-            "modpo/tables.py",
+            *_PAIRS,
         ),
         stage(
             "sft_model",
@@ -184,8 +182,7 @@ def stages(experiment: Experiment) -> dict[str, Stage]:
             ("sft_model", "preference_pairs", *margin_pairs),
             lengths,
             "assets/training.py:reference_log_probs",
-            "modpo/pairs.py",
-            "modpo/tables.py",
+            *_PAIRS,
             *_SFT,
             *_SCORING,
         ),
@@ -203,8 +200,7 @@ def stages(experiment: Experiment) -> dict[str, Stage]:
             ("sft_model", "preference_pairs", *(("reference_log_probs", "margin_adapter") if adapter else ())),
             ("objective.margin", *(lengths if adapter else ())),
             "assets/training.py:margin_rewards",
-            "modpo/pairs.py",
-            "modpo/tables.py",
+            *_PAIRS,
             *_SFT,
             *_SCORING,
         ),

@@ -148,7 +148,7 @@ def _log_ratios(run: StageRun, rows: list[dict[str, Any]], policy: Artifact | No
     """log p_adapter - log p_sft of generated responses, by adapter: `margin`, `policy`, as far as there are such."""
     from helpsteer_assets.modpo.log_probs import BASE, score_sequences
     from helpsteer_assets.modpo.models import load_adapters, scoring_batch_tokens
-    from helpsteer_assets.modpo.tokenization import Sequence, encode_prompt
+    from helpsteer_assets.modpo.tokenization import Sequence, encode_prompts
 
     experiment = run.experiment
     adapters = {} if policy is None else {"policy": policy.path / "adapter"}
@@ -158,12 +158,10 @@ def _log_ratios(run: StageRun, rows: list[dict[str, Any]], policy: Artifact | No
         return {}
     tokenizer = load_sft_tokenizer(run)
     # The tokens that were generated, not their text tokenized again: that can differ.
+    prompts = encode_prompts(tokenizer, [row["prompt"] for row in rows], experiment.generation.max_prompt_length)
     sequences = [
-        Sequence(
-            encode_prompt(tokenizer, row["prompt"], experiment.generation.max_prompt_length)[0],
-            np.array(row["token_ids"], np.int32),
-        )
-        for row in rows
+        Sequence(prompt_ids, np.array(row["token_ids"], np.int32))
+        for (prompt_ids, _), row in zip(prompts, rows, strict=True)
     ]
     with sft_model_on_loan(run) as base:
         model = load_adapters(base, adapters)

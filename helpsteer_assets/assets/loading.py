@@ -1,6 +1,7 @@
 """Loading the SFT model, the reference policy that every later stage stands on: once for all stages of a process."""
 
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,18 +77,22 @@ class LoadedModels:
 
     def release_model(self) -> None:
         """Let go of the model, for something else that needs the memory."""
-        import torch
-
         self._model = None
-        gc.collect()
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        release_memory()
 
     def release(self) -> None:
         """Let go of everything: the run is over."""
         if self._model is not None or self._engine is not None:
             self._engine = None
             self.release_model()
+
+
+def release_memory() -> None:
+    """Let go of a model before the next is loaded: a trainer and its callbacks refer to each other."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 @contextmanager

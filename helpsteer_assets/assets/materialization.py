@@ -5,8 +5,6 @@ folder and return metrics. Here they become Dagster assets. The order in one mat
 store (reuse, wait, resume or compute), the warehouse, Dagster's record.
 """
 
-import gc
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from helpsteer_assets.assets.display import rounded
-from helpsteer_assets.assets.loading import LoadedModels
+from helpsteer_assets.assets.loading import LoadedModels, release_memory
 from helpsteer_assets.assets.progress import ProgressReporter
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment import Experiment
@@ -197,7 +195,7 @@ class Lab:
                 try:
                     return declaration.compute(run)
                 finally:
-                    _release_memory()
+                    release_memory()
 
         return self.store.build(
             fingerprint.asset,
@@ -251,14 +249,6 @@ class Lab:
             "dagster/table_name": declaration.table,
             "dagster/uri": str(self.warehouse.path),
         }
-
-
-def _release_memory() -> None:
-    """Let go of a model before the next is loaded: a trainer and its callbacks refer to each other."""
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
 
 
 def build_asset(declaration: AssetDeclaration, experiment: Experiment) -> dg.AssetsDefinition:

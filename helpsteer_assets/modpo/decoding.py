@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import groupby, islice
 
 import torch
@@ -224,9 +225,15 @@ class _RowLayer(DynamicLayer):
 
 def keeps_all_keys(model: PreTrainedModel) -> bool:
     """Whether the model's memory of a text is keys and values alone, one per token: no recurrent state."""
-    return "past_key_values" in inspect.signature(model.forward).parameters and all(
+    return "past_key_values" in _arguments(type(model)) and all(
         type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=model.config).layers
     )
+
+
+@cache
+def _arguments(kind: type[PreTrainedModel]) -> frozenset[str]:
+    """What a forward pass of such models takes."""
+    return frozenset(inspect.signature(kind.forward).parameters)
 
 
 def _prefill(model: PreTrainedModel, joining: list[_Row], cache: RowCache, room: int) -> torch.Tensor:
@@ -269,7 +276,7 @@ def _forward(model: PreTrainedModel, input_ids: torch.Tensor, lengths: torch.Ten
         attention_mask=(position_ids >= 0).long(),
         past_key_values=cache,
         use_cache=True,
-        **{name: value for name, value in optional.items() if name in inspect.signature(model.forward).parameters},
+        **{name: value for name, value in optional.items() if name in _arguments(type(model))},
     )
     return output.logits[:, -1].float()
 

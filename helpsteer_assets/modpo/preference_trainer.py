@@ -93,25 +93,23 @@ class PairCollator:
 
     def __call__(self, pairs: list[PreferencePair]) -> dict[str, Any]:
         """`micro_batches`: inputs for `pair_losses`; `share`: each one's share of the pairs."""
-        groups: list[list[PreferencePair]] = []
-        forest = Forest()
+        groups: list[tuple[Forest, list[PreferencePair], list[tuple[int, int]]]] = []
         for pair in pairs:
-            sides = (pair.chosen, pair.rejected)
-            if not groups or forest.tokens + forest.growth(sides) > self._max_tokens:
-                groups.append([])
-                forest = Forest()
-            groups[-1].append(pair)
-            for side in sides:
-                forest.add(side)
+            if (
+                not groups
+                or groups[-1][0].tokens + groups[-1][0].growth((pair.chosen, pair.rejected)) > self._max_tokens
+            ):
+                groups.append((Forest(), [], []))
+            forest, members, rows = groups[-1]
+            members.append(pair)
+            rows.append((forest.add(pair.chosen), forest.add(pair.rejected)))
         return {
-            "micro_batches": [self._pack(group) for group in groups],
-            "shares": [len(group) / len(pairs) for group in groups],
+            "micro_batches": [self._pack(*group) for group in groups],
+            "shares": [len(members) / len(pairs) for _, members, _ in groups],
         }
 
     @staticmethod
-    def _pack(pairs: list[PreferencePair]) -> dict[str, Any]:
-        forest = Forest()
-        rows = [(forest.add(pair.chosen), forest.add(pair.rejected)) for pair in pairs]
+    def _pack(forest: Forest, pairs: list[PreferencePair], rows: list[tuple[int, int]]) -> dict[str, Any]:
         reference = [(pair.reference_chosen, pair.reference_rejected) for pair in pairs]
         margins = [(pair.margin_chosen, pair.margin_rejected) for pair in pairs]
         return {

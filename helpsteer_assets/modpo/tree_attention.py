@@ -57,6 +57,16 @@ class TreeLayout:
             for place, size in enumerate(responses)
         ]
 
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with one of its responses."""
+        return max(queries + before for queries, before in self.segments)
+
+    @cached_property
+    def most_queries(self) -> int:
+        """Tokens of the longest segment."""
+        return max(queries for queries, _ in self.segments)
+
     def suffix_mask(self, queries: int, before: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
         """[queries, before + queries] of 0 where a key is seen and -inf elsewhere, for the last `queries` of a path."""
         key = (queries, before, window)
@@ -189,13 +199,12 @@ def attend(
     if further.get("s_aux") is not None:
         raise NotImplementedError("attention sinks")
     tree.windows.append(sliding_window)
-    longest = max(sum(sizes[:1]) + max(sizes[1:], default=0) for sizes in tree.sizes)
-    if sliding_window is not None and sliding_window >= longest:
+    if sliding_window is not None and sliding_window >= tree.longest:
         sliding_window = None
-    kernel = {"split": _split, "varlen": _varlen, "flex": _flex}[tree.kernel]
-    if softcap is not None or (dropout and tree.kernel != "split"):
-        kernel = _split
-    return kernel(query, key, value, tree, scaling, dropout, sliding_window, softcap), None
+    if tree.kernel == "split" or softcap is not None or dropout:
+        return _split(query, key, value, tree, scaling, sliding_window, dropout, softcap), None
+    kernel = {"varlen": _varlen, "flex": _flex}[tree.kernel]
+    return kernel(query, key, value, tree, scaling, sliding_window), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
@@ -207,8 +216,8 @@ def _split(
     value: torch.Tensor,
     tree: TreeLayout,
     scaling: float | None,
-    dropout: float,
     window: int | None,
+    dropout: float,
     softcap: float | None,
 ) -> torch.Tensor:
     # `split`, whose backward is one concatenation; a slice's backward would fill a tensor of zeros for each.
@@ -260,9 +269,7 @@ def _varlen(
     value: torch.Tensor,
     tree: TreeLayout,
     scaling: float | None,
-    dropout: float,
     window: int | None,
-    softcap: float | None,
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
@@ -274,8 +281,8 @@ def _varlen(
         value[0].transpose(0, 1).index_select(0, batch.keys),
         batch.query_bounds,
         batch.key_bounds,
-        max(queries for queries, _ in tree.segments),
-        max(queries + before for queries, before in tree.segments),
+        tree.most_queries,
+        tree.longest,
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
@@ -289,9 +296,7 @@ def _flex(
     value: torch.Tensor,
     tree: TreeLayout,
     scaling: float | None,
-    dropout: float,
     window: int | None,
-    softcap: float | None,
 ) -> torch.Tensor:
     attended = _compiled_flex_attention()(
         query, key, value, block_mask=tree.block_mask(window), scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
