@@ -13,7 +13,7 @@ from pathlib import Path
 
 import dagster as dg
 
-from helpsteer_assets.resources.files import exclusive_lock, lock_if_free
+from helpsteer_assets.resources.locks import exclusive_lock, lock_if_free
 
 PROCESS_TAG = "helpsteer/process"
 """Tag of a run whose process holds the lock of that name."""

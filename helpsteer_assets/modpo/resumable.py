@@ -2,27 +2,29 @@
 
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 
 class ResumableRows:
-    """JSON lines appended batch by batch, so that a killed computation goes on after its last whole batch."""
+    """Lines of a checksum and a JSON object, appended batch by batch: a killed computation goes on after them."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
 
     def read(self) -> Iterator[dict[str, Any]]:
-        """The rows of an earlier attempt; a line that its death cut short is left out, and cut off the file."""
+        """The rows of an earlier attempt, up to the first line that was cut short or damaged; the rest is cut off."""
         if self._path is None or not self._path.exists():
             return
         whole = 0
         with self._path.open("rb") as file:
             for line in file:
-                if not line.endswith(b"\n"):
+                checksum, _, text = line.partition(b" ")
+                if not line.endswith(b"\n") or checksum != _checksum(text):
                     break
-                yield json.loads(line)
+                yield json.loads(text)
                 whole += len(line)
         os.truncate(self._path, whole)
 
@@ -31,7 +33,12 @@ class ResumableRows:
         if self._path is None:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
+        lines = [f"{json.dumps(row)}\n".encode() for row in rows]
+        with self._path.open("ab") as file:
+            file.write(b"".join(_checksum(line) + b" " + line for line in lines))
             file.flush()
             os.fsync(file.fileno())
+
+
+def _checksum(line: bytes) -> bytes:
+    return b"%08x" % zlib.crc32(line)

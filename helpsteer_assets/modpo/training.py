@@ -1,4 +1,4 @@
-"""What every training shares: arguments, resume, progress, and the guard against NaN.
+"""What every training shares: arguments, resume, progress, and the guards against NaN and a loss that explodes.
 
 A checkpoint is written at each evaluation. Resuming restores weights, optimizer, schedule, random state and data order,
 and ends in the same bytes (fp32, CPU, one thread) as an undisturbed training.
@@ -24,12 +24,14 @@ from transformers import (
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.checkpoints import (
     checkpoint_folder,
+    damage,
     is_finished,
-    keep_only,
     mark_complete,
     newest_checkpoint,
+    prune,
     step_of,
 )
+from helpsteer_assets.modpo.models import non_finite
 from helpsteer_assets.modpo.progress import Progress
 from helpsteer_assets.modpo.schedule import count_steps
 
@@ -134,7 +136,13 @@ def _checkpointing_argument(arguments: type[TrainingArguments]) -> str:
 
 
 def train(
-    trainer: Trainer, settings: "TrainingSettings", *, what: str, likely_causes: str, progress: Progress
+    trainer: Trainer,
+    settings: "TrainingSettings",
+    *,
+    what: str,
+    loss_limit: float,
+    likely_causes: str,
+    progress: Progress,
 ) -> TrainingResult:
     """Train, going on from the newest complete checkpoint where there is one; the trainer then holds the best weights.
 
@@ -142,18 +150,19 @@ def train(
         trainer: of a PeftModel, made with `training_arguments`.
         settings: the stage's settings.
         what: what is trained, for messages ("w=0.1").
-        likely_causes: what a non-finite loss may come from, for its message.
+        loss_limit: a loss above it is one that no going on mends.
+        likely_causes: what a loss that is not finite or above the limit may come from, for the message.
         progress: called at each logged step.
 
     Raises:
-        HelpsteerError: the loss or its gradient is no longer finite.
+        HelpsteerError: the loss, its gradient or the weights are no longer finite, or the loss exceeds the limit.
     """
     folder = Path(trainer.args.output_dir)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_Watch(trainer, what, likely_causes, progress))
+    trainer.add_callback(_Watch(trainer, what, loss_limit, likely_causes, progress))
     if settings.early_stopping is not None:
         trainer.add_callback(_EarlyStopping(settings.early_stopping))
-    trainer.add_callback(_Checkpoints())
+    trainer.add_callback(_Checkpoints(what, likely_causes))
     newest = newest_checkpoint(folder)
     if newest is not None and is_finished(newest):
         # Going on would do a step too many.
@@ -162,7 +171,12 @@ def train(
         trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
         state = trainer.state
     kept = state.best_global_step or state.global_step
-    set_peft_model_state_dict(trainer.model, load_peft_weights(str(checkpoint_folder(folder, kept)), device="cpu"))
+    best = checkpoint_folder(folder, kept)
+    if (problem := damage(best)) is not None:
+        raise HelpsteerError(
+            f"{best} was damaged after it was written: {problem}; run again: the training goes on from one before it"
+        )
+    set_peft_model_state_dict(trainer.model, load_peft_weights(str(best), device="cpu"))
     return TrainingResult(
         steps=state.global_step,
         best_step=kept,
@@ -206,23 +220,43 @@ class _Checkpoints(TrainerCallback):
     transformers itself would delete first: a death in between could cost the best checkpoint.
     """
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def __init__(self, what: str, likely_causes: str) -> None:
+        self._what = what
+        self._likely_causes = likely_causes
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module | None = None,
+        **_: Any,
+    ) -> None:
+        assert model is not None  # Trainer always passes it
+        # A step can break the weights after its loss was seen, and where no prompts are held out nothing else looks.
+        if broken := non_finite((name, weight) for name, weight in model.named_parameters() if weight.requires_grad):
+            raise HelpsteerError(
+                f"training {self._what}: {len(broken)} weight(s) are not finite after step {state.global_step} of "
+                f"{state.max_steps}. {_what_to_do(self._likely_causes)}"
+            )
         folder = Path(args.output_dir)
         mark_complete(
             checkpoint_folder(folder, state.global_step),
             state.global_step,
             state.max_steps,
+            best=state.best_global_step,
             finished=control.should_training_stop,
         )
-        keep_only(folder, {state.global_step, state.best_global_step or state.global_step})
+        prune(folder)
 
 
 class _Watch(TrainerCallback):
-    """Reports progress, and stops the run at the first loss or gradient that is not finite."""
+    """Reports progress, and stops the run at the first loss or gradient that is not finite or beyond all bounds."""
 
-    def __init__(self, trainer: Trainer, what: str, likely_causes: str, progress: Progress) -> None:
+    def __init__(self, trainer: Trainer, what: str, loss_limit: float, likely_causes: str, progress: Progress) -> None:
         self._trainer = trainer
         self._what = what
+        self._loss_limit = loss_limit
         self._likely_causes = likely_causes
         self._progress = progress
         self._last = (time.monotonic(), 0)
@@ -247,13 +281,13 @@ class _Watch(TrainerCallback):
         **_: Any,
     ) -> None:
         logs = logs or {}
-        for name in ("loss", "grad_norm", "eval_loss"):
+        for name, limit in (("loss", self._loss_limit), ("grad_norm", math.inf), ("eval_loss", self._loss_limit)):
             value = logs.get(name, 0.0)
-            if not math.isfinite(value):
+            if not math.isfinite(value) or value > limit:
+                beyond = f", beyond {limit:.4g}, from which no training comes back," if math.isfinite(value) else ""
                 raise HelpsteerError(
-                    f"training {self._what}: {name} is {value} by step {state.global_step} of {state.max_steps}. "
-                    f"Likely causes: {self._likely_causes}. Finished checkpoints are kept; a changed setting starts "
-                    "anew"
+                    f"training {self._what}: {name} is {value:.4g}{beyond} by step {state.global_step} of "
+                    f"{state.max_steps}. {_what_to_do(self._likely_causes)}"
                 )
         if "loss" not in logs:
             return
@@ -266,3 +300,7 @@ class _Watch(TrainerCallback):
 
     def _tokens(self) -> int:
         return int(getattr(self._trainer, "tokens_seen", 0))
+
+
+def _what_to_do(likely_causes: str) -> str:
+    return f"Likely causes: {likely_causes}. Finished checkpoints are kept; a changed setting starts anew"

@@ -12,16 +12,17 @@ order. So a process killed at any moment leaves a partial folder without a manif
 checkpoints), a partial folder with one (complete: it only has to be renamed), or the finished artifact.
 """
 
-import errno
 import hashlib
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import platform
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,14 +32,15 @@ from pathlib import Path
 from typing import Any
 
 from helpsteer_assets.errors import HelpsteerError
+from helpsteer_assets.modpo.digests import is_intact, sealed
 from helpsteer_assets.resources.files import (
     checked_name,
-    exclusive_lock,
-    lock_if_free,
+    readable_library_errors,
     readable_os_errors,
     sync,
     write_atomically,
 )
+from helpsteer_assets.resources.locks import exclusive_lock, lock_if_free
 
 ALL = "all"
 """The partition folder of an unpartitioned asset."""
@@ -47,7 +49,8 @@ CHECKPOINTS = "checkpoints"
 """Folder in a partial artifact that outlives an interruption; gone from the finished artifact."""
 SCRATCH = "tmp"
 """Folder in a partial artifact for temporary files; emptied before each attempt, gone from the finished artifact."""
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""2: the manifest holds `environment`, and its own digest, which version 1 does without."""
 
 _PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "duckdb", "dagster", "helpsteer_assets")
 _RACY_SECONDS = 0.1
@@ -149,20 +152,17 @@ class ArtifactStore:
         with exclusive_lock(
             self._lock(asset, partition, fingerprint),
             lambda holder: on_wait(f"{holder}, which is making {label} ({fingerprint})"),
-        ):
+        ) as lease:
             found = self._get_locked(asset, partition, fingerprint) or self._adopt(asset, partition, fingerprint)
             if found is not None:
                 return found, True
             partial = self.partial(asset, partition, fingerprint)
             resumed = self._prepare(partial)
             started = time.monotonic()
-            try:
+            with readable_library_errors(partial):
                 metrics = compute(partial)
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                with readable_os_errors("write", partial):
-                    raise
+            _require_finite(metrics, label)
+            lease.check()
             complete = {
                 **manifest,
                 "schema_version": SCHEMA_VERSION,
@@ -177,10 +177,11 @@ class ArtifactStore:
                 "git_revision": _git_revision(),
                 "host": socket.gethostname(),
                 "platform": platform.platform(),
+                "environment": environment(),
             }
             with readable_os_errors("write", partial):
                 complete["files"] = _listing(partial)
-                text = json.dumps(complete, indent=2, allow_nan=False) + "\n"
+                text = json.dumps(sealed(complete), indent=2, allow_nan=False) + "\n"
                 write_atomically(partial / MANIFEST, text)
             return self._finish(asset, partition, fingerprint, json.loads(text)), False
 
@@ -273,6 +274,8 @@ class ArtifactStore:
         stated = tuple(manifest.get(key) for key in ("asset", "partition", "fingerprint"))
         if stated != (asset, partition, fingerprint):
             raise _DamagedError(f"{MANIFEST} is that of another artifact ({'/'.join(map(str, stated))})")
+        if version >= 2 and not is_intact(manifest):
+            raise _DamagedError(f"{MANIFEST} does not match its own digest")
         return Artifact(asset, partition, fingerprint, folder, manifest)
 
     def _folder(self, asset: str, partition: str, fingerprint: str) -> Path:
@@ -303,6 +306,17 @@ def _listing(partial: Path) -> dict[str, dict[str, int | str]]:
         for path in paths
         if path.parts[0] not in (CHECKPOINTS, SCRATCH)
     }
+
+
+def _require_finite(metrics: Any, label: str, key: str = "") -> None:
+    if isinstance(metrics, float) and not math.isfinite(metrics):
+        raise HelpsteerError(
+            f"{label}: {key} is {metrics}, which no result may be; look for values that are not finite in what it "
+            "reads (`helpsteer verify --deep`), or for a model whose weights are not"
+        )
+    nested = metrics.items() if isinstance(metrics, dict) else enumerate(metrics) if isinstance(metrics, list) else ()
+    for name, value in nested:
+        _require_finite(value, label, f"{key}.{name}" if key else str(name))
 
 
 def _size_problems(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
@@ -337,6 +351,27 @@ def _sha256(path: Path) -> str:
         if time.time() - max(before.st_mtime, before.st_ctime) > _RACY_SECONDS:
             _digests[key] = digest
         return digest
+
+
+def environment() -> dict[str, Any]:
+    """What besides settings, inputs, code and versions can change the last bits of a result on this machine."""
+    found: dict[str, Any] = {"processor": _processor(), "cores": os.cpu_count(), "device": "cpu"}
+    torch = sys.modules.get("torch")
+    if torch is not None:  # an asset that computes with it has imported it
+        found |= {"threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability()}
+        if torch.cuda.is_initialized():
+            found |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return found
+
+
+@cache
+def _processor() -> str:
+    try:
+        described = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        described = ""
+    names = [line.partition(":")[2].strip() for line in described.splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 @cache

@@ -1,11 +1,10 @@
-"""What the store and the warehouse share about files: safe names, durable writes, locks, readable errors."""
+"""What the store and the warehouse share about files: safe names, durable writes, readable errors."""
 
 import errno
-import fcntl
-import json
 import os
+import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,6 +33,52 @@ def readable_os_errors(action: str, path: Path) -> Iterator[None]:
         remedy = _REMEDIES.get(error.errno or 0, "check the path and the file system")
         where = error.filename if isinstance(error.filename, str) else path
         raise HelpsteerError(f"cannot {action} {where}: {error.strerror or error}; {remedy}") from error
+
+
+_WORDS = {
+    "no space left": errno.ENOSPC,
+    "disk is full": errno.ENOSPC,
+    "quota exceeded": errno.EDQUOT,
+    "permission denied": errno.EACCES,
+    "read-only file system": errno.EROFS,
+    "input/output error": errno.EIO,
+}
+_NEARLY_FULL = 2**20
+"""Bytes free below which a write that failed without a reason is put down to the full disk."""
+
+
+@contextmanager
+def readable_library_errors(folder: Path) -> Iterator[None]:
+    """Turns what libraries raise where `folder` cannot be written to into a HelpsteerError; lets all else through.
+
+    safetensors, torch, pyarrow, DuckDB and SQLite each say it in their own way, and torch without a reason.
+    """
+    try:
+        yield
+    except HelpsteerError:
+        raise
+    except Exception as error:
+        number = _reason(error, folder)
+        if number is None:
+            raise
+        with readable_os_errors("write", folder):
+            named = error.filename if isinstance(error, OSError) and isinstance(error.filename, str) else str(folder)
+            raise OSError(number, os.strerror(number), named) from error
+
+
+def _reason(error: Exception, folder: Path) -> int | None:
+    if isinstance(error, OSError) and error.errno in (*_WORDS.values(), *_REMEDIES):
+        inside = isinstance(error.filename, str) and Path(error.filename).absolute().is_relative_to(folder)
+        return error.errno if inside or error.errno in (errno.ENOSPC, errno.EDQUOT) else None
+    said = str(error).lower()
+    for words, number in _WORDS.items():
+        if words in said:
+            return number
+    if "pytorchstreamwriter" in said:
+        if shutil.disk_usage(folder).free < _NEARLY_FULL:
+            return errno.ENOSPC
+        return None if os.access(folder, os.W_OK) else errno.EACCES
+    return None
 
 
 def checked_name(kind: str, name: str) -> str:
@@ -67,56 +112,3 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
-
-
-def _acquired(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-@contextmanager
-def exclusive_lock(path: Path, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Holds the lock file `path` for the block; waits without bound for another holder, thread or process.
-
-    The kernel releases it when the holder dies, however it dies. The file stays: removing it would let two processes
-    hold locks of two files of the same name. `on_wait` is told once, before waiting, who holds it.
-    """
-    with readable_os_errors("lock", path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+", encoding="utf-8")
-    with file:
-        with readable_os_errors("lock", path):
-            if not _acquired(file.fileno()):
-                if on_wait is not None:
-                    on_wait(f"waiting for {_holder(path)}")
-                fcntl.flock(file.fileno(), fcntl.LOCK_EX)
-            file.truncate(0)
-            file.write(json.dumps({"process": os.getpid(), "host": socket.gethostname()}))
-            file.flush()
-        try:
-            yield
-        finally:
-            # Closing alone would leave the lock with a forked child that still has the descriptor.
-            fcntl.flock(file.fileno(), fcntl.LOCK_UN)
-
-
-@contextmanager
-def lock_if_free(path: Path) -> Iterator[bool]:
-    """Like `exclusive_lock`, but never waits: yields False, without the lock, where another holds it."""
-    with readable_os_errors("lock", path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+", encoding="utf-8")
-    with file:
-        yield _acquired(file.fileno())
-
-
-def _holder(path: Path) -> str:
-    try:
-        holder = json.loads(path.read_text(encoding="utf-8"))
-        return f"process {holder['process']} on {holder['host']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        # The holder has the lock and has not yet written its name.
-        return "another process"

@@ -40,3 +40,20 @@ def test_a_line_that_a_death_cut_short_is_left_out_and_what_is_added_then_is_who
     assert list(rows.read()) == written[:whole]
     rows.append([{"index": 99}])
     assert list(rows.read()) == [*written[:whole], {"index": 99}]
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=st.data())
+def test_a_flipped_bit_costs_its_line_and_those_after_it_and_nothing_wrong_is_read(tmp_path_factory, data):
+    file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    written = [{"index": index, "log_probs": [-1.25 * index]} for index in range(8)]
+    ResumableRows(file).append(written)
+    content = bytearray(file.read_bytes())
+    place = data.draw(st.integers(0, len(content) - 1))
+    content[place] ^= 1 << data.draw(st.integers(0, 7))
+    file.write_bytes(content)
+    damaged = bytes(content[:place]).count(b"\n")
+    rows = ResumableRows(file)
+    assert list(rows.read()) == written[:damaged]
+    rows.append([{"index": 99}])
+    assert list(rows.read()) == [*written[:damaged], {"index": 99}]

@@ -21,9 +21,9 @@ from helpsteer_assets.modpo import checkpoints, training
 from helpsteer_assets.modpo.checkpoints import (
     checkpoint_progress,
     is_finished,
-    keep_only,
     mark_complete,
     newest_checkpoint,
+    prune,
 )
 from helpsteer_assets.modpo.models import attach_lora, load_model, load_tokenizer
 from helpsteer_assets.modpo.preference_trainer import PreferencePair, train_preference
@@ -85,6 +85,12 @@ def train(request: pytest.FixtureRequest, tiny_model_path: Path, pairs: list[Pre
 
 def adapter(folder: Path) -> bytes:
     return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
 
 
 def disturb_random_state() -> None:
@@ -157,10 +163,10 @@ class TestKilled:
         assert self.resumes_to_the_same(train, tmp_path, whole).resumed_from == 3
 
     def test_when_a_checkpoint_is_written_but_not_marked_complete(self, train, tmp_path, whole):
-        def mark(folder: Path, step: int, steps: int, **finished: bool) -> None:
+        def mark(folder: Path, step: int, steps: int, **rest: Any) -> None:
             if step == 6:
                 die()
-            mark_complete(folder, step, steps, **finished)
+            mark_complete(folder, step, steps, **rest)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(training, "mark_complete", mark)
@@ -192,6 +198,27 @@ class TestKilled:
             run_to_its_death(lambda: train(tmp_path / "elsewhere"))
         shutil.move(tmp_path / "elsewhere", tmp_path / "killed")
         self.resumes_to_the_same(train, tmp_path, whole)
+
+    @pytest.mark.parametrize(
+        "file", ["adapter_model.safetensors", "optimizer.pt", "trainer_state.json", "rng_state.pth"]
+    )
+    def test_goes_on_from_the_checkpoint_before_one_that_was_damaged_since(self, train, tmp_path, whole, file):
+        self.kill(train, tmp_path, progress=at_step(8))
+        flip_a_bit(tmp_path / "killed/checkpoints/checkpoint-6" / file)
+        assert self.resumes_to_the_same(train, tmp_path, whole).resumed_from == 3
+
+    @pytest.mark.parametrize("train", ["preference"], indirect=True)
+    def test_starts_anew_where_the_best_checkpoint_is_lost(self, train, tmp_path):
+        # At this learning rate the first evaluation is the best.
+        how = {"learning_rate": 0.5}
+        whole = Whole(tmp_path / "whole", train(tmp_path / "whole", **how))
+        assert whole.result.best_step == 3
+        self.kill(train, tmp_path, progress=at_step(10), **how)
+        assert {path.name for path in (tmp_path / "killed/checkpoints").iterdir()} == {
+            f"checkpoint-{step}" for step in (3, 6, 9)
+        }
+        flip_a_bit(tmp_path / "killed/checkpoints/checkpoint-3/adapter_model.safetensors")
+        assert self.resumes_to_the_same(train, tmp_path, whole, **how).resumed_from is None
 
     @pytest.mark.parametrize("train", ["preference"], indirect=True)
     def test_in_a_training_that_stops_early(self, train, tmp_path):
@@ -273,12 +300,14 @@ def test_a_new_interpreter_goes_on_from_a_killed_process(train, whole, tiny_mode
 
 
 class TestCheckpoints:
-    def make(self, folder: Path, step: int, *, complete: bool = True, finished: bool = False) -> Path:
+    def make(
+        self, folder: Path, step: int, *, complete: bool = True, best: int | None = None, finished: bool = False
+    ) -> Path:
         checkpoint = folder / f"checkpoint-{step}"
         checkpoint.mkdir(parents=True)
         (checkpoint / "optimizer.pt").write_bytes(b"state")
         if complete:
-            mark_complete(checkpoint, step, 20, finished=finished)
+            mark_complete(checkpoint, step, 20, best=best, finished=finished)
         return checkpoint
 
     def test_newest_is_the_one_with_most_steps_and_not_the_last_by_name(self, tmp_path):
@@ -302,9 +331,40 @@ class TestCheckpoints:
         assert not is_finished(self.make(tmp_path, 2))
         assert is_finished(self.make(tmp_path, 4, finished=True))
 
-    def test_keep_only_deletes_the_others_and_not_what_is_no_checkpoint(self, tmp_path):
-        for step in (2, 4, 6):
-            self.make(tmp_path, step)
+    @pytest.mark.parametrize("how", ["truncated", "missing", "flipped", "complete.json flipped", "complete.json empty"])
+    def test_a_damaged_one_is_thrown_away_with_a_warning_and_the_one_before_it_taken(self, tmp_path, how, caplog):
+        self.make(tmp_path, 2)
+        damaged = self.make(tmp_path, 4)
+        file = damaged / ("complete.json" if "complete" in how else "optimizer.pt")
+        if "flipped" in how:
+            flip_a_bit(file)
+        elif how == "missing":
+            file.unlink()
+        else:
+            file.write_bytes(file.read_bytes()[: 0 if "empty" in how else 2])
+        assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+        assert not damaged.exists()
+        assert f"{damaged} is damaged" in caplog.text
+
+    def test_swapped_ones_are_noticed(self, tmp_path):
+        two, four = self.make(tmp_path, 2), self.make(tmp_path, 4)
+        two.rename(tmp_path / "aside")
+        four.rename(two)
+        (tmp_path / "aside").rename(four)
+        assert newest_checkpoint(tmp_path) is None
+
+    def test_one_whose_best_is_lost_is_thrown_away(self, tmp_path):
+        self.make(tmp_path, 2)
+        self.make(tmp_path, 4, best=2)
+        self.make(tmp_path, 6, best=2)
+        flip_a_bit(tmp_path / "checkpoint-2" / "optimizer.pt")
+        assert newest_checkpoint(tmp_path) is None
+        assert not list(tmp_path.iterdir())
+
+    def test_the_last_two_and_the_best_of_each_are_kept_and_what_is_no_checkpoint(self, tmp_path):
+        for step, best in ((2, 2), (4, 4), (6, 6), (8, 4), (10, 10)):
+            self.make(tmp_path, step, best=best)
         (tmp_path / "log_probs.jsonl").write_text("")
-        keep_only(tmp_path, {4, 6})
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-6", "log_probs.jsonl"]
+        prune(tmp_path)
+        kept = sorted(path.name for path in tmp_path.iterdir())
+        assert kept == ["checkpoint-10", "checkpoint-4", "checkpoint-8", "log_probs.jsonl"]

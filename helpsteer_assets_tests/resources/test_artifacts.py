@@ -14,6 +14,7 @@ import pytest
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.resources import artifacts
 from helpsteer_assets.resources.artifacts import ALL, Artifact, ArtifactStore
+from helpsteer_assets.resources.locks import exclusive_lock
 
 NAME = ("scores", "0.1", "f" * 16)
 SPAWN = multiprocessing.get_context("spawn")
@@ -53,12 +54,12 @@ def test_a_finished_artifact_says_what_made_it_and_lists_its_files(store: Artifa
     assert artifact.path == store.home / "artifacts" / "scores" / "0.1" / NAME[2]
     manifest = json.loads((artifact.path / "manifest.json").read_text())
     assert manifest == artifact.manifest
-    assert manifest["schema_version"] == 1
+    assert manifest["schema_version"] == 2
     assert manifest["settings"] == {"beta": 0.1}
     assert manifest["inputs"] == {"sft_model": {"all": "a" * 16}}
     assert (manifest["seed"], manifest["metrics"], manifest["resumed"]) == (7, {"loss": 0.5}, False)
     assert {"python", "torch", "duckdb", "dagster", "helpsteer_assets"} <= manifest["versions"].keys()
-    assert {"created_at", "duration_s", "git_revision", "host", "platform"} <= manifest.keys()
+    assert {"created_at", "duration_s", "git_revision", "host", "platform", "environment"} <= manifest.keys()
     assert manifest["files"].keys() == {"scores.parquet", "adapter/config.json"}
     assert manifest["files"]["scores.parquet"]["bytes"] == 1000
     assert artifact.file("adapter/config.json").read_text() == "{}"
@@ -221,12 +222,52 @@ def test_an_unchanged_file_is_hashed_once_per_process(store: ArtifactStore, monk
 
 def test_a_manifest_of_a_newer_version_is_refused_and_left_alone(store: ArtifactStore) -> None:
     artifact, _ = make(store)
-    (artifact.path / "manifest.json").write_text(json.dumps({**artifact.manifest, "schema_version": 2}))
+    (artifact.path / "manifest.json").write_text(json.dumps({**artifact.manifest, "schema_version": 3}))
 
     for use in (lambda: store.find(*NAME), lambda: store.get(*NAME), lambda: make(store)):
-        with pytest.raises(HelpsteerError, match=r"manifest.json was written by a newer .*schema_version 2.*upgrade"):
+        with pytest.raises(HelpsteerError, match=r"manifest.json was written by a newer .*schema_version 3.*upgrade"):
             use()
     assert artifact.path.exists()
+
+
+def test_a_manifest_of_the_version_before_is_read(store: ArtifactStore) -> None:
+    artifact, _ = make(store)
+    earlier = {k: v for k, v in artifact.manifest.items() if k not in ("sha256", "environment")} | {"schema_version": 1}
+    (artifact.path / "manifest.json").write_text(json.dumps(earlier))
+
+    found = store.get(*NAME)
+
+    assert found is not None and found.manifest == earlier
+    assert make(store, must_not_compute)[1]
+
+
+def test_a_manifest_in_which_one_number_changed_is_damaged(store: ArtifactStore, caplog: Any) -> None:
+    artifact, _ = make(store)
+    file = artifact.path / "manifest.json"
+    file.write_text(file.read_text().replace('"loss": 0.5', '"loss": 0.4'))
+
+    assert store.find(*NAME) is None
+    assert make(store)[1] is False
+    assert "manifest.json does not match its own digest" in caplog.text
+
+
+def test_a_manifest_tells_what_could_change_the_last_bits(store: ArtifactStore) -> None:
+    import torch
+
+    artifact, _ = make(store)
+    environment = artifact.manifest["environment"]
+    assert environment["threads"] == torch.get_num_threads()
+    assert environment["device"] == "cpu" and environment["processor"] and environment["instructions"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_result_that_is_not_finite_is_named(store: ArtifactStore, value: float) -> None:
+    def compute(folder: Path) -> dict[str, Any]:
+        return {"history": [{"loss": 0.5}, {"loss": value}]}
+
+    with pytest.raises(HelpsteerError, match=rf"scores 0.1: history.1.loss is {value}"):
+        make(store, compute)
+    assert store.get(*NAME) is None
 
 
 @pytest.mark.parametrize("bad", ["", "..", ".", "a/b", "/", "a\\b", ".hidden", "nul\0"])
@@ -253,6 +294,36 @@ def test_a_full_disk_is_an_error_that_names_the_folder(store: ArtifactStore) -> 
     with pytest.raises(HelpsteerError, match=r"cannot write .*\.partial: No space left on device; free some") as caught:
         make(store, compute)
     assert isinstance(caught.value.__cause__, OSError)
+
+
+def tell_in_its_own_words(partial: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError
+
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def write_where_it_may_not(partial: Path) -> dict[str, Any]:
+    raise PermissionError(errno.EACCES, "Permission denied", str(partial / "checkpoints" / "optimizer.pt"))
+
+
+@pytest.mark.parametrize(
+    ("compute", "said"),
+    [
+        (tell_in_its_own_words, r"cannot write .*\.partial: No space left on device; free some"),
+        (write_where_it_may_not, r"cannot write .*optimizer\.pt: Permission denied; make it accessible"),
+    ],
+)
+def test_so_is_what_a_library_makes_of_it(store: ArtifactStore, compute: Any, said: str) -> None:
+    with pytest.raises(HelpsteerError, match=said):
+        make(store, compute)
+
+
+def test_a_file_elsewhere_that_cannot_be_read_is_not_the_home_s_fault(store: ArtifactStore, tmp_path: Path) -> None:
+    def compute(partial: Path) -> dict[str, Any]:
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "ratings.jsonl"))
+
+    with pytest.raises(PermissionError):
+        make(store, compute)
 
 
 def test_another_error_of_the_computation_is_not_renamed(store: ArtifactStore) -> None:
@@ -379,6 +450,6 @@ def test_a_killed_process_frees_its_artifact_and_a_waiting_one_takes_it_up(store
 def test_a_reader_that_meets_damage_while_it_is_being_repaired_leaves_it_alone(store: ArtifactStore) -> None:
     artifact, _ = make(store)
     truncate(artifact)
-    with artifacts.exclusive_lock(store.locks / NAME[0] / NAME[1] / f"{NAME[2]}.lock"):
+    with exclusive_lock(store.locks / NAME[0] / NAME[1] / f"{NAME[2]}.lock"):
         assert store.get(*NAME) is None
     assert artifact.path.exists()

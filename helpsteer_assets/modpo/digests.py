@@ -1,0 +1,24 @@
+"""JSON that vouches for itself: a flipped bit on the disk is noticed before its content is believed."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+SEAL = "sha256"
+"""Key of the digest of everything beside it."""
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content, as JSON gives it back, with its own digest; numbers must be finite."""
+    content = json.loads(json.dumps(content, allow_nan=False))
+    return {**content, SEAL: _digest(content)}
+
+
+def is_intact(content: Mapping[str, Any]) -> bool:
+    """Whether the content, as read back from JSON, is what was sealed."""
+    return content.get(SEAL) == _digest({key: value for key, value in content.items() if key != SEAL})
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
