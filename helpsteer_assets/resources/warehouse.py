@@ -14,9 +14,12 @@ record already published do nothing.
 import hashlib
 import json
 import logging
+import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,7 +30,8 @@ import duckdb
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.attributes import ATTRIBUTES, OVERALL
 from helpsteer_assets.resources.artifacts import ALL
-from helpsteer_assets.resources.files import checked_name, exclusive_lock, readable_os_errors, sync, write_atomically
+from helpsteer_assets.resources.files import checked_name, readable_os_errors, sync, write_atomically
+from helpsteer_assets.resources.locks import exclusive_lock
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +64,8 @@ class Table:
     """What a row is; published as COMMENT ON TABLE."""
     assets: tuple[str, ...]
     """The assets whose Parquet files fill it."""
+    key: tuple[str, ...]
+    """The columns that tell its rows apart."""
     columns: tuple[Column, ...]
 
 
@@ -108,18 +114,21 @@ _DECLARED = (
         "preference_pairs",
         "One row per pair of responses to one prompt that differ in the preference attribute",
         ("preference_pairs",),
+        ("experiment", "pair_id"),
         _pair_columns(),
     ),
     Table(
         "margin_pairs",
         "One row per pair of responses to one prompt that differ in the margin attribute",
         ("margin_pairs",),
+        ("experiment", "pair_id"),
         _pair_columns(),
     ),
     Table(
         "reference_log_probs",
         "One row per unique prompt and response of the pairs: log-probability under the SFT model",
         ("reference_log_probs",),
+        ("experiment", "prompt_id", "response_id"),
         (
             EXPERIMENT,
             Column("prompt_id", "VARCHAR", _PROMPT_ID),
@@ -134,6 +143,7 @@ _DECLARED = (
         "margin_rewards",
         "One row per unique prompt and response of the preference pairs: the margin, unscaled",
         ("margin_rewards",),
+        ("experiment", "prompt_id", "response_id"),
         (
             EXPERIMENT,
             Column("prompt_id", "VARCHAR", _PROMPT_ID),
@@ -151,6 +161,7 @@ _DECLARED = (
         "generations",
         "One row per policy and evaluation prompt: the response it generated",
         ("sft_generations", "generations"),
+        ("experiment", "policy", "w", "prompt_id"),
         (
             EXPERIMENT,
             Column("policy", "VARCHAR", _POLICY, "entry.policy"),
@@ -168,6 +179,7 @@ _DECLARED = (
         "scores",
         "One row per policy and evaluation prompt: the scores of its response",
         ("sft_scores", "scores"),
+        ("experiment", "policy", "w", "prompt_id"),
         (
             EXPERIMENT,
             Column("policy", "VARCHAR", _POLICY),
@@ -200,6 +212,7 @@ _DECLARED = (
         "score_summary",
         "One row per policy and measure: mean over the evaluation prompts, with 95% bootstrap intervals",
         ("score_summary",),
+        ("experiment", "policy", "w", "measure"),
         (
             EXPERIMENT,
             Column("policy", "VARCHAR", _POLICY),
@@ -223,6 +236,7 @@ _MATERIALIZATIONS = Table(
     "materializations",
     "One row per experiment, asset and partition: its latest materialization",
     (),
+    ("experiment", "asset", "partition"),
     (
         EXPERIMENT,
         Column("asset", "VARCHAR", "asset", "entry.asset"),
@@ -261,8 +275,27 @@ _SCHEMA_VERSION = 1
 _STORAGE = {"storage_compatibility_version": "v1.4.0"}
 """DuckDB 2 writes by default what no DuckDB 1 opens, and people's shells and tools are older than our pin. Before 1.4
 the format does not tell whose write-ahead log lies beside a file: another file's would be applied unnoticed."""
-_READER = {"enable_external_access": False, "lock_configuration": True, "python_enable_replacements": False}
-"""SQL from a person reads the warehouse: no files, no network, no Python variables."""
+_ENTRY_TYPES = {
+    "fingerprint": str,
+    "path": str,
+    "run_id": str,
+    "materialized_at": str,
+    "reused": bool,
+    "table": str | None,
+    "parquet": str | None,
+    "constants": dict,
+}
+"""What a registry entry holds, besides its version and what its place says too."""
+_DAMAGED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What reading a damaged registry entry raises."""
+_READER = {
+    "python_enable_replacements": False,
+    "autoinstall_known_extensions": False,
+    "autoload_known_extensions": False,
+}
+QUERY_MEMORY, QUERY_SPILL, QUERY_ROWS = "2GB", "16GB", 1_000_000
+"""Limits of a query: DuckDB's memory, its temporary files beyond that, and rows of the result."""
+_LIMITS = f"{QUERY_MEMORY} of memory, {QUERY_SPILL} of temporary files and {QUERY_ROWS:,} rows"
 
 
 class Warehouse:
@@ -314,11 +347,10 @@ class Warehouse:
             "parquet": None if parquet is None else self._portable(parquet),
             "constants": constants,
         }
-        folder = self.registry / checked_name("experiment", experiment) / checked_name("asset", asset)
-        file = folder / f"{checked_name('partition', ALL if partition is None else partition)}.json"
+        file = self._entry_file(experiment, asset, ALL if partition is None else partition)
         self._check(entry)
         with readable_os_errors("write", file):
-            folder.mkdir(parents=True, exist_ok=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(file, json.dumps(entry, indent=2) + "\n")
             if table == "scores":
                 self._rescale_reference(experiment, constants)
@@ -332,7 +364,7 @@ class Warehouse:
         """
         entry = self.latest(experiment, "sft_scores", ALL)
         if entry is not None and entry["constants"] != constants and set(entry["constants"]) == set(constants):
-            file = self.registry / experiment / "sft_scores" / f"{ALL}.json"
+            file = self._entry_file(experiment, "sft_scores", ALL)
             write_atomically(file, json.dumps(entry | {"constants": constants}, indent=2) + "\n")
 
     def forget_others(self, experiment: str, known: set[tuple[str, str]]) -> None:
@@ -344,12 +376,20 @@ class Warehouse:
         """
         for file in (self.registry / checked_name("experiment", experiment)).glob("*/*.json"):
             if (file.parent.name, file.stem) not in known and not file.name.startswith("."):
-                file.unlink(missing_ok=True)
+                with readable_os_errors("remove", file):
+                    file.unlink(missing_ok=True)
 
     def latest(self, experiment: str, asset: str, partition: str) -> dict[str, Any] | None:
-        """The latest materialization that was recorded: fingerprint, run_id, ...; None where there is none."""
-        entry = _read_json(self.registry / experiment / asset / f"{partition}.json")
-        return entry if isinstance(entry, dict) and "fingerprint" in entry else None
+        """The latest materialization that was recorded: fingerprint, run_id, ...; None where there is none.
+
+        A damaged record is none. Raises HelpsteerError for one of a newer version of this package.
+        """
+        file = self._entry_file(experiment, asset, partition)
+        with readable_os_errors("read", file):
+            try:
+                return _read_entry(file.read_bytes(), file)
+            except (FileNotFoundError, *_DAMAGED):
+                return None
 
     def publish(self) -> Path:
         """Publishes the registry as it stands, unless that has been done; returns the database's path.
@@ -358,10 +398,13 @@ class Warehouse:
         cannot, is left out with a warning.
         """
         with exclusive_lock(self.folder / "publish.lock"), readable_os_errors("publish", self.path):
-            entries, state = self._read_registry()
+            entries, unreadable, state = self._read_registry()
+            for problem in unreadable:
+                logger.warning("%s", problem)
             marker = self.folder / "published.json"
             touched = any(self.folder.glob(f"{self.path.name}.wal*"))
-            if not touched and _read_json(marker) == {"registry": state, "database": _identity(self.path)}:
+            # By its content: a disk that changed some of it has not changed the file's times.
+            if not touched and _read_json(marker) == {"registry": state, "database": _sha256(self.path)}:
                 return self.path
             # Only a publisher that died leaves files of this name while we hold the lock.
             for leftover in self.folder.glob(".publish-*"):
@@ -369,11 +412,12 @@ class Warehouse:
             building = Path(tempfile.mkdtemp(prefix=".publish-", dir=self.folder))
             new = building / self.path.name
             try:
-                _build(new, entries)
+                for problem in _build(new, entries):
+                    logger.warning("%s", problem)
             except duckdb.Error as error:
                 raise HelpsteerError(f"cannot publish {self.path}: {error}") from error
             sync(new)
-            published = {"registry": state, "database": _identity(new)}
+            published = {"registry": state, "database": _sha256(new)}
             # A write-ahead log beside the published file is that of a person who opened it for writing. It does not
             # fit the new file, which could not be opened beside it.
             for log in self.folder.glob(f"{self.path.name}.wal*"):
@@ -387,27 +431,65 @@ class Warehouse:
     def query(self, sql: str) -> tuple[list[str], list[tuple[Any, ...]]]:
         """Runs SQL on the published tables; returns the column names and the rows of the last statement.
 
-        Read-only, without access to files or network. Works while someone has the database open, for writing too.
-        Raises HelpsteerError where nothing is published yet, and with DuckDB's message where the SQL is wrong.
+        Read-only, without access to files, network or extensions, within `QUERY_MEMORY`, `QUERY_SPILL` and
+        `QUERY_ROWS`. Works while someone has the database open, for writing too, and in a home that cannot be written
+        to. Raises HelpsteerError where nothing is published yet, where the database is damaged, and with DuckDB's
+        message where the SQL is wrong.
         """
         if not self.path.exists():
             raise HelpsteerError(f"{self.path} does not exist: nothing materialized yet; run `helpsteer run`")
         try:
-            connection = duckdb.connect(self.path, read_only=True, config=_READER)
+            sql.encode()
+        except UnicodeEncodeError as error:
+            raise HelpsteerError(f"the query is not valid Unicode: {error}") from error
+        with _temporary_folder() as folder:
+            return _run(self._connect(folder), sql, self.path)
+
+    def _connect(self, folder: Path) -> duckdb.DuckDBPyConnection:
+        """The published database, ready for SQL from a person, with `folder` for temporary files."""
+        try:
+            return _open_reader(self.path, folder)
         except duckdb.Error:
             # Someone holds it open for writing, or wrote to it before the last publication and left a write-ahead log
             # that fits no more. Neither concerns a copy of the file under another name.
-            with (
-                tempfile.TemporaryDirectory(prefix="helpsteer-query-") as folder,
-                readable_os_errors("copy", self.path),
-            ):
-                copy = shutil.copyfile(self.path, Path(folder) / self.path.name)
-                try:
-                    connection = duckdb.connect(copy, read_only=True, config=_READER)
-                except duckdb.Error as error:
-                    raise HelpsteerError(f"cannot open {self.path}: {error}") from error
-                return _run(connection, sql)
-        return _run(connection, sql)
+            with readable_os_errors("copy", self.path):
+                copy = shutil.copyfile(self.path, folder / self.path.name)
+            try:
+                return _open_reader(copy, folder)
+            except duckdb.Error as error:
+                raise HelpsteerError(_damaged(self.path, error)) from error
+
+    def entries(self) -> tuple[list[dict[str, Any]], list[str]]:
+        """Every latest materialization that was recorded, its paths absolute; and why others cannot be read."""
+        with readable_os_errors("read", self.registry):
+            entries, unreadable, _ = self._read_registry()
+        return entries, unreadable
+
+    def disagreements(self) -> list[str]:
+        """How the published tables differ from what the registry and its Parquet files say: one line each.
+
+        Every row is compared, so that all of the database is read. Changes nothing, and works in a home that cannot
+        be written to. The path in `materializations` is that of the home where it was published, and not compared.
+        """
+        with _temporary_folder() as folder, readable_os_errors("read", self.folder):
+            entries, _, state = self._read_registry()
+            if not self.path.exists():
+                return [f"{self.path} does not exist; the next `helpsteer run` publishes it"] if entries else []
+            expected, published = folder / "expected.duckdb", folder / "published.duckdb"
+            shutil.copyfile(self.path, published)
+            found = _build(expected, entries)
+            try:
+                found += _compare(expected, published, folder)
+            except duckdb.Error as error:
+                return [*found, _damaged(self.path, error)]
+            marker = _read_json(self.folder / "published.json")
+        if found and not (isinstance(marker, dict) and marker.get("registry") == state):
+            found.append(f"{self.path} was published before the registry's last change, or the home was copied")
+        return found
+
+    def _entry_file(self, experiment: str, asset: str, partition: str) -> Path:
+        folder = self.registry / checked_name("experiment", experiment) / checked_name("asset", asset)
+        return folder / f"{checked_name('partition', partition)}.json"
 
     def _portable(self, path: Path) -> str:
         """The path relative to the home if it lies there, so that a home can be moved; else absolute."""
@@ -416,8 +498,7 @@ class Warehouse:
 
     def _resolved(self, entry: dict[str, Any]) -> dict[str, Any]:
         parquet = entry["parquet"]
-        return {
-            **entry,
+        return entry | {
             "path": str(self.home / entry["path"]),
             "parquet": None if parquet is None else str(self.home / parquet),
         }
@@ -446,33 +527,54 @@ class Warehouse:
                     f"{resolved['parquet']} cannot become table {name}; materialize {entry['asset']} again: {error}"
                 ) from error
 
-    def _read_registry(self) -> tuple[list[dict[str, Any]], str]:
-        """All readable entries, paths absolute, and a digest of all that the published tables are made from."""
+    def _read_registry(self) -> tuple[list[dict[str, Any]], list[str], str]:
+        """All readable entries, paths absolute; why others are not; a digest of all that the tables are made from."""
         digest = hashlib.sha256(repr((_SCHEMA_VERSION, TABLES, duckdb.__version__, str(self.home))).encode())
-        entries = []
+        entries, unreadable = [], []
         for file in sorted(self.registry.glob("*/*/*.json")):
             if file.name.startswith("."):
                 continue  # being written
-            text = file.read_bytes()
-            digest.update(repr((str(file), text)).encode())
+            content = file.read_bytes()
+            digest.update(repr((str(file), content)).encode())
             try:
-                entry = self._resolved(json.loads(text))
-                if entry["schema_version"] != _SCHEMA_VERSION:
-                    raise ValueError(f"schema_version {entry['schema_version']} instead of {_SCHEMA_VERSION}")
-                _parameters(entry)
-                _ = None if entry["table"] is None else TABLES[entry["table"]]
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                logger.warning(
-                    "%s is unreadable and left out of the warehouse (%s: %s): remove it or materialize again",
-                    file,
-                    type(error).__name__,
-                    error,
+                entry = self._resolved(_read_entry(content, file))
+            except _DAMAGED as error:
+                unreadable.append(
+                    f"{file} is unreadable and left out of the warehouse ({type(error).__name__}: {error}): remove it "
+                    "or materialize again"
                 )
                 continue
             if entry["parquet"] is not None:
                 digest.update(repr(_identity(Path(entry["parquet"]))).encode())
             entries.append(entry)
-        return entries, digest.hexdigest()
+        return entries, unreadable, digest.hexdigest()
+
+
+def _read_entry(content: bytes, file: Path) -> dict[str, Any]:
+    """A registry entry from the content of its file; one of `_DAMAGED` where it is none.
+
+    Raises HelpsteerError for an entry of a newer version, whose rows must not go missing from the tables.
+    """
+    entry = json.loads(content)
+    version = entry["schema_version"]
+    if isinstance(version, int) and version > _SCHEMA_VERSION:
+        raise HelpsteerError(
+            f"{file} was written by a newer helpsteer_assets (schema_version {version}, this one reads "
+            f"{_SCHEMA_VERSION}): upgrade helpsteer_assets, or set HELPSTEER_HOME to another folder"
+        )
+    if version != _SCHEMA_VERSION:
+        raise ValueError(f"schema_version {version!r} instead of {_SCHEMA_VERSION}")
+    stated = (entry["experiment"], entry["asset"], ALL if entry["partition"] is None else entry["partition"])
+    if stated != (file.parent.parent.name, file.parent.name, file.stem):
+        raise ValueError(f"it is that of {'/'.join(map(str, stated))}")
+    for name, kind in _ENTRY_TYPES.items():
+        if not isinstance(entry[name], kind):
+            raise TypeError(f"{name} is {entry[name]!r}")
+    datetime.fromisoformat(entry["materialized_at"])
+    json.dumps(entry, ensure_ascii=False).encode()  # a lone surrogate is no text for DuckDB
+    if entry["table"] is not None and (entry["table"] not in TABLES or entry["parquet"] is None):
+        raise ValueError(f"table {entry['table']!r} of {entry['parquet']!r}")
+    return entry
 
 
 def _identity(path: Path) -> list[int] | None:
@@ -484,43 +586,85 @@ def _identity(path: Path) -> list[int] | None:
     return [status.st_ino, status.st_size, status.st_mtime_ns]
 
 
-def _build(path: Path, entries: list[dict[str, Any]]) -> None:
-    """Writes a new database with all tables, their comments and the entries' rows."""
+def _sha256(path: Path) -> str | None:
+    """Of a file's content; None for a missing file."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        return None
+
+
+def _build(path: Path, entries: list[dict[str, Any]]) -> list[str]:
+    """Writes a new database with all tables, their comments and the entries' rows; returns why some are left out."""
+    left_out = []
     with duckdb.connect(path, config=_STORAGE) as connection:
         definitions = [statement for table in TABLES.values() for statement in _definition(table)]
         connection.execute(";".join(["BEGIN", *definitions, "COMMIT"]))
-        published = []
         for entry in entries:
-            parameters = _parameters(entry)
-            if entry["table"] is not None:
-                table = TABLES[entry["table"]]
-                try:
-                    connection.execute(f"INSERT INTO {_identifier(table.name)} BY NAME {_select(table)}", parameters)
-                except duckdb.Error as error:
-                    if not _is_about_data(error, entry["parquet"]):
-                        raise
-                    logger.warning(
-                        "%s is left out of table %s: %s; materialize %s again",
-                        entry["parquet"],
-                        table.name,
-                        str(error).splitlines()[0],
-                        entry["asset"],
-                    )
-                    continue
-            del parameters["parquet"]
-            published.append(parameters)
-        columns = ", ".join(column.sql for column in _MATERIALIZATIONS.columns)
-        connection.execute("BEGIN")
-        for parameters in published:
-            connection.execute(
-                f"INSERT INTO {_MATERIALIZATIONS.name} BY NAME SELECT {columns} FROM {_ENTRY_ROW}", parameters
-            )
-        connection.execute("COMMIT")
+            connection.execute("BEGIN")
+            try:
+                _insert(connection, entry)
+                connection.execute("COMMIT")
+            except duckdb.Error as error:
+                if not _is_about_data(error, entry):
+                    raise
+                connection.execute("ROLLBACK")
+                left_out.append(
+                    f"{entry['parquet'] or entry['path']} is left out of table {entry['table'] or _MATERIALIZATIONS.name}"
+                    f": {str(error).splitlines()[0]}; materialize {entry['asset']} again"
+                )
+    return left_out
 
 
-def _is_about_data(error: duckdb.Error, parquet: str) -> bool:
+def _insert(connection: duckdb.DuckDBPyConnection, entry: dict[str, Any]) -> None:
+    """Inserts an entry's rows and its own."""
+    parameters = _parameters(entry)
+    if entry["table"] is not None:
+        table = TABLES[entry["table"]]
+        connection.execute(f"INSERT INTO {_identifier(table.name)} BY NAME {_select(table)}", parameters)
+    del parameters["parquet"]
+    columns = ", ".join(column.sql for column in _MATERIALIZATIONS.columns)
+    connection.execute(f"INSERT INTO {_MATERIALIZATIONS.name} BY NAME SELECT {columns} FROM {_ENTRY_ROW}", parameters)
+
+
+def _is_about_data(error: duckdb.Error, entry: dict[str, Any]) -> bool:
     """Whether a Parquet file is to blame for the error, and not the place the new database is written to."""
-    return not isinstance(error, duckdb.IOException | duckdb.OutOfMemoryException) or parquet in str(error)
+    about_place = isinstance(error, duckdb.IOException | duckdb.OutOfMemoryException)
+    return not about_place or (entry["parquet"] is not None and _parameters(entry)["parquet"] in str(error))
+
+
+def _compare(expected: Path, published: Path, folder: Path) -> list[str]:
+    """How the tables of two databases differ, and where the published ones have a row twice."""
+    from helpsteer_assets.modpo.tables import database
+
+    found = []
+    with database(folder) as connection:
+        for name, path in (("expected", expected), ("published", published)):
+            connection.execute(f"ATTACH {_literal(str(path))} AS {name} (READ_ONLY)")
+        columns = "SELECT table_name, column_name, data_type, comment FROM duckdb_columns() WHERE database_name = ?"
+        described = [set(connection.execute(columns, [name]).fetchall()) for name in ("expected", "published")]
+        if described[0] != described[1]:
+            return ["its tables are those of another version of helpsteer_assets"]
+        for table in TABLES.values():
+            name = _identifier(table.name)
+            compared = "* EXCLUDE (path)" if table == _MATERIALIZATIONS else "*"
+            here, there = (f"SELECT {compared} FROM {database}.{name}" for database in ("published", "expected"))
+            alien, missing, doubled = (
+                connection.execute(f"SELECT count(*) FROM ({sql})").fetchone()[0]
+                for sql in (
+                    f"{here} EXCEPT ALL {there}",
+                    f"{there} EXCEPT ALL {here}",
+                    f"SELECT 1 FROM published.{name} GROUP BY {', '.join(table.key)} HAVING count(*) > 1",
+                )
+            )
+            if alien or missing:
+                found.append(
+                    f"table {table.name}: {alien} rows are in no artifact, {missing} rows of artifacts are missing"
+                )
+            if doubled:
+                found.append(f"table {table.name}: {doubled} rows are there twice, by {', '.join(table.key)}")
+    return found
 
 
 def _definition(table: Table) -> Iterator[str]:
@@ -543,27 +687,95 @@ def _select(table: Table) -> str:
 
 def _parameters(entry: dict[str, Any]) -> dict[str, Any]:
     """The values of `_ENTRY` and of `$parquet`."""
-    constants = dict(entry["constants"])
+    from helpsteer_assets.modpo.tables import literal_path
+
+    parquet = None if entry["parquet"] is None else literal_path(Path(entry["parquet"]))
     own = {name: entry[name] for name in _ENTRY if name in entry}
-    return {"parquet": entry["parquet"], **{name: constants.get(name) for name in _ENTRY}, **own}
+    return {"parquet": parquet, **{name: entry["constants"].get(name) for name in _ENTRY}, **own}
 
 
-def _run(connection: duckdb.DuckDBPyConnection, sql: str) -> tuple[list[str], list[tuple[Any, ...]]]:
-    with connection:
+@contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    """A folder outside the home, which may be read-only or short of space; gone afterwards."""
+    with (
+        readable_os_errors("make a folder for temporary files (TMPDIR says where) in", Path("/tmp")),
+        tempfile.TemporaryDirectory(prefix="helpsteer-query-", ignore_cleanup_errors=True) as folder,
+    ):
+        yield Path(folder)
+
+
+def _open_reader(path: Path, folder: Path) -> duckdb.DuckDBPyConnection:
+    """A database for SQL from a person: no files, no network, no extensions, no Python variables, bounded memory."""
+    connection = duckdb.connect(path, read_only=True, config=_READER)
+    try:
+        # In this order. As options of the connection their order would be DuckDB's, which then refuses some.
+        connection.execute(
+            f"SET memory_limit = '{QUERY_MEMORY}'; SET temp_directory = {_literal(str(folder))}; "
+            f"SET max_temp_directory_size = '{QUERY_SPILL}'; "
+            "SET enable_external_access = false; SET lock_configuration = true"
+        )
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _run(connection: duckdb.DuckDBPyConnection, sql: str, path: Path) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """Runs SQL in a thread of its own, for in the main thread DuckDB would not always hear Ctrl-C."""
+    outcome: list[tuple[list[str], list[tuple[Any, ...]]] | Exception] = []
+
+    def work() -> None:
         try:
-            connection.execute(sql)
-            if connection.description is None:
-                raise HelpsteerError("the query is empty; try `SELECT * FROM materializations`")
-            return [column[0] for column in connection.description], connection.fetchall()
-        except duckdb.Error as error:
-            message = str(error)
-            if "read-only mode" in message:
-                message = (
-                    f"the warehouse is read-only: it is published from the artifacts and never written to ({message})"
-                )
-            elif "disabled by configuration" in message or "disabled through configuration" in message:
-                message = f"a query reads the warehouse's tables only, no files and no extensions ({message})"
-            raise HelpsteerError(message) from error
+            outcome.append(_fetch(connection, sql))
+        except Exception as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        thread.join()
+    except KeyboardInterrupt:
+        connection.interrupt()
+        raise
+    connection.close()
+    (result,) = outcome
+    if isinstance(result, duckdb.Error):
+        raise HelpsteerError(_explained(result, path)) from result
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def _fetch(connection: duckdb.DuckDBPyConnection, sql: str) -> tuple[list[str], list[tuple[Any, ...]]]:
+    connection.execute(sql)
+    if connection.description is None:
+        raise HelpsteerError("the query is empty; try `SELECT * FROM materializations`")
+    names = [column[0] for column in connection.description]
+    rows = connection.fetchmany(QUERY_ROWS + 1)
+    if len(rows) > QUERY_ROWS:
+        raise HelpsteerError(f"the result has more than {QUERY_ROWS:,} rows; narrow it, by LIMIT for example")
+    return names, rows
+
+
+def _explained(error: duckdb.Error, path: Path) -> str:
+    """DuckDB's message, with what it means here where that is not what it says."""
+    message = str(error)
+    if "read-only mode" in message:
+        return f"the warehouse is read-only: it is published from the artifacts and never written to ({message})"
+    if "disabled by configuration" in message or "disabled through configuration" in message:
+        return f"a query reads the warehouse's tables only, no files and no extensions ({message})"
+    if isinstance(error, duckdb.OutOfMemoryException):
+        return f"the query needs more than it may have ({_LIMITS}): narrow it ({message.splitlines()[0]})"
+    if isinstance(error, duckdb.IOException) or "Corrupt database file" in message:
+        return _damaged(path, error)
+    return message
+
+
+def _damaged(path: Path, error: duckdb.Error) -> str:
+    return (
+        f"{path} cannot be read ({str(error).splitlines()[0]}): the next `helpsteer run` publishes it anew, from the "
+        "artifacts"
+    )
 
 
 def _read_json(path: Path) -> object:
