@@ -43,6 +43,24 @@ def recover_dead_runs(instance: dg.DagsterInstance, home: Path, announce: Callab
                 announce(f"run {run.run_id} died; what it had finished is reused, and its checkpoints are gone on from")
                 instance.report_run_failed(run, "The process of this run died.")
                 _lock(home, name).unlink(missing_ok=True)
+    _free_slots(instance)
+    storage = instance.event_log_storage
+    for pool in storage.get_concurrency_keys():
+        held = storage.get_concurrency_info(pool)
+        if held.claimed_slots and len(held.claimed_slots) >= held.slot_count:
+            holders = ", ".join(sorted({slot.run_id for slot in held.claimed_slots}))
+            announce(f"pool {pool} is full: waiting for run {holders} (Deployment > Concurrency in the UI shows it)")
+
+
+def cancel_runs(instance: dg.DagsterInstance, tags: dict[str, str]) -> None:
+    """End the runs of this process, which is about to end, as canceled, and free their slots."""
+    for run in instance.get_runs(filters=dg.RunsFilter(statuses=_UNFINISHED, tags=tags)):
+        instance.report_run_canceled(run, "The process of this run was interrupted.")
+    _free_slots(instance)
+
+
+def _free_slots(instance: dg.DagsterInstance) -> None:
+    """Free the pool slots of runs that have ended."""
     storage = instance.event_log_storage
     for pool in storage.get_concurrency_keys():
         held = storage.get_concurrency_info(pool)
@@ -50,10 +68,6 @@ def recover_dead_runs(instance: dg.DagsterInstance, home: Path, announce: Callab
             run = instance.get_run_by_id(run_id)
             if run is None or run.is_finished:
                 storage.free_concurrency_slots_for_run(run_id)
-        held = storage.get_concurrency_info(pool)
-        if held.claimed_slots and len(held.claimed_slots) >= held.slot_count:
-            holders = ", ".join(sorted({slot.run_id for slot in held.claimed_slots}))
-            announce(f"pool {pool} is full: waiting for run {holders} (Deployment > Concurrency in the UI shows it)")
 
 
 def _lock(home: Path, name: str) -> Path:

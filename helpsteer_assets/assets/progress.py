@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import TextIO
 
@@ -26,10 +27,12 @@ class Console:
 
     def say(self, message: str) -> None:
         """Write a line, above the bar where one is drawn."""
-        if self.terminal is not None and self._out.isatty():
-            tqdm.write(message, file=self.terminal)
-        else:
-            print(message, file=self._out, flush=True)
+        # Whoever closes the terminal, or the other end of a pipe, does not want the work to end for that.
+        with suppress(OSError):
+            if self.terminal is not None and self._out.isatty():
+                tqdm.write(message, file=self.terminal)
+            else:
+                print(message, file=self._out, flush=True)
 
 
 class ProgressReporter:

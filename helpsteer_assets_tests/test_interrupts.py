@@ -1,0 +1,140 @@
+"""Signals end a run in words, wherever its main thread is."""
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from helpsteer_assets.interrupts import ends_on_signal
+
+ROOT = Path(__file__).parents[1]
+PROGRAM = """
+import signal, sys, time
+from helpsteer_assets.interrupts import ends_on_signal
+
+def raise_it(*_):
+    raise RuntimeError("as Dagster does")
+
+def leave(what):
+    print(what, flush=True)
+    time.sleep({leaving})
+    print("left", flush=True)
+
+with ends_on_signal(leave):
+    # Dagster puts handlers of its own in place of whatever is there.
+    signal.signal(signal.SIGINT, raise_it)
+    print("ready", flush=True)
+    try:
+        {main}
+    except RuntimeError:
+        print("main thread goes on", flush=True)
+print("main thread at its end", flush=True)
+"""
+WAITING = "time.sleep(60)"
+
+
+def start(main: str = WAITING, leaving: float = 0.3, **how: object) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.format(main=main, leaving=leaving)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        **how,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (signal.SIGINT, "interrupted"),
+        (signal.SIGTERM, "told to end"),
+        (signal.SIGHUP, "its terminal was closed"),
+    ],
+)
+def test_each_signal_ends_the_process_in_words_whatever_the_main_thread_makes_of_it(number: int, words: str) -> None:
+    process = start()
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    lines = said.splitlines()
+    assert words in lines and lines[-1] == "left"
+    assert "main thread at its end" not in lines
+    assert process.returncode == 128 + number
+
+
+def test_a_main_thread_that_is_deep_in_a_library_is_no_obstacle() -> None:
+    process = start(main="__import__('hashlib').pbkdf2_hmac('sha256', b'', b'', 10**10)")  # hours in C
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert said.splitlines() == ["told to end", "left"]
+    assert process.returncode == 143
+
+
+def test_the_second_signal_ends_it_at_once() -> None:
+    process = start(leaving=600)
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout is not None and process.stdout.readline() == "told to end\n"
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert said == ""
+    assert process.returncode == 143
+
+
+def test_what_was_ignored_stays_ignored() -> None:
+    process = start(main="time.sleep(1)", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process.send_signal(signal.SIGHUP)
+    said, _ = process.communicate(timeout=60)
+    assert said == "main thread at its end\n"
+    assert process.returncode == 0
+
+
+def test_it_ends_with_nobody_left_to_tell() -> None:
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.format(main=WAITING, leaving=0)],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+    )
+    os.close(theirs)
+    assert os.read(ours, 5) == b"ready"
+    os.close(ours)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=60) == 129
+
+
+def test_afterwards_signals_are_what_they_were() -> None:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = threading.active_count()
+    with ends_on_signal(lambda what: None):
+        assert signal.getsignal(signal.SIGTERM) != handlers[signal.SIGTERM]
+    assert {number: signal.getsignal(number) for number in handlers} == handlers
+    deadline = time.monotonic() + 60
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
+
+
+def test_outside_the_main_thread_it_does_nothing() -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    seen = []
+
+    def work() -> None:
+        with ends_on_signal(lambda what: None):
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [handler]
