@@ -16,6 +16,7 @@ _SIGNALS = {
     signal.SIGTERM: "told to end",
     signal.SIGHUP: "its terminal was closed",
 }
+_END = b"\0"
 
 
 @contextmanager
@@ -26,36 +27,35 @@ def ends_on_signal(leave: Callable[[str], None]) -> Iterator[None]:
     signal ends the process at once. A signal that was ignored stays so (`nohup`). Without effect outside the main
     thread, which signals are handled in.
     """
-    leaving = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     before = {number: signal.getsignal(number) for number in _SIGNALS}
+    answering = threading.Thread(target=_answer, args=(reading, leave), name="signals", daemon=True)
+    answering.start()
     # The kernel's signals reach the pipe whatever handlers Dagster puts in place of these.
     woken = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, lambda *_: None)
-    threading.Thread(target=_answer, args=(reading, leave, leaving), name="signals", daemon=True).start()
     try:
         yield
     finally:
-        if leaving.is_set():
-            threading.Event().wait()  # for the end
+        os.write(writing, _END)
+        answering.join()  # for ever, if a signal came before the end
         signal.set_wakeup_fd(woken)
         for number, handler in before.items():
             signal.signal(number, handler)
-        os.close(writing)  # which ends the thread
+        os.close(writing)
+        os.close(reading)
 
 
-def _answer(reading: int, leave: Callable[[str], None], leaving: threading.Event) -> None:
+def _answer(reading: int, leave: Callable[[str], None]) -> None:
     first = _next(reading)
     if first is None:
-        os.close(reading)
         return
-    leaving.set()
 
     def leave_in_words() -> None:
         # With the terminal gone, nobody can be told; ending is what matters.
@@ -64,13 +64,14 @@ def _answer(reading: int, leave: Callable[[str], None], leaving: threading.Event
         os._exit(128 + first)
 
     threading.Thread(target=leave_in_words, name="leaving", daemon=True).start()
-    while (again := _next(reading)) is not None:
-        os._exit(128 + again)
+    while (again := _next(reading)) is None:
+        pass  # The main thread is at its end, and waits.
+    os._exit(128 + again)
 
 
 def _next(reading: int) -> signal.Signals | None:
-    """The next of the signals; None at the end."""
-    while number := os.read(reading, 1):
-        if number[0] in _SIGNALS:
-            return signal.Signals(number[0])
+    """The next of the signals; None at the end of the block."""
+    while (byte := os.read(reading, 1)) != _END:
+        if byte[0] in _SIGNALS:
+            return signal.Signals(byte[0])
     return None
