@@ -49,6 +49,11 @@ def dagster_home(home: Path, experiment: str) -> Path:
     return folder
 
 
+def digest_cache(home: Path) -> Path | None:
+    """The file that remembers digests of local sources; None where there is no home, which looking does not make."""
+    return home / "cache" / "digests.json" if home.is_dir() else None
+
+
 def pool_limit() -> int:
     """One model per core pair, for a training keeps more than one core busy; one where there is a GPU, the first of
     which all of them use."""

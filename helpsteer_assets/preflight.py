@@ -9,36 +9,49 @@ A section that cannot be looked at becomes a problem, and the others are reporte
 import importlib.util
 import json
 import os
-import shutil
 import tempfile
 import textwrap
 import warnings
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from helpsteer_assets.disk import (
+    BYTES,
+    NEARLY_ALL,
+    described_model,
+    disk_need,
+    finished_folders,
+    free_space,
+    in_words,
+    shortage,
+    size_in_words,
+    unfinished,
+)
 from helpsteer_assets.embedded.generator import build_rows
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment import Experiment, RewardModelSettings, TrainingSettings, is_hub_id
-from helpsteer_assets.home import pool_limit
 from helpsteer_assets.modpo.attributes import ATTRIBUTES, OVERALL
-from helpsteer_assets.modpo.hub import download
 from helpsteer_assets.modpo.model_card import role_in_words
 from helpsteer_assets.modpo.pairs import RATED, SPLITS, build_pairs, describe_pairs, select_evaluation_prompts
 from helpsteer_assets.modpo.ratings import hash_share, read_ratings, rows_to_ratings
 from helpsteer_assets.modpo.schedule import count_steps
 from helpsteer_assets.modpo.statistics import judge_margin_adapter
 from helpsteer_assets.modpo.tables import Source, query
-from helpsteer_assets.stages import fetch, local_path
+from helpsteer_assets.resources.artifacts import ALL
+from helpsteer_assets.stages import fetch, partitions_of, stages
+from helpsteer_assets.status import status
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
+
+    from helpsteer_assets.modpo.models import ModelSize
 
 _MEASURED_RESPONSES = 5000
 """Token lengths are measured on so many responses, chosen by their hash: enough for shares, and seconds to count."""
@@ -47,17 +60,9 @@ _MUCH_TRUNCATED = 0.2
 _LITTLE_CONFLICT = 0.05
 _MANY_BAD_ROWS = 0.05
 _FEW_VALIDATION_PAIRS = 30
-_NEARLY_ALL = 0.8
+_SMALL_WEIGHT = 0.02
 _TRACKERS = {"wandb": "wandb", "tensorboard": "tensorboard", "trackio": "trackio"}
 """Package that each tracker of `run.report_to` needs."""
-_WITHOUT_WEIGHTS = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
-_BYTES = {"fp32": 4, "bf16": 2}
-_ADAPTER_BYTES = 4
-"""LoRA weights are kept in fp32 whatever the model's precision."""
-_CHECKPOINT_BYTES = 12
-"""Per trained number: the weight and AdamW's two moments."""
-_CHECKPOINTS = 3
-"""Two are kept while a third is written."""
 
 
 @dataclass
@@ -84,26 +89,13 @@ class _Data:
     preference_pairs: _Pairs | None
     margin_pairs: _Pairs | None
 
-    @property
-    def bytes(self) -> int:
-        pairs = [made.file for made in (self.preference_pairs, self.margin_pairs) if made is not None]
-        # Pairs are kept as Parquet and published in the warehouse, which is written anew beside the old one.
-        return _uncompressed_bytes(self.ratings) + 3 * sum(map(_uncompressed_bytes, pairs))
-
-
-def _uncompressed_bytes(file: Path) -> int:
-    metadata = pq.read_metadata(file)
-    return sum(metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups))
-
 
 @dataclass(frozen=True)
 class _Model:
     """What is known of the base model."""
 
-    folder: Path
     tokenizer: "PreTrainedTokenizerBase"
-    parameters: int
-    adapter_parameters: int
+    size: "ModelSize"
     to_download: int
     """Bytes of weights that are not in the hub's cache yet."""
 
@@ -125,13 +117,13 @@ def _report(experiment: Experiment, home: Path, scratch: Path) -> Iterator[str]:
     data = yield from _data(experiment, scratch, findings)
     if data is not None:
         yield from _pairs(experiment, data, findings)
-    yield from _weights(experiment)
+    yield from _weights(experiment, findings)
     model = yield from _model(experiment, findings)
     if data is not None and model is not None:
         yield from _lengths(experiment, data, model.tokenizer, findings)
     yield from _training(experiment, data, findings)
     yield from _evaluation(experiment, data, findings)
-    yield from _machine(experiment, home, data, model, findings)
+    yield from _machine(experiment, home, model, findings)
     for title, found in (("Warnings", findings.warnings), ("Problems", findings.problems)):
         if found:
             yield from ("", f"{title} ({len(found)})")
@@ -288,12 +280,19 @@ def _conflict(experiment: Experiment, data: _Data, findings: _Findings) -> Itera
         )
 
 
-def _weights(experiment: Experiment) -> Iterator[str]:
+def _weights(experiment: Experiment, findings: _Findings) -> Iterator[str]:
     objective = experiment.objective
     yield from _heading("Weights")
     yield from (f"  {role_in_words(experiment, w)}" for w in objective.weights)
     scale = f"margin_beta {objective.margin_beta}" if experiment.has_margin_adapter else f"penalty {objective.penalty}"
     yield f"  beta {objective.beta}, {scale}"
+    if small := [w for w in objective.weights if float(w) < _SMALL_WEIGHT]:
+        factor = 1 / min(map(float, small))
+        findings.warnings.append(
+            f"objective.weights: at w={', '.join(small)} the loss and its gradients are multiplied by 1/w, up to "
+            f"{factor:g}: every step is cut to max_grad_norm, and a training breaks more easily; 0.1 already puts nine "
+            "tenths on the margin. If it breaks, lower modpo.learning_rate or leave these weights out"
+        )
     if objective.margin_role == "cost" and experiment.data.margin_attribute == "verbosity":
         yield from _prose(
             "Note: HelpSteer's verbosity is the amount of detail relative to what is asked, and higher is better; as a "
@@ -306,20 +305,18 @@ def _model(experiment: Experiment, findings: _Findings) -> Generator[str, None, 
     settings = experiment.model
     yield from _heading(f"Model: {settings.base}", settings.revision)
     try:
-        folder = _described_model(experiment, "model")
-        found = _look_at_model(experiment, folder, findings)
+        model, context = _look_at_model(experiment, described_model(experiment, "model"), findings)
     except HelpsteerError as error:
         findings.problems.append(str(error))
         yield "  cannot be used, see Problems"
         return None
-    model, config = found
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
     yield (
-        f"  {_number(model.parameters)} parameters, {_size(model.parameters * _BYTES[settings.precision])} in "
-        f"{settings.precision}; context {'not stated' if context is None else f'{_number(context)} tokens'}"
+        f"  {_number(model.size.parameters)} parameters, "
+        f"{size_in_words(model.size.parameters * BYTES[settings.precision])} in {settings.precision}; context "
+        f"{'not stated' if context is None else f'{_number(context)} tokens'}"
     )
-    share = model.adapter_parameters / model.parameters
-    yield f"  LoRA r={experiment.lora.r}: {_number(model.adapter_parameters)} trained parameters ({share:.2%})"
+    share = model.size.adapter_parameters / model.size.parameters
+    yield f"  LoRA r={experiment.lora.r}: {_number(model.size.adapter_parameters)} trained parameters ({share:.2%})"
     from helpsteer_assets.modpo.tokenization import FALLBACK_TEMPLATE
 
     own = model.tokenizer.chat_template
@@ -327,54 +324,46 @@ def _model(experiment: Experiment, findings: _Findings) -> Generator[str, None, 
     return model
 
 
-def _described_model(experiment: Experiment, section: Literal["model", "rater"]) -> Path:
-    """Folder with a model's configuration and tokenizer; from the hub they are fetched without the weights."""
-    key, source, revision = experiment.hub_references()[section]
-    if not is_hub_id(source):
-        return local_path(key, source)
-    assert revision is not None  # validated with the experiment
-    return download(source, revision, "model", _WITHOUT_WEIGHTS)
+def _look_at_model(experiment: Experiment, folder: Path, findings: _Findings) -> tuple[_Model, int | None]:
+    """What is known of the model, and the length of its context."""
+    from helpsteer_assets.modpo.models import (
+        check_lengths,
+        check_vocabulary,
+        context_length,
+        load_tokenizer,
+        model_size,
+        require_safetensors,
+    )
 
-
-def _look_at_model(experiment: Experiment, folder: Path, findings: _Findings) -> "tuple[_Model, PretrainedConfig]":
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from helpsteer_assets.modpo.models import attach_lora, check_lengths, load_tokenizer
-    from helpsteer_assets.modpo.tokenization import end_of_text_id
-
-    settings, generation = experiment.model, experiment.generation
+    settings = experiment.model
     trust = settings.trust_remote_code
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
-        with torch.device("meta"):  # shapes without memory
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
-    except Exception as error:  # whatever the files or the model's own code raise
-        raise HelpsteerError(f"model.base: {folder} describes no causal language model: {error}") from error
-    parameters = model.num_parameters()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # between transformers and PEFT
+        size = model_size(folder, experiment.lora, trust_remote_code=trust)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust)
-    adapter_parameters = 0
-    needs = {
-        "model.max_length": settings.max_length,
-        "generation.max_prompt_length + max_new_tokens": generation.max_prompt_length + generation.max_new_tokens,
-    }
-    for key, needed in needs.items():
+    context = context_length(folder, trust_remote_code=trust)
+    downloaded = not is_hub_id(settings.base) or any(folder.glob("*.safetensors"))
+    checks = [
+        *(partial(check_lengths, settings, folder, needed, key) for key, needed in needed_lengths(experiment).items()),
+        partial(check_vocabulary, tokenizer, size.embeddings),
+        *([partial(require_safetensors, folder)] if downloaded else []),
+    ]
+    for check in checks:
         try:
-            check_lengths(settings, folder, needed, key)
+            check()
         except HelpsteerError as error:
             findings.problems.append(str(error))
-    try:
-        end_of_text_id(tokenizer)
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # between transformers and PEFT
-            adapter_parameters, _ = attach_lora(model, experiment.lora, 0).get_nb_trainable_parameters()
-    except HelpsteerError as error:
-        findings.problems.append(str(error))
-    weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
-    if not weights and not is_hub_id(settings.base):
-        findings.problems.append(f"model.base: {folder} holds no weights (*.safetensors); get the model's files again")
-    size = parameters * _BYTES[settings.precision]
-    return _Model(folder, tokenizer, parameters, adapter_parameters, 0 if weights else size), config
+    to_download = 0 if downloaded else size.parameters * BYTES[settings.precision]
+    return _Model(tokenizer, size, to_download), context
+
+
+def needed_lengths(experiment: Experiment) -> dict[str, int]:
+    """Tokens of context that the settings ask of the model, by key."""
+    generation = experiment.generation
+    return {
+        "model.max_length": experiment.model.max_length,
+        "generation.max_prompt_length + max_new_tokens": generation.max_prompt_length + generation.max_new_tokens,
+    }
 
 
 def _lengths(
@@ -514,18 +503,35 @@ def _evaluation(experiment: Experiment, data: _Data | None, findings: _Findings)
     heads = ", ".join(settings.rater.heads)
     yield f"  rater: {settings.rater.model} rates {heads}"
     try:
-        config = _described_model(experiment, "rater") / "config.json"
-        own_code = "auto_map" in json.loads(config.read_text(encoding="utf-8"))
+        _look_at_rater(settings.rater, described_model(experiment, "rater"))
     except HelpsteerError as error:
         findings.problems.append(str(error))
-    except (OSError, ValueError) as error:
-        findings.problems.append(f"evaluation.rater.model: {settings.rater.model} has no readable config.json: {error}")
-    else:
-        if own_code and not settings.rater.trust_remote_code:
-            findings.problems.append(
-                f"evaluation.rater.model: {settings.rater.model} comes with modelling code of its own, which this "
-                "machine would run; read it, then set evaluation.rater.trust_remote_code: true"
-            )
+
+
+def _look_at_rater(settings: RewardModelSettings, folder: Path) -> None:
+    from helpsteer_assets.modpo.models import require_safetensors, require_whole_model
+
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        own_code = "auto_map" in config
+        context = (config.get("text_config") or config).get("max_position_embeddings")
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise HelpsteerError(
+            f"evaluation.rater.model: {settings.model} has no readable config.json: {error}"
+        ) from error
+    if own_code and not settings.trust_remote_code:
+        raise HelpsteerError(
+            f"evaluation.rater.model: {settings.model} comes with modelling code of its own, which this machine would "
+            "run; read it, then set evaluation.rater.trust_remote_code: true"
+        )
+    if isinstance(context, int) and settings.max_length > context:
+        raise HelpsteerError(
+            f"evaluation.rater.max_length is {settings.max_length}, and {settings.model} reads {context} tokens; set "
+            f"it to {context} or less"
+        )
+    require_whole_model(folder)
+    if not is_hub_id(settings.model):
+        require_safetensors(folder)
 
 
 def _evaluation_prompts(experiment: Experiment, data: _Data) -> pa.Table | None:
@@ -535,9 +541,7 @@ def _evaluation_prompts(experiment: Experiment, data: _Data) -> pa.Table | None:
         return None
 
 
-def _machine(
-    experiment: Experiment, home: Path, data: _Data | None, model: _Model | None, findings: _Findings
-) -> Iterator[str]:
+def _machine(experiment: Experiment, home: Path, model: _Model | None, findings: _Findings) -> Iterator[str]:
     import torch
 
     from helpsteer_assets.modpo.models import choose_device
@@ -552,21 +556,22 @@ def _machine(
     else:
         if device.type == "cuda":
             memory = torch.cuda.get_device_properties(0).total_memory
-            yield f"  device: cuda, {torch.cuda.get_device_name()} with {_size(memory)}; precision {precision}"
+            yield f"  device: cuda, {torch.cuda.get_device_name()} with {size_in_words(memory)}; precision {precision}"
         else:
             memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
             yield (
-                f"  device: cpu, {os.cpu_count()} cores with {_size(memory)}, torch threads {torch.get_num_threads()}; "
-                f"precision {precision}"
+                f"  device: cpu, {os.cpu_count()} cores with {size_in_words(memory)}, torch threads "
+                f"{torch.get_num_threads()}; precision {precision}"
             )
             if precision == "bf16":
                 findings.warnings.append(
                     "model.precision is bf16 and there is no CUDA device here: it runs on the CPU, no faster than fp32"
                 )
-        if model is not None and model.parameters * _BYTES[precision] > memory * _NEARLY_ALL:
+        weights = 0 if model is None else model.size.parameters * BYTES[precision]
+        if weights > memory * NEARLY_ALL:
             findings.warnings.append(
-                f"the model takes {_size(model.parameters * _BYTES[precision])} in {precision}, and {device.type} has "
-                f"{_size(memory)}: it will hardly fit; choose a smaller base model or a larger machine"
+                f"the model takes {size_in_words(weights)} in {precision}, and {device.type} has "
+                f"{size_in_words(memory)}: it will hardly fit; choose a smaller base model or a larger machine"
             )
     if experiment.generation.engine == "vllm":
         from helpsteer_assets.modpo.vllm_generation import require_vllm
@@ -575,55 +580,46 @@ def _machine(
             require_vllm(precision, experiment.lora.r)
         except HelpsteerError as error:
             findings.problems.append(str(error))
-    yield from _disk(experiment, home, data, model, findings)
+    yield from _disk(experiment, home, model, findings)
 
 
-def _disk(
-    experiment: Experiment, home: Path, data: _Data | None, model: _Model | None, findings: _Findings
-) -> Iterator[str]:
-    existing = next(folder for folder in (home, *home.parents) if folder.exists())
+def _disk(experiment: Experiment, home: Path, model: _Model | None, findings: _Findings) -> Iterator[str]:
+    existing, free = free_space(home)
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         findings.problems.append(f"home {home} cannot be written to; set HELPSTEER_HOME to a folder that can")
         return
-    needed = 0 if data is None else data.bytes
-    parts = [f"data {_size(needed)}"] if data is not None else []
-    if model is not None:
-        merged = model.parameters * _BYTES[experiment.model.precision]
-        count = len(experiment.objective.weights) + experiment.has_margin_adapter
-        adapters = count * model.adapter_parameters * _ADAPTER_BYTES
-        at_once = min(pool_limit(), len(experiment.objective.weights))
-        checkpoints = at_once * _CHECKPOINTS * model.adapter_parameters * _CHECKPOINT_BYTES
-        needed += merged + adapters + checkpoints
-        parts += [
-            f"SFT model {_size(merged)}",
-            f"{count} adapters {_size(adapters)}",
-            f"checkpoints while training {_size(checkpoints)}",
-        ]
-        if model.to_download:
-            yield from _hub_cache(model.to_download, findings)
-    if not parts:
-        return
-    free = shutil.disk_usage(existing).free
-    yield from _prose(f"disk: about {_size(needed)} ({', '.join(parts)}); {_size(free)} free in {existing}")
-    if needed > free:
-        findings.problems.append(
-            f"about {_size(needed)} will be written and {existing} has {_size(free)} free; free some, or set "
-            "HELPSTEER_HOME to a folder on a larger disk"
+    to_make = [(stage.name, p) for stage in stages(experiment).values() for p in partitions_of(stage, experiment)]
+    made: dict[str, Path] = {}
+    if home.exists():
+        try:
+            found = status(experiment, home)
+        except HelpsteerError:
+            return  # a source is not there, which is among the problems already
+        to_make, made = unfinished(found), finished_folders(found)
+    need = disk_need(experiment, to_make, made, home, None if model is None else model.size)
+    yield from _prose(in_words(need, home))
+    if model is not None and model.to_download and ("sft_model", ALL) in to_make:
+        yield from _hub_cache(model.to_download, findings)
+    if problem := shortage(need, home):
+        findings.problems.append(problem)
+    elif need.bytes > free * NEARLY_ALL:
+        findings.warnings.append(
+            f"about {size_in_words(need.bytes)} of the {size_in_words(free)} free in {existing} will be written"
         )
-    elif needed > free * _NEARLY_ALL:
-        findings.warnings.append(f"about {_size(needed)} of the {_size(free)} free in {existing} will be written")
 
 
 def _hub_cache(size: int, findings: _Findings) -> Iterator[str]:
     from huggingface_hub import constants
 
     cache = Path(constants.HF_HUB_CACHE)
-    free = shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.exists())).free
-    yield from _prose(f"download: weights of about {_size(size)} to the hub cache {cache}; {_size(free)} free there")
+    _, free = free_space(cache)
+    yield from _prose(
+        f"download: weights of about {size_in_words(size)} to the hub cache {cache}; {size_in_words(free)} free there"
+    )
     if size > free:
         findings.problems.append(
-            f"the model's weights (about {_size(size)}) do not fit into the hub cache {cache}, which has {_size(free)} "
-            "free; point HF_HOME at a larger disk"
+            f"the model's weights (about {size_in_words(size)}) do not fit into the hub cache {cache}, which has "
+            f"{size_in_words(free)} free; point HF_HOME at a larger disk"
         )
 
 
@@ -659,11 +655,3 @@ def _prose(text: str, bullet: str = "") -> Iterator[str]:
 
 def _number(value: int) -> str:
     return f"{value:,}"
-
-
-def _size(count: int) -> str:
-    """Bytes for people."""
-    for unit, power in (("GB", 9), ("MB", 6), ("kB", 3)):
-        if count >= 10**power:
-            return f"{count / 10**power:.3g} {unit}"
-    return f"{count} bytes"

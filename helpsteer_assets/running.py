@@ -2,7 +2,9 @@
 
 import json
 import os
-from collections.abc import Callable
+import textwrap
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,13 +16,27 @@ from helpsteer_assets.assets.checks import build_checks
 from helpsteer_assets.assets.evaluation import wide_summary
 from helpsteer_assets.assets.materialization import Lab
 from helpsteer_assets.cli import command_name
+from helpsteer_assets.disk import (
+    described_model,
+    disk_need,
+    finished_folders,
+    in_words,
+    needs_model,
+    shortage,
+    unfinished,
+)
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment import Experiment
-from helpsteer_assets.home import dagster_home
+from helpsteer_assets.interrupts import ends_on_signal
 from helpsteer_assets.jobs import build_jobs, phases
-from helpsteer_assets.recovery import alive, recover_dead_runs
+from helpsteer_assets.recovery import alive, cancel_runs, make_dagster_home, recovering
 from helpsteer_assets.resources.artifacts import ALL, Artifact
-from helpsteer_assets.status import status
+from helpsteer_assets.resources.files import readable_os_errors
+from helpsteer_assets.status import Status, label, status
+
+_WIDTH = 110
+_NAMED = 3
+"""Assets to reuse that are named; the others are only counted."""
 
 
 def run_experiment(
@@ -34,6 +50,9 @@ def run_experiment(
 ) -> bool:
     """Materialize assets phase by phase: before the weights, each weight, after the weights. True if all went well.
 
+    Raises HelpsteerError, before anything is computed, for a mistake in the arguments, a source or model that is not
+    there or cannot be used, and a disk that has no room.
+
     Args:
         experiment: what to run.
         home: where results are kept.
@@ -43,7 +62,17 @@ def run_experiment(
         announce: gets what a person at a terminal wants to read.
         terminal: where progress bars are drawn; None: nowhere.
     """
-    lab = Lab(experiment, home, announce, terminal, publish_reused=False)
+    interrupted = threading.Event()
+
+    def say(message: str) -> None:
+        if not interrupted.is_set():  # What Dagster makes of a signal is nobody's concern.
+            announce(message)
+
+    def leave(what: str) -> None:
+        interrupted.set()
+        _leave(what, lab, instance, tags, announce)
+
+    lab = Lab(experiment, home, say, terminal, publish_reused=False)
     defs = dg.Definitions(
         assets=build_assets(experiment),
         asset_checks=build_checks(experiment),
@@ -53,17 +82,38 @@ def run_experiment(
     job = defs.resolve_implicit_global_asset_job_def()
     selected = _selected(defs, select)
     announce(f"experiment {experiment.name}, home {home}")
+    with readable_os_errors("make", home):
+        home.mkdir(parents=True, exist_ok=True)  # What is learnt of a source is remembered in it.
     _announce_plan(experiment, home, selected, weights, announce)
+    failed: list[str] = []
     try:
-        with dg.DagsterInstance.from_config(str(dagster_home(home, experiment.name))) as instance, alive(home) as tags:
-            recover_dead_runs(instance, home, announce)
-            complete = _materialize_phases(experiment, home, job, instance, tags, selected, weights, announce)
+        with (
+            dg.DagsterInstance.from_config(str(make_dagster_home(home, experiment.name))) as instance,
+            alive(home) as tags,
+            ends_on_signal(leave),
+            recovering(instance, home, tags, say),
+        ):
+            complete = _materialize_phases(experiment, home, job, instance, tags, selected, weights, announce, failed)
     finally:
         lab.models.release()
         lab.warehouse.publish()
     if complete and selected >= {"score_summary", "tradeoff"}:
         _announce_results(lab, announce)
+    if complete is None:
+        _announce_failure(_chosen(experiment, status(experiment, home), selected, weights), failed, announce)
     return complete is not None
+
+
+def _leave(
+    what: str, lab: Lab, instance: dg.DagsterInstance, tags: dict[str, str], announce: Callable[[str], None]
+) -> None:
+    """Say where an interrupted run stands, and leave records and tables as they are after any other run."""
+    announce(f"{what}; what is finished is kept, and the same command goes on from here:")
+    for item in status(lab.experiment, lab.warehouse.home):
+        if item.state == "partial":
+            announce(f"to resume:  {label(item.asset, item.partition)} ({item.detail})")
+    cancel_runs(instance, tags)
+    lab.warehouse.publish()
 
 
 def _materialize_phases(
@@ -75,8 +125,12 @@ def _materialize_phases(
     selected: set[str],
     weights: list[str] | None,
     announce: Callable[[str], None],
+    failed: list[str],
 ) -> bool | None:
-    """True if the whole graph was materialized, False if weights are missing for the summary, None after a failure."""
+    """True if the whole graph was materialized, False if weights are missing for the summary, None after a failure.
+
+    `failed` gets the names of what failed.
+    """
 
     def materialize(phase: str, weight: str | None = None) -> bool:
         wanted = [dg.AssetKey(name) for name in phases(experiment)[phase] if name in selected]
@@ -92,6 +146,8 @@ def _materialize_phases(
         )
         for event in result.all_events:
             _announce_event(event, announce)
+            if event.is_step_failure:
+                failed.append(label(str(event.step_key), weight or ALL))
         return result.success
 
     if not materialize("prepare"):
@@ -125,19 +181,98 @@ def _known(graph: Any) -> str:
     return ", ".join(sorted(key.to_user_string() for key in graph.get_all_asset_keys()))
 
 
+def _chosen(experiment: Experiment, found: list[Status], selected: set[str], weights: list[str] | None) -> list[Status]:
+    """What a run materializes."""
+    grid = weights or experiment.objective.weights
+    chosen = [s for s in found if s.asset in selected and s.partition in (ALL, *grid)]
+    waited_for = {("scores", w) for w in experiment.objective.weights} & {*unfinished(found)} - {*unfinished(chosen)}
+    # The summary waits for the scores of all weights.
+    return [s for s in chosen if not waited_for or s.asset not in phases(experiment)["evaluate"]]
+
+
 def _announce_plan(
     experiment: Experiment, home: Path, selected: set[str], weights: list[str] | None, announce: Callable[[str], None]
 ) -> None:
-    states = [
-        s.state
-        for s in status(experiment, home)
-        if s.asset in selected and (weights is None or s.partition == ALL or s.partition in weights)
-    ]
-    reused = sum(state in ("complete", "reusable") for state in states)
-    resumed = states.count("partial")
+    """Say what will be done and what it needs; raise HelpsteerError where that cannot end well."""
+    found = status(experiment, home)
+    chosen = _chosen(experiment, found, selected, weights)
+    for line in plan_lines(chosen):
+        announce(line)
+    to_make = unfinished(chosen)
+    if not to_make:
+        return
+    made = finished_folders(found)
+    size = None
+    if needs_model(to_make):
+        from helpsteer_assets.modpo.models import check_lengths, model_size
+        from helpsteer_assets.preflight import needed_lengths
+
+        folder = made["sft_model"] / "model" if "sft_model" in made else described_model(experiment, "model")
+        size = model_size(folder, experiment.lora, trust_remote_code=experiment.model.trust_remote_code)
+        for key, needed in needed_lengths(experiment).items():
+            check_lengths(experiment.model, folder, needed, key)
+    need = disk_need(experiment, to_make, made, home, size)
+    announce(_folded(in_words(need, home)))
+    if problem := shortage(need, home):
+        raise HelpsteerError(problem)
+
+
+def plan_lines(chosen: Iterable[Status]) -> Iterator[str]:
+    """What will be reused, resumed and computed, and which settings made what was there out of date."""
+    by_state: dict[str, list[Status]] = {}
+    for item in chosen:
+        by_state.setdefault(item.state, []).append(item)
+    reused = [*by_state.get("complete", []), *by_state.get("reusable", [])]
+    if reused:
+        names = list(dict.fromkeys(item.asset for item in reused))
+        others = ", ..." if len(names) > _NAMED else ""
+        yield f"to reuse:   {len(reused)} ({', '.join(names[:_NAMED])}{others})"
+    for item in by_state.get("partial", []):
+        yield f"to resume:  {label(item.asset, item.partition)} ({item.detail})"
+    if to_compute := [item for item in chosen if item.state in ("missing", "out of date")]:
+        yield _folded(f"to compute: {'; '.join(_by_asset(to_compute))}")
+    yield from (_folded(f"changed:    {reason}") for reason in _reasons(by_state.get("out of date", [])))
+
+
+def _reasons(outdated: Iterable[Status]) -> Iterator[str]:
+    """Why they are out of date, once each, at the asset where it began: those below it give the same reason."""
+    told: list[str] = []
+    for item in outdated:
+        for part in item.detail.split("; "):
+            origin, _, reason = part.partition(": ")
+            if not origin.isidentifier():  # a reason of its own
+                origin, reason = item.asset, part
+            line = f"{origin}: {reason}"
+            # A changed setting that several assets depend on is told once; that an artifact is gone, of each.
+            if not any((reason if " -> " in reason else line) in earlier for earlier in told):
+                told.append(line)
+                yield line
+
+
+def _by_asset(items: Iterable[Status]) -> Iterator[str]:
+    """Assets with their weights: `modpo_models w=0.5, 0.8`."""
+    weights: dict[str, list[str]] = {}
+    for item in items:
+        weights.setdefault(item.asset, []).append(item.partition)
+    for asset, partitions in weights.items():
+        yield label(asset, ", ".join(partitions))
+
+
+def _folded(line: str) -> str:
+    """A line that is too long for a terminal, on several."""
+    return "\n".join(
+        textwrap.wrap(line, _WIDTH, subsequent_indent=" " * 12, break_long_words=False, break_on_hyphens=False)
+    )
+
+
+def _announce_failure(chosen: list[Status], failed: list[str], announce: Callable[[str], None]) -> None:
+    finished = len(chosen) - len(unfinished(chosen))
     announce(
-        f"{len(states)} assets and weights: {reused} to reuse, {resumed} to resume, "
-        f"{len(states) - reused - resumed} to compute"
+        _folded(
+            f"failed: {', '.join(failed)}. {finished} of {len(chosen)} assets and weights are finished and kept. When "
+            "the cause is mended, run the same command again: it reuses them, and a training goes on from its last "
+            "checkpoint."
+        )
     )
 
 

@@ -6,12 +6,15 @@ materialization. Imports neither Dagster nor torch.
 """
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from helpsteer_assets.experiment import Experiment
+from helpsteer_assets.home import digest_cache
 from helpsteer_assets.resources.artifacts import ALL, CHECKPOINTS, ArtifactStore
+from helpsteer_assets.resources.files import readable_os_errors
 from helpsteer_assets.resources.warehouse import Warehouse
 from helpsteer_assets.stages import Fingerprint, fingerprints
 
@@ -38,7 +41,7 @@ class Status:
 def status(experiment: Experiment, home: Path) -> list[Status]:
     """The state of every asset and weight, in topological order."""
     store, warehouse = ArtifactStore(home), Warehouse(home)
-    present = fingerprints(experiment, home / "cache" / "digests.json")
+    present = fingerprints(experiment, digest_cache(home))
     return [_status(fingerprint, present, experiment.name, store, warehouse) for fingerprint in present.values()]
 
 
@@ -82,7 +85,9 @@ def _partial_progress(checkpoints: Path) -> str:
     found = checkpoint_progress(checkpoints)
     if found is not None:
         return f"step {found[0]} of {found[1]}"
-    rows = sum(path.read_bytes().count(b"\n") for path in checkpoints.glob("*.jsonl"))
+    rows = 0
+    with readable_os_errors("read", checkpoints), suppress(FileNotFoundError):  # a running process may finish meanwhile
+        rows = sum(path.read_bytes().count(b"\n") for path in checkpoints.glob("*.jsonl"))
     return f"{rows} rows done" if rows else "just begun"
 
 
@@ -97,14 +102,13 @@ def _why(
     if earlier is None:
         return {asset: ["other settings (the earlier artifact is gone, so nothing says which)"]}
     manifest = earlier.manifest
-    changes = _differences(manifest["settings"], fingerprint.settings)
-    changes += [
-        f"code of {piece}" for piece, version in fingerprint.code.items() if manifest["code"].get(piece) != version
-    ]
+    code, inputs = manifest.get("code", {}), manifest.get("inputs", {})
+    changes = _differences(manifest.get("settings", {}), fingerprint.settings)
+    changes += [f"code of {piece}" for piece, version in fingerprint.code.items() if code.get(piece) != version]
     reasons = {asset: changes} if changes else {}
     for name, partitions in fingerprint.inputs.items():
         for partition, value in partitions.items():
-            before = manifest["inputs"].get(name, {}).get(partition)
+            before = inputs.get(name, {}).get(partition)
             if before is not None and before != value:
                 for origin, found in _why(present[name, partition], before, present, store).items():
                     known = reasons.setdefault(origin, [])

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,16 @@ print("main thread at its end", flush=True)
 WAITING = "time.sleep(60)"
 
 
+started: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def _nothing_goes_on() -> Iterator[None]:
+    yield
+    for process in started:
+        process.kill()
+
+
 def start(main: str = WAITING, leaving: float = 0.3, **how: object) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM.format(main=main, leaving=leaving)],
@@ -48,6 +59,7 @@ def start(main: str = WAITING, leaving: float = 0.3, **how: object) -> subproces
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         **how,
     )
+    started.append(process)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process
@@ -65,9 +77,8 @@ def test_each_signal_ends_the_process_in_words_whatever_the_main_thread_makes_of
     process = start()
     process.send_signal(number)
     said, _ = process.communicate(timeout=60)
-    lines = said.splitlines()
-    assert words in lines and lines[-1] == "left"
-    assert "main thread at its end" not in lines
+    assert words in said and said.endswith("left\n")
+    assert "main thread at its end" not in said
     assert process.returncode == 128 + number
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import helpsteer_assets.embedded
-from helpsteer_assets import preflight
+from helpsteer_assets import disk, preflight
 from helpsteer_assets.embedded.generator import build_rows
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment import Experiment, SftSettings, load_experiment
@@ -229,7 +229,7 @@ def test_a_gated_model_does_not_hide_the_data(source: Path, tmp_path: Path, monk
         asked.append((repo_id, revision, kind, patterns))
         raise HelpsteerError(f"the model {repo_id} is gated: accept its licence, then log in with `hf auth login`")
 
-    monkeypatch.setattr(preflight, "download", refuse)
+    monkeypatch.setattr(disk, "download", refuse)
     model = {"base": "some/model", "revision": COMMIT, "precision": "fp32"}
     found = Report(local(source, model=model), tmp_path / "home")
     assert "* helpfulness (preference)" in found.under("Pairs by attribute")
@@ -246,7 +246,7 @@ def test_a_model_on_the_hub_says_what_will_be_downloaded(
 ) -> None:
     described = tmp_path / "snapshot"
     shutil.copytree(EMBEDDED_MODEL, described, ignore=shutil.ignore_patterns("*.safetensors"))
-    monkeypatch.setattr(preflight, "download", lambda *arguments: described)
+    monkeypatch.setattr(disk, "download", lambda *arguments: described)
     model = {**LIMITS["model"], "base": "some/model", "revision": COMMIT}
     found = Report(local(source, model=model), tmp_path / "home")
     assert found.error == ""
@@ -290,11 +290,67 @@ def test_what_would_stop_a_run_after_hours_is_a_problem_now(
 def test_a_folder_that_is_no_model_is_a_problem(source: Path, tmp_path: Path) -> None:
     model = {"base": str(source), "precision": "fp32"}
     problems = Report(local(source, model=model), tmp_path / "home").under("Problems (1)")
-    assert "model.base" in problems and "describes no causal language model" in problems
+    assert f"no model config can be read from {source}" in problems
+
+
+def damaged(folder: Path, what: str) -> Path:
+    """The embedded model with something wrong."""
+    shutil.copytree(EMBEDDED_MODEL, folder)
+    weights = folder / "model.safetensors"
+    if what == "pickles":
+        weights.rename(folder / "pytorch_model.bin")
+    elif what == "cut short":
+        weights.write_bytes(weights.read_bytes()[:-1])
+    elif what == "adapter":
+        (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
+    elif what == "no end":
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": None, "pad_token": None}))
+    elif what == "fewer embeddings":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 700}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("what", "problem"),
+    [
+        ("pickles", r"holds its weights as pickles only \(pytorch_model.bin\).* save_pretrained"),
+        ("cut short", r"model.safetensors is damaged or incomplete"),
+        ("adapter", r"holds an adapter \(adapter_config.json\)"),
+        ("no end", r"has no end-of-text token"),
+        ("fewer embeddings", r"has \d+ token\(s\) that the model does not embed .* ids 0 to 699"),
+    ],
+)
+def test_a_model_that_would_fail_when_it_is_loaded_is_a_problem_now(
+    source: Path, tmp_path: Path, what: str, problem: str
+) -> None:
+    model = {**LIMITS["model"], "base": str(damaged(tmp_path / "model", what))}
+    found = Report(local(source, model=model), tmp_path / "home")
+    assert re.search(problem, found.under("Problems (1)")), found.text
+
+
+def test_a_rater_that_would_fail_after_hours_is_a_problem_now(source: Path, tmp_path: Path) -> None:
+    def problem(what: str, **settings: Any) -> str:
+        rater = {"model": str(damaged(tmp_path / what, what)), "heads": {"helpfulness": 0}, "max_length": 512}
+        evaluation = {"prompts": 40, "rater": {**rater, **settings}}
+        return Report(local(source, evaluation=evaluation), tmp_path / "home").under("Problems (1)")
+
+    assert problem("nothing") == ""
+    assert "pickles only" in problem("pickles")
+    assert "holds an adapter" in problem("adapter")
+    assert "evaluation.rater.max_length is 600, and" in problem("too long", max_length=600)
+
+
+def test_very_small_weights_are_warned_of(source: Path, tmp_path: Path) -> None:
+    found = Report(local(source, {"objective.weights": [0.004, 0.01, 0.02]}), tmp_path / "home")
+    warned = found.under("Warnings (1)")
+    assert "at w=0.004, 0.01 the loss and its gradients are multiplied by 1/w, up to 250" in warned
+    assert found.error == ""
 
 
 def test_a_reward_model_with_its_own_code_must_be_trusted_first(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "rater").mkdir()
+    shutil.copytree(EMBEDDED_MODEL, tmp_path / "rater")
     (tmp_path / "rater" / "config.json").write_text('{"auto_map": {"AutoConfig": "a.B"}}')
     rater = {"model": str(tmp_path / "rater"), "heads": {"helpfulness": 0}}
     refused = Report(local(source, evaluation={"prompts": 40, "rater": rater}), tmp_path / "home")

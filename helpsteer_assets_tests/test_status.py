@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ import yaml
 from click.testing import CliRunner
 
 from helpsteer_assets.cli import main
+from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment import Experiment
 from helpsteer_assets.modpo.checkpoints import mark_complete
 from helpsteer_assets.resources.artifacts import ALL, ArtifactStore
 from helpsteer_assets.resources.warehouse import Warehouse
 from helpsteer_assets.stages import CODE_VERSIONS, Fingerprint, fingerprints
 from helpsteer_assets.status import Status, label, status
+from helpsteer_assets_tests.read_only import run_read_only
 from helpsteer_assets_tests.test_stages import ANSWERS, POLICIES, experiment
 
 PRESENT = experiment({"objective.weights": [0.1, 0.9], "objective.beta": 0.2})
@@ -84,8 +87,7 @@ def test_an_empty_home_misses_everything_in_topological_order(tmp_path: Path) ->
     found = status(PRESENT, tmp_path / "home")
     assert {(item.state, item.detail, item.path) for item in found} == {("missing", "", None)}
     assert [(item.asset, item.partition) for item in found] == list(fingerprints(PRESENT))
-    assert not (tmp_path / "home" / "artifacts").exists()
-    assert not (tmp_path / "home" / "warehouse").exists()
+    assert list(tmp_path.iterdir()) == []  # only looking makes no home
 
 
 def test_what_was_materialized_with_the_present_settings_is_complete(home: Path) -> None:
@@ -218,6 +220,94 @@ def test_partial_work_says_how_far_it_is(tmp_path: Path) -> None:
     assert shown["modpo_models w=0.1"].path == str(training.parent)
 
 
+# Homes that are not as usual
+
+
+def test_a_home_that_was_moved_or_is_a_link_is_the_same_home(home: Path, tmp_path: Path) -> None:
+    before = status(PRESENT, home)
+    moved = home.rename(tmp_path / "moved")
+    (tmp_path / "link").symlink_to(moved)
+    for place in (moved, tmp_path / "link"):
+        found = status(PRESENT, place)
+        assert [(item.state, item.fingerprint) for item in found] == [(i.state, i.fingerprint) for i in before]
+        assert all(Path(item.path or "").is_relative_to(place) for item in found)
+
+
+def test_a_home_of_the_first_version_is_read(home: Path) -> None:
+    for path in home.glob("artifacts/*/*/*/manifest.json"):
+        manifest = json.loads(path.read_text()) | {"schema_version": 1}
+        path.write_text(json.dumps({key: manifest[key] for key in manifest if key not in ("sha256", "environment")}))
+    assert {item.state for item in status(PRESENT, home)} == {"complete"}
+    assert out_of_date(change({"objective.beta": 0.1}), home)["modpo_models"] == "objective.beta 0.2 -> 0.1"
+
+
+def test_a_home_of_a_newer_version_is_refused_in_words(home: Path) -> None:
+    path = Path(states(PRESENT, home)["sft_model"].path or "") / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 1000}))
+    with pytest.raises(HelpsteerError, match=rf"{path} was written by a newer helpsteer_assets .*upgrade"):
+        status(PRESENT, home)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\0", b'{"a": 1, "b": [1, 2, 3], "c": [1, 2]}', b"null"])
+def test_garbled_digests_of_sources_are_read_anew(tmp_path: Path, content: bytes) -> None:
+    source = tmp_path / "ratings.jsonl"
+    source.write_text("{}\n")
+    os.utime(source, (0, 0))
+    found = experiment({"data.source": str(source), "evaluation.rater": "none"})
+    digests = tmp_path / "home" / "cache" / "digests.json"
+    digests.parent.mkdir(parents=True)
+    expected = [item.fingerprint for item in status(found, tmp_path / "home")]
+    remembered = digests.read_bytes()
+    assert str(source).encode() in remembered
+    digests.write_bytes(content)
+    assert [item.fingerprint for item in status(found, tmp_path / "home")] == expected
+    assert json.loads(digests.read_bytes()) == json.loads(remembered)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "\0", '{"step": 3}', '{"step": "x", "of": null, "sha256": 1}', '{"step": NaN}', "[" * 100_000],
+    ids=lambda content: content[:9],
+)
+def test_a_garbled_checkpoint_does_not_count(tmp_path: Path, content: str) -> None:
+    home = tmp_path / "home"
+    partial = ArtifactStore(home).partial("sft_model", ALL, fingerprints(PRESENT)["sft_model", ALL].value)
+    for step in (15, 30):
+        (partial / "checkpoints" / f"checkpoint-{step}").mkdir(parents=True)
+        mark_complete(partial / "checkpoints" / f"checkpoint-{step}", step, 150)
+    (partial / "checkpoints" / "checkpoint-30" / "complete.json").write_text(content)
+    assert states(PRESENT, home)["sft_model"].detail == "step 15 of 150"
+    shutil.rmtree(partial / "checkpoints" / "checkpoint-15")
+    assert states(PRESENT, home)["sft_model"].detail == "just begun"
+
+
+def test_partial_work_that_is_finished_while_one_looks_is_no_error(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    partial = ArtifactStore(home).partial("generations", "0.1", fingerprints(PRESENT)["generations", "0.1"].value)
+    (partial / "checkpoints").mkdir(parents=True)
+    (partial / "checkpoints" / "rows.jsonl").symlink_to("gone")
+    assert states(PRESENT, home)["generations w=0.1"].detail == "just begun"
+
+
+def test_alien_files_in_the_home_are_no_matter(home: Path) -> None:
+    before = status(PRESENT, home)
+    registry = home / "warehouse" / "registry"
+    for name in ("README.txt", f"{PRESENT.name}/.DS_Store", f"{PRESENT.name}/scores/notes.json"):
+        (registry / name).write_text("not ours")
+    (home / "artifacts" / "sft_model" / "all" / "notes").mkdir()
+    (home / "artifacts" / "README.txt").touch()
+    (registry / "other" / "sft_model" / "all.json").mkdir(parents=True)
+    assert status(PRESENT, home) == before
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"fingerprint"', "{}"])
+def test_a_garbled_record_of_a_materialization_leaves_the_artifact_reusable(home: Path, content: str) -> None:
+    (home / "warehouse" / "registry" / PRESENT.name / "sft_model" / "all.json").write_text(content)
+    found = states(PRESENT, home)
+    assert found.pop("sft_model").state == "reusable"
+    assert {item.state for item in found.values()} == {"complete"}
+
+
 # The command
 
 
@@ -239,6 +329,14 @@ def test_the_command_prints_every_asset_and_weight(home: Path, experiment_file: 
     ]
     assert ["sft_model", "complete"] in [line[:2] for line in lines]
     assert str(home) in result.output
+
+
+def test_the_command_works_in_a_read_only_home(home: Path, experiment_file: Path) -> None:
+    arguments = ["-e", str(experiment_file), "--home", str(home), "status", "--json"]
+    expected = CliRunner().invoke(main, arguments).output
+    shutil.rmtree(home / "cache")
+    seen = run_read_only(home, "-c", "from helpsteer_assets.cli import entry; entry()", *arguments)
+    assert (seen.returncode, seen.stdout, seen.stderr) == (0, expected, "")
 
 
 def test_the_command_gives_json(home: Path, experiment_file: Path) -> None:

@@ -5,7 +5,9 @@ folder and return metrics. Here they become Dagster assets. The order in one mat
 store (reuse, wait, resume or compute), the warehouse, Dagster's record.
 """
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,6 +23,7 @@ from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment import Experiment
 from helpsteer_assets.partitions import weight_partitions
 from helpsteer_assets.resources.artifacts import ALL, CHECKPOINTS, Artifact, ArtifactStore
+from helpsteer_assets.resources.uses import using
 from helpsteer_assets.resources.warehouse import TABLES, Warehouse
 from helpsteer_assets.stages import Fingerprint, Stage, code_version, fingerprints, stages
 
@@ -134,27 +137,29 @@ class Lab:
                 self._announce(message)
 
         try:
-            present = self.fingerprints()
-            fingerprint = present[name, partition]
-            inputs = self._inputs(fingerprint, label)
-            if declaration.gate is not None:
-                declaration.gate(self.experiment, inputs)
-            artifact, reused = self._make(declaration, fingerprint, inputs, label, log)
-            log(f"{label}: {'reused' if reused else 'finished'} ({artifact.path})")
-            self.warehouse.forget_others(self.experiment.name, set(present))
-            self.warehouse.record(
-                experiment=self.experiment.name,
-                asset=name,
-                partition=partition,
-                fingerprint=fingerprint.value,
-                path=artifact.path,
-                run_id=context.run_id,
-                reused=reused,
-                table=declaration.table,
-                parquet=artifact.file(declaration.file) if declaration.file else None,
-                constants=self._constants(declaration.table, partition),
-                publish=self._publish_reused or not reused,
-            )
+            with _warnings_to(log):
+                present = self.fingerprints()
+                fingerprint = present[name, partition]
+                with using(self.store.home, _used(fingerprint)):
+                    inputs = self._inputs(fingerprint, label)
+                    if declaration.gate is not None:
+                        declaration.gate(self.experiment, inputs)
+                    artifact, reused = self._make(declaration, fingerprint, inputs, label, log)
+                    log(f"{label}: {'reused' if reused else 'finished'} ({artifact.path})")
+                    self.warehouse.forget_others(self.experiment.name, set(present))
+                    self.warehouse.record(
+                        experiment=self.experiment.name,
+                        asset=name,
+                        partition=partition,
+                        fingerprint=fingerprint.value,
+                        path=artifact.path,
+                        run_id=context.run_id,
+                        reused=reused,
+                        table=declaration.table,
+                        parquet=artifact.file(declaration.file) if declaration.file else None,
+                        constants=self._constants(declaration.table, partition),
+                        publish=self._publish_reused or not reused,
+                    )
         except HelpsteerError as error:
             # The user has to change something first: trying again would end the same way.
             raise dg.Failure(description=str(error), allow_retries=False) from error
@@ -222,8 +227,9 @@ class Lab:
                 if artifact is None:
                     needed = asset if partition == ALL else f"{asset} for w={partition}"
                     raise HelpsteerError(
-                        f"{label} needs {needed}, which has not been materialized with the present settings; "
-                        f"materialize it first (in the UI, or by `helpsteer run`)"
+                        f"{label} needs {needed}, which is not there: not materialized with the present settings, or "
+                        "damaged and set aside, as a warning above says; materialize it (in the UI, or by "
+                        "`helpsteer run`)"
                     )
                 found[asset][partition] = artifact
         return found
@@ -249,6 +255,30 @@ class Lab:
             "dagster/table_name": declaration.table,
             "dagster/uri": str(self.warehouse.path),
         }
+
+
+def _used(fingerprint: Fingerprint) -> list[tuple[str, str, str]]:
+    """The artifact and its inputs, for nobody to clean up meanwhile."""
+    inputs = [
+        (asset, partition, value) for asset, found in fingerprint.inputs.items() for partition, value in found.items()
+    ]
+    return [(fingerprint.asset, fingerprint.partition, fingerprint.value), *inputs]
+
+
+@contextmanager
+def _warnings_to(log: Callable[[str], None]) -> Iterator[None]:
+    """What the library warns of (a damaged file, say) is said in the run's log too, where people look."""
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            log(f"warning: {record.getMessage()}")
+
+    handler, library = Handler(logging.WARNING), logging.getLogger("helpsteer_assets")
+    library.addHandler(handler)
+    try:
+        yield
+    finally:
+        library.removeHandler(handler)
 
 
 def build_asset(declaration: AssetDeclaration, experiment: Experiment) -> dg.AssetsDefinition:

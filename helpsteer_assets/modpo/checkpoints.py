@@ -125,7 +125,7 @@ def _complete(folder: Path) -> Iterator[dict[str, Any]]:
 def _read(checkpoint: Path) -> dict[str, Any] | None:
     try:
         found = json.loads((checkpoint / COMPLETE).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) and is_intact(found) else None
 

@@ -6,6 +6,7 @@ which is tried out once per model on a small tree.
 """
 
 import logging
+import math
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.batching import Batch, collate
 from helpsteer_assets.modpo.log_prob_head import find_head
 from helpsteer_assets.modpo.progress import Progress, silent
@@ -224,7 +226,11 @@ def score_sequences(
 
     Returns:
         per adapter one log-probability (nats) per sequence, in their order.
+
+    Raises:
+        HelpsteerError: a sequence holds a token that the model does not embed, or a log-probability is not finite.
     """
+    _check_token_ids(model, sequences)
     model.eval()
     kept = ResumableRows(checkpoint)
     found = {int(row["index"]): row["log_probs"] for row in kept.read()}
@@ -234,6 +240,7 @@ def score_sequences(
         batch, rows = pack(sequences[index] for index in indices)
         batch = batch.to(model.device)
         by_adapter = torch.stack([_under(model, adapter, batch) for adapter in adapters], dim=1).tolist()
+        _check_finite(by_adapter, adapters, _language_model(model).dtype)
         finished = [{"index": index, "log_probs": by_adapter[row]} for index, row in zip(indices, rows, strict=True)]
         kept.append(finished)
         found |= {row["index"]: row["log_probs"] for row in finished}
@@ -241,6 +248,29 @@ def score_sequences(
     return {
         adapter: [found[index][column] for index in range(len(sequences))] for column, adapter in enumerate(adapters)
     }
+
+
+def _check_token_ids(model: torch.nn.Module, sequences: Items[Sequence]) -> None:
+    embeddings = _language_model(model).get_input_embeddings().num_embeddings
+    largest = max((int(max(s.prompt_ids.max(initial=0), s.response_ids.max(initial=0))) for s in sequences), default=0)
+    if largest >= embeddings:
+        raise HelpsteerError(
+            f"a text holds the token id {largest}, and the model embeds ids 0 to {embeddings - 1} only: its tokenizer "
+            "is another model's, or was extended without the model; correct the files of model.base"
+        )
+
+
+def _check_finite(rows: list[list[float]], adapters: Items[str], dtype: torch.dtype) -> None:
+    """`rows`: [responses][adapters], nats."""
+    for name, column in zip(adapters, zip(*rows, strict=True), strict=True):
+        broken = [value for value in column if not math.isfinite(value)]
+        if broken:
+            whose = "the model itself" if name == BASE else f"the adapter `{name}`"
+            raise HelpsteerError(
+                f"{len(broken)} of {len(column)} responses in a batch have the log-probability {broken[0]} under "
+                f"{whose}: weights that are not finite, or activations that overflow in {dtype}. Set model.precision: "
+                "fp32, or lower the learning_rate of the training that made the weights"
+            )
 
 
 def _under(model: PreTrainedModel | PeftModel, adapter: str, batch: TreeBatch) -> torch.Tensor:

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 EVALUATION_PAIRS = 64
 """Pairs in a batch of an evaluation."""
+HOPELESS_ADVANTAGE = 100.0
+"""Reward units by which a policy may prefer rejected over chosen, on average of a batch: odds of e^100."""
+HOPELESS_FACTOR = 10.0
+"""How many times the SFT model's loss a loss may be."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,16 @@ class PairDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self._pairs)
+
+    def loss_of_reference(self, *, w: float) -> float:
+        """The mean MODPO loss of the SFT model itself, whose log-ratios are 0: what a training starts from."""
+        margins = [
+            (0.0, 0.0) if self._margins is None else (self._margins[chosen], self._margins[rejected])
+            for chosen, rejected in self._pairs
+        ]
+        chosen, rejected = torch.tensor(margins, dtype=torch.float64).t()
+        zeros = torch.zeros_like(chosen)
+        return modpo_loss(zeros, zeros, chosen, rejected, w=w, beta=1.0).mean().item()
 
     def __getitem__(self, index: int) -> PreferencePair:
         chosen, rejected = self._pairs[index]
@@ -245,6 +259,10 @@ def train_preference(
         what: what is trained, for messages.
         checkpoints: folder of the checkpoints; an earlier attempt's are gone on from.
         progress: called at each logged step.
+
+    Raises HelpsteerError where there is nothing to train on or the training breaks: a loss that is not finite, or one
+    above both `HOPELESS_ADVANTAGE` / w and `HOPELESS_FACTOR` times the SFT model's. Small weights and large margins
+    start high, which the second allows for.
     """
     if not len(train_pairs):
         raise HelpsteerError(f"training {what}: there is no train pair; look at the pair counts of `helpsteer check`")
@@ -272,10 +290,12 @@ def train_preference(
             trainer,
             settings,
             what=what,
+            loss_limit=max(HOPELESS_ADVANTAGE / w, HOPELESS_FACTOR * train_pairs.loss_of_reference(w=w)),
             likely_causes=(
-                f"a learning rate ({settings.learning_rate:g}) too high, above all at small w, where 1/w = {1 / w:g} "
-                "multiplies the gradients before they are clipped; a margin_beta that makes margins of hundreds; "
-                "model.precision: bf16 with weights that overflow"
+                f"a learning rate too high (lower learning_rate, {settings.learning_rate:g}), above all at small w, "
+                f"where 1/w = {1 / w:g} multiplies the gradients before they are clipped (raise the smallest weight); "
+                "margins of hundreds (lower objective.margin_beta or objective.penalty); a large beta "
+                f"({beta:g}), which multiplies every log-ratio; model.precision: bf16 with weights that overflow"
             ),
             progress=progress,
         )

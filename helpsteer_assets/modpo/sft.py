@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from helpsteer_assets.errors import HelpsteerError
+from helpsteer_assets.modpo.models import check_vocabulary
 from helpsteer_assets.modpo.progress import Progress, silent
 from helpsteer_assets.modpo.tokenization import Sequence
 from helpsteer_assets.modpo.training import TrainingResult, train, training_arguments
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 """Label of a token that has no part in the loss."""
+LOSS_LIMIT = 100.0
+"""Nats per token; guessing blindly costs the logarithm of the vocabulary, 12 or so."""
 
 
 def train_sft(
@@ -43,6 +46,8 @@ def train_sft(
         report_to: experiment trackers.
         checkpoints: folder of the checkpoints; an earlier attempt's are gone on from.
         progress: called at each logged step.
+
+    Raises HelpsteerError where there is nothing to train on, the tokenizer is not the model's, or the training breaks.
     """
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
@@ -51,6 +56,8 @@ def train_sft(
         raise HelpsteerError(
             "training sft_model: there is no chosen response; look at the pair counts of `helpsteer check`"
         )
+
+    check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings)
 
     def tokenized(sequences: Items[Sequence]) -> Dataset:
         return Dataset.from_list(
@@ -96,8 +103,10 @@ def train_sft(
         trainer,
         settings,
         what="sft_model",
+        loss_limit=LOSS_LIMIT,
         likely_causes=(
-            f"a learning rate ({settings.learning_rate:g}) too high; weights that overflow in model.precision: bf16"
+            f"a learning rate too high (lower sft.learning_rate, {settings.learning_rate:g}); weights that overflow in "
+            "model.precision: bf16"
         ),
         progress=progress,
     )

@@ -269,7 +269,7 @@ class ArtifactStore:
                 )
             for entry in files.values():
                 _ = int(entry["bytes"]), str(entry["sha256"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise _DamagedError(f"{MANIFEST} is unreadable ({type(error).__name__}: {error})") from error
         stated = tuple(manifest.get(key) for key in ("asset", "partition", "fingerprint"))
         if stated != (asset, partition, fingerprint):

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import helpsteer_assets
+from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment import LoraSettings
 from helpsteer_assets.modpo import log_probs
 from helpsteer_assets.modpo.batching import collate
@@ -621,3 +622,31 @@ class TestScoreSequences:
         file.write_bytes(b"".join(lines[:-1]))
         assert score_sequences(model, sequences, batch_tokens=100, checkpoint=file) == whole
         assert len(batches) == 1
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_of_a_broken_adapter_are_refused_and_not_kept(self, model, tmp_path: Path, value):
+        sequences, file = make_sequences(6), tmp_path / "log_probs.jsonl"
+        peft_model = two_adapters(model)
+        weight = next(w for name, w in peft_model.named_parameters() if "lora_B.second" in name)
+        with torch.no_grad():
+            weight[0] = value
+        whole = score_sequences(peft_model, sequences, adapters=(BASE, "first"))
+        # One reads no key but its own.
+        message = r"5 of 6 responses .* nan under the adapter `second`: .*float32. Set model.precision: fp32, or lower"
+        with pytest.raises(HelpsteerError, match=message):
+            score_sequences(peft_model, sequences, adapters=(BASE, "first", "second"), checkpoint=file)
+        assert not file.exists()
+        assert score_sequences(peft_model, sequences, adapters=(BASE, "first"), checkpoint=file) == whole
+
+    def test_of_a_model_whose_weights_are_broken_are_refused(self, model):
+        with torch.no_grad():
+            model.model.norm.weight[0] = math.nan
+        with pytest.raises(HelpsteerError, match=r"4 of 4 responses .* nan under the model itself"):
+            score_sequences(model, make_sequences(4))
+
+    def test_of_tokens_that_the_model_does_not_embed_are_refused(self, model):
+        embeddings = model.get_input_embeddings().num_embeddings
+        score_sequences(model, [sequence([5], [embeddings - 1, EOS])])
+        for beyond in (sequence([5], [embeddings, EOS]), sequence([embeddings], [5, EOS])):
+            with pytest.raises(HelpsteerError, match=f"token id {embeddings}, and the model embeds ids 0 to"):
+                score_sequences(model, [*make_sequences(3), beyond])

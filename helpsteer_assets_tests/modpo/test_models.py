@@ -1,21 +1,27 @@
+import json
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BloomConfig
+from transformers import BloomConfig, LlamaConfig, LlamaForCausalLM
 
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment import LoraSettings, ModelSettings, RunSettings
 from helpsteer_assets.modpo.models import (
     attach_lora,
     check_lengths,
+    check_vocabulary,
     choose_device,
     context_length,
     load_adapters,
     load_model,
     load_tokenizer,
+    model_size,
+    require_safetensors,
 )
 from helpsteer_assets_tests.conftest import make_model, make_tokenizer
 
@@ -57,17 +63,84 @@ class TestChooseDevice:
 
 class TestLoading:
     def test_a_folder_without_a_model_is_named(self, tmp_path: Path):
-        with pytest.raises(HelpsteerError, match=f"no causal language model can be loaded from {tmp_path}"):
+        with pytest.raises(HelpsteerError, match=f"{tmp_path} holds no weights"):
             load_model(tmp_path, precision="fp32")
+        with pytest.raises(HelpsteerError, match=f"no model config can be read from {tmp_path}"):
+            model_size(tmp_path, LoraSettings())
         with pytest.raises(HelpsteerError, match=f"no tokenizer can be loaded from {tmp_path}"):
             load_tokenizer(tmp_path)
         with pytest.raises(HelpsteerError, match=f"no model config can be read from {tmp_path}"):
             context_length(tmp_path)
 
-    def test_damaged_weights_are_named(self, copy: Path):
-        (copy / "model.safetensors").write_bytes((copy / "model.safetensors").read_bytes()[:5000])
-        with pytest.raises(HelpsteerError, match=f"no causal language model can be loaded from {copy}"):
+    def test_a_config_that_makes_no_sense_is_said_in_one_line(self, copy: Path):
+        (copy / "config.json").write_text('{"model_type": "llama", "hidden_size": "wide"}')
+        for load in (lambda: load_model(copy, precision="fp32"), lambda: model_size(copy, LoraSettings())):
+            with pytest.raises(HelpsteerError, match=f"from {copy}: .*hidden_size.*expected int, got str") as raised:
+                load()
+            assert "\n" not in str(raised.value)
+
+    @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+    def test_a_damaged_tokenizer_is_named(self, copy: Path, file: str):
+        (copy / file).write_text("{")
+        with pytest.raises(HelpsteerError, match=f"no tokenizer can be loaded from {copy}"):
+            load_tokenizer(copy)
+
+    @pytest.mark.parametrize("damage", [lambda b: b[:5000], lambda b: b[:-1], lambda b: b"", lambda b: b"\0" + b[1:]])
+    def test_weights_cut_short_or_damaged_are_named_without_reading_them(
+        self, copy: Path, damage: Callable[[bytes], bytes]
+    ):
+        file = copy / "model.safetensors"
+        file.write_bytes(damage(file.read_bytes()))
+        for load in (require_safetensors, lambda folder: load_model(folder, precision="fp32")):
+            with pytest.raises(HelpsteerError, match=f"{file} is damaged or incomplete .*; get it again"):
+                load(copy)
+
+    def test_a_missing_part_of_the_weights_is_named(self, copy: Path):
+        whole = load_model(copy, precision="fp32")
+        (copy / "model.safetensors").unlink()
+        whole.save_pretrained(copy, max_shard_size="40KB")
+        again = load_model(copy, precision="fp32")
+        assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+        part = next(copy.glob("model-00002-of-*.safetensors"))
+        part.unlink()
+        with pytest.raises(HelpsteerError, match=f"{part} is missing"):
             load_model(copy, precision="fp32")
+        (copy / "model.safetensors.index.json").write_text('{"weight_map": 3}')
+        with pytest.raises(HelpsteerError, match=r"model.safetensors.index.json is damaged"):
+            load_model(copy, precision="fp32")
+
+    def test_pickled_weights_are_never_read(self, copy: Path):
+        (copy / "model.safetensors").unlink()
+        # Reading this as a pickle would be an error of its own.
+        (copy / "pytorch_model.bin").write_bytes(b"cposix\nsystem\n")
+        with pytest.raises(HelpsteerError, match=r"weights as pickles only \(pytorch_model.bin\).* save_pretrained"):
+            load_model(copy, precision="fp32")
+
+    def test_weights_of_another_model_than_the_config_describes_are_refused(self, copy: Path):
+        config = json.loads((copy / "config.json").read_text())
+        (copy / "config.json").write_text(json.dumps(config | {"vocab_size": 400}))
+        message = r"are of different models: lm_head.weight has the shape .*, and by the config \[400, 32\] \(2 such"
+        with pytest.raises(HelpsteerError, match=message):
+            load_model(copy, precision="fp32")
+
+    @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+    def test_weights_that_are_not_finite_are_refused_and_named(self, copy: Path, value: float):
+        weights = load_file(copy / "model.safetensors")
+        weights["model.norm.weight"][3] = value
+        save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(HelpsteerError, match=r"1 weight\(s\) .* not finite in fp32 \(the first: model.norm.weight"):
+            load_model(copy, precision="fp32")
+
+    def test_an_adapter_is_no_model_even_where_a_model_lies_beside_it(self, copy: Path, model, tmp_path: Path):
+        attach_lora(model, LoraSettings(r=4), 0).save_pretrained(tmp_path / "adapter")
+        shutil.copy(tmp_path / "adapter" / "adapter_config.json", copy)
+        for folder in (tmp_path / "adapter", copy):
+            for load in (
+                lambda path: load_model(path, precision="fp32"),
+                lambda path: model_size(path, LoraSettings()),
+            ):
+                with pytest.raises(HelpsteerError, match=f"{folder} holds an adapter .*merge_and_unload"):
+                    load(folder)
 
     def test_missing_weights_are_refused_and_not_made_up(self, copy: Path):
         weights = load_file(copy / "model.safetensors")
@@ -93,6 +166,33 @@ class TestLoading:
         make_tokenizer(pad=False).save_pretrained(tmp_path)
         loaded = load_tokenizer(tmp_path)
         assert loaded.pad_token_id == loaded.eos_token_id == 2
+
+    def test_a_tokenizer_without_end_of_text_token_is_refused(self, tmp_path: Path):
+        make_tokenizer(eos=False, pad=False).save_pretrained(tmp_path)
+        with pytest.raises(HelpsteerError, match=f"{tmp_path} has no end-of-text token .* set eos_token"):
+            load_tokenizer(tmp_path)
+
+
+class TestVocabulary:
+    def test_every_token_within_the_embeddings_passes(self):
+        tokenizer = make_tokenizer()
+        check_vocabulary(tokenizer, len(tokenizer))
+
+    def test_ordinary_tokens_beyond_the_embeddings_are_counted_and_the_first_named(self):
+        tokenizer = make_tokenizer()
+        first = tokenizer.convert_ids_to_tokens(len(tokenizer) - 2)
+        message = rf"has 2 token\(s\) that the model does not embed .*{re.escape(repr(first))}, id {len(tokenizer) - 2}"
+        with pytest.raises(HelpsteerError, match=message):
+            check_vocabulary(tokenizer, len(tokenizer) - 2)
+
+    def test_a_pad_token_that_was_added_without_the_model_is_refused_and_other_added_tokens_are_not(self):
+        tokenizer = make_tokenizer(pad=False)
+        embeddings = len(tokenizer)
+        tokenizer.add_tokens(["<image>"])
+        check_vocabulary(tokenizer, embeddings)
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+        with pytest.raises(HelpsteerError, match=r"has 1 token\(s\) .*'\[PAD\]'"):
+            check_vocabulary(tokenizer, embeddings)
 
 
 class TestCheckLengths:
@@ -145,6 +245,12 @@ class TestAttachLora:
         with pytest.raises(HelpsteerError, match=message):
             attach_lora(model, LoraSettings(target_modules=names), 0)
 
+    @pytest.mark.parametrize("modules", ["all-linear", ["v_proj", "q_proj"]])
+    def test_is_saved_in_one_order_of_the_modules(self, model, tmp_path: Path, modules):
+        attach_lora(model, LoraSettings(target_modules=modules), 0).save_pretrained(tmp_path)
+        saved = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+        assert len(saved) > 1 and saved == sorted(saved)
+
     def test_leaves_what_the_model_says_unchanged_at_first(self, model):
         tokens = torch.arange(3, 30)[None]
         with torch.no_grad():
@@ -166,3 +272,44 @@ def test_load_adapters_gives_each_its_own_weights(tiny_model_path: Path, tmp_pat
         for key, weight in saved.items():
             assert torch.equal(weights[key.replace(".weight", f".{name}.weight")], weight)
     assert not loaded.training
+
+
+class TestAdaptersThatDoNotFit:
+    def adapter(self, folder: Path, **config: int) -> Path:
+        shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        other = LlamaForCausalLM(LlamaConfig(vocab_size=290, num_key_value_heads=2, **shape | config))
+        attach_lora(other, LoraSettings(r=4, target_modules=["q_proj", "up_proj"]), 0).save_pretrained(folder)
+        return folder
+
+    @pytest.mark.parametrize("config", [{"num_hidden_layers": 1}, {"num_hidden_layers": 3}, {"hidden_size": 64}])
+    @pytest.mark.parametrize("beside_another", [False, True])
+    def test_one_of_another_model_is_refused(self, model, tmp_path: Path, config: dict[str, int], beside_another: bool):
+        adapters = {"good": self.adapter(tmp_path / "good")} if beside_another else {}
+        other = self.adapter(tmp_path / "other", **config)
+        with pytest.raises(HelpsteerError, match=f"the adapter {other} .* trained on another base model"):
+            load_adapters(model, adapters | {"other": other})
+
+    def test_damaged_and_pickled_ones_are_refused(self, model, tmp_path: Path):
+        folder = self.adapter(tmp_path / "adapter")
+        weights = (folder / "adapter_model.safetensors").read_bytes()
+        (folder / "adapter_model.safetensors").write_bytes(weights[:-1])
+        with pytest.raises(HelpsteerError, match=f"{folder}/adapter_model.safetensors is damaged or incomplete"):
+            load_adapters(model, {"a": folder})
+        (folder / "adapter_model.safetensors").unlink()
+        (folder / "adapter_model.bin").write_bytes(b"cposix\nsystem\n")
+        with pytest.raises(HelpsteerError, match=f"{folder}/adapter_model.safetensors is missing"):
+            load_adapters(model, {"a": folder})
+        (folder / "adapter_model.safetensors").write_bytes(weights)
+        (folder / "adapter_config.json").write_text("{")
+        with pytest.raises(HelpsteerError, match=f"the adapter {folder} cannot be loaded onto the model"):
+            load_adapters(model, {"a": folder})
+
+
+def test_a_model_is_measured_by_its_config_alone(tiny_model_path: Path, tmp_path: Path):
+    shutil.copy(tiny_model_path / "config.json", tmp_path)
+    measured = model_size(tmp_path, LoraSettings(r=4))
+    whole = load_model(tiny_model_path, precision="fp32")
+    assert measured.parameters == whole.num_parameters()
+    assert measured.embeddings == whole.get_input_embeddings().num_embeddings
+    trained = lora_weights(attach_lora(whole, LoraSettings(r=4), 0))
+    assert measured.adapter_parameters == sum(weight.numel() for weight in trained.values())

@@ -1,5 +1,6 @@
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -67,6 +68,7 @@ def train(
     selection: list[PreferencePair],
     *,
     w: float = 0.5,
+    beta: float = 0.1,
     lora: LoraSettings = LORA,
     seed: int = 0,
     batch_tokens: int = 100,
@@ -80,7 +82,7 @@ def train(
         train_pairs=as_dataset(pairs),
         selection_pairs=as_dataset(selection),
         w=w,
-        beta=0.1,
+        beta=beta,
         settings=settings_of(**changes),
         batch_tokens=batch_tokens,
         seed=seed,
@@ -614,10 +616,10 @@ class TestWhatIsKept:
         _, result = train(tiny_model_path, tmp_path, pairs, pairs, early_stopping=1)
         assert result.steps == result.best_step == 6
 
-    def test_of_the_checkpoints_only_the_best_and_the_last_stay_on_disk(self, tiny_model_path, pairs, tmp_path):
+    def test_of_the_checkpoints_only_the_best_and_the_last_two_stay_on_disk(self, tiny_model_path, pairs, tmp_path):
         train(tiny_model_path, tmp_path, pairs, self.opposite(pairs), learning_rate=1e-2, steps=8, w=1.0)
         found = sorted(path.name for path in (tmp_path / "checkpoints").glob("checkpoint-*"))
-        assert found == ["checkpoint-2", "checkpoint-8"]
+        assert found == ["checkpoint-2", "checkpoint-6", "checkpoint-8"]
 
 
 class TestNotFinite:
@@ -651,6 +653,49 @@ class TestNotFinite:
         with pytest.raises(HelpsteerError, match=r"eval_loss is (nan|inf) by step 2 of 6"):
             train(tiny_model_path, tmp_path, pairs[1:], [*broken, replace(pairs[1], reference_chosen=math.inf)])
         assert checkpoint_progress(tmp_path / "checkpoints") is None
+
+    def test_weights_that_the_last_step_breaks_are_not_kept(self, tiny_model_path, pairs, tmp_path):
+        # AdamW's first step is as long as the learning rate: beyond what fp32 holds.
+        how = {"learning_rate": 1e39, "warmup_share": 0.0, "steps": 1}
+        message = r"training w=0.5: \d+ weight\(s\) are not finite after step 1 of 1\..*1e\+39"
+        with pytest.raises(HelpsteerError, match=message):
+            train(tiny_model_path, tmp_path, pairs, [], **how)
+        assert checkpoint_progress(tmp_path / "checkpoints") is None
+
+
+class TestExploding:
+    def wide(self, pairs: list[PreferencePair]) -> list[PreferencePair]:
+        """Margins of hundreds, such as a penalty on every token makes."""
+        return [replace(p, margin_chosen=300.0, margin_rejected=-300.0) for p in pairs]
+
+    def test_the_loss_that_a_training_starts_from_is_that_of_the_model_without_its_lora(
+        self, tiny_model_path, pairs, tmp_path
+    ):
+        dataset = as_dataset(pairs)
+        logits = [-(1 - 0.3) * (p.margin_chosen - p.margin_rejected) / 0.3 for p in pairs]
+        assert dataset.loss_of_reference(w=0.3) == pytest.approx(np.logaddexp(0, -np.array(logits)).mean(), rel=1e-12)
+        assert as_dataset(self.wide(pairs)).loss_of_reference(w=0.1) == pytest.approx(0.9 * 600 / 0.1)
+        without = PairDataset([("a", "b")], {}, {}, None)
+        assert without.loss_of_reference(w=0.3) == pytest.approx(math.log(2))
+        model = attach_lora(load_model(tiny_model_path, precision="fp32"), LORA, 0)
+        trainer = trainer_of(model, pairs, tmp_path, w=0.3, beta=0.1)
+        trainer.eval_dataset = dataset
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(dataset.loss_of_reference(w=0.3), rel=1e-4)
+
+    def test_a_loss_beyond_what_a_training_comes_back_from_stops_it_and_says_what_to_do(
+        self, tiny_model_path, pairs, tmp_path
+    ):
+        with pytest.raises(HelpsteerError) as raised:
+            train(tiny_model_path, tmp_path, pairs, pairs[:4], w=0.05, beta=2000.0, learning_rate=0.1, steps=20)
+        message = str(raised.value)
+        assert re.match(r"training w=0.05: (eval_)?loss is \S+, beyond 2000, .* by step \d+ of 20\.", message), message
+        for advice in ("lower learning_rate, 0.1", "1/w = 20", "raise the smallest weight", "objective.margin_beta"):
+            assert advice in message
+
+    def test_a_loss_that_starts_high_is_none_that_exploded(self, tiny_model_path, pairs, tmp_path):
+        _, result = train(tiny_model_path, tmp_path, self.wide(pairs), self.wide(pairs[:4]), w=0.1)
+        assert result.steps == 6
+        assert all(5000 < row["loss"] < 6000 for row in result.history), "above 100 / w"
 
 
 def test_the_adapter_loads_with_plain_peft_and_says_the_same(tiny_model_path, pairs, tmp_path):

@@ -9,6 +9,7 @@ from peft import PeftModel
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment import LoraSettings, SftSettings
 from helpsteer_assets.modpo.batching import collate
+from helpsteer_assets.modpo.checkpoints import checkpoint_progress
 from helpsteer_assets.modpo.log_probs import padded_log_probs
 from helpsteer_assets.modpo.models import attach_lora, load_model, load_tokenizer
 from helpsteer_assets.modpo.sft import train_sft
@@ -131,6 +132,30 @@ def test_merged_the_model_says_the_same_as_with_its_adapter(tiny_model_path, tok
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_model_path, tokenizer, tmp_path):
     with pytest.raises(HelpsteerError, match=r"training sft_model: \w+ is (nan|inf) by step \d of 6.*1e\+30"):
         train(tiny_model_path, tmp_path, make_sequences(tokenizer, 8), learning_rate=1e30)
+
+
+def test_weights_that_the_last_step_breaks_are_not_kept(tiny_model_path, tokenizer, tmp_path):
+    with pytest.raises(HelpsteerError, match=r"training sft_model: \d+ weight\(s\) are not finite after step 1 of 1\."):
+        train(tiny_model_path, tmp_path, make_sequences(tokenizer, 8), learning_rate=1e39, steps=1)
+    assert checkpoint_progress(tmp_path) is None
+
+
+def test_a_loss_far_above_that_of_guessing_stops_the_run(tiny_model_path, tokenizer, tmp_path):
+    loud = tmp_path / "loud"
+    model = load_model(tiny_model_path, precision="fp32")
+    model.lm_head.weight.data *= 1000  # sure of what is wrong
+    model.save_pretrained(loud)
+    with pytest.raises(
+        HelpsteerError, match=r"training sft_model: loss is \S+, beyond 100, .* by step 1 of 6\. .*sft\.l"
+    ):
+        train(loud, tmp_path / "checkpoints", make_sequences(tokenizer, 8), tokenizer=tokenizer)
+
+
+def test_a_tokenizer_that_knows_more_than_the_model_is_refused(tiny_model_path, tokenizer, tmp_path):
+    other = make_tokenizer(pad=False)
+    other.add_special_tokens({"pad_token": "[PAD]"})
+    with pytest.raises(HelpsteerError, match=r"1 token\(s\) that the model does not embed .*'\[PAD\]'"):
+        train(tiny_model_path, tmp_path, make_sequences(tokenizer, 8), tokenizer=other)
 
 
 def test_nothing_to_train_on_is_an_error(tiny_model_path, tmp_path):

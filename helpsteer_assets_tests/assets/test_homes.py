@@ -1,0 +1,149 @@
+"""Real homes: cleaned up after a change and during a run, and moved to another path."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import dagster as dg
+import pytest
+from click.testing import CliRunner
+
+from helpsteer_assets.cli import main
+from helpsteer_assets.experiment import Experiment
+from helpsteer_assets.garbage import delete_garbage, find_garbage
+from helpsteer_assets.home import dagster_home
+from helpsteer_assets.resources.artifacts import ArtifactStore
+from helpsteer_assets.resources.uses import ArtifactName, in_use
+from helpsteer_assets.resources.warehouse import TABLES, Warehouse
+from helpsteer_assets.running import run_experiment
+from helpsteer_assets.stages import Fingerprint, fingerprints
+from helpsteer_assets.status import label, status
+from helpsteer_assets_tests.assets.conftest import Finished, write_experiment
+from helpsteer_assets_tests.test_garbage import contents
+from helpsteer_assets_tests.test_stages import POLICIES
+
+Copied = Callable[..., Finished]
+
+
+def folders(experiment: Experiment, home: Path) -> set[Path]:
+    present = fingerprints(experiment).values()
+    return {home / "artifacts" / found.asset / found.partition / found.value for found in present}
+
+
+def artifact_name(found: Fingerprint) -> ArtifactName:
+    return found.asset, found.partition, found.value
+
+
+def input_names(found: Fingerprint) -> set[ArtifactName]:
+    return {(asset, p, value) for asset, partitions in found.inputs.items() for p, value in partitions.items()}
+
+
+def states(finished: Finished) -> set[str]:
+    return {item.state for item in status(finished.experiment, finished.home)}
+
+
+def tables(home: Path) -> dict[str, list[tuple[object, ...]]]:
+    return {name: sorted(Warehouse(home).query(f"SELECT * FROM {name}")[1], key=repr) for name in TABLES}
+
+
+def computed(finished: Finished) -> list[str]:
+    return [line for line in finished.announced if line.endswith("computing")]
+
+
+def test_cleaning_up_after_a_change_leaves_the_last_results_whole(
+    copied: Copied, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, changed = copied(), copied(objective={"beta": 0.3})
+    home = changed.home
+    used: dict[str, set[ArtifactName]] = {}
+
+    def announce(message: str) -> None:
+        if message.endswith(": computing"):
+            used[message.removesuffix(": computing")] = in_use(home)
+
+    assert run_experiment(changed.experiment, home, announce=announce)
+    present = {label(f.asset, f.partition): f for f in fingerprints(changed.experiment).values() if f.asset in POLICIES}
+    assert used == {name: {artifact_name(f), *input_names(f)} for name, f in present.items()}
+    assert in_use(home) == set()
+    published, dagster = tables(home), contents(home / "dagster")
+    monkeypatch.setenv("HELPSTEER_EXPERIMENT", "demo")
+    monkeypatch.setenv("HELPSTEER_HOME", str(home))
+
+    result = CliRunner().invoke(main, ["gc", "--delete"])
+
+    assert result.exit_code == 0, result.output
+    gone = folders(before.experiment, home) - folders(changed.experiment, home)
+    assert {path.parent.parent.name for path in gone} == POLICIES
+    assert all(str(path.relative_to(home)) in result.output for path in gone)
+    assert set(home.glob("artifacts/*/*/*")) == folders(changed.experiment, home)
+    assert contents(home / "dagster") == dagster
+    assert states(changed) == {"complete"}
+    Warehouse(home).publish()
+    assert tables(home) == published
+    assert changed.run() and computed(changed) == []
+    assert find_garbage(home, []).garbage == []
+
+
+def test_a_run_goes_on_while_others_clean_up_and_what_a_killed_one_began_waits_for_it(
+    copied: Copied, tmp_path: Path
+) -> None:
+    before, changed = copied(), copied(objective={"beta": 0.3})
+    home, file = changed.home, write_experiment(tmp_path, objective={"beta": 0.3})
+    command = [sys.executable, "-c", "from helpsteer_assets.cli import entry; entry()"]
+    command += ["-e", str(file), "--home", str(home), "run"]
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    with start() as run:
+        assert run.stdout is not None
+        for line in run.stdout:
+            if line.startswith("modpo_models w=0.1: computing"):
+                run.kill()
+    begun = ArtifactStore(home).partial(
+        "modpo_models", "0.1", fingerprints(changed.experiment)["modpo_models", "0.1"].value
+    )
+    assert begun.is_dir()
+    assert begun not in {item.path for item in find_garbage(home, [changed.experiment], older_than=0).garbage}
+    assert begun not in {item.path for item in find_garbage(home, []).garbage}
+    assert begun in {item.path for item in find_garbage(home, [], older_than=0).garbage}
+
+    removed = set()
+    with start() as run:
+        assert run.stdout is not None
+        said = []
+        for line in run.stdout:
+            said.append(line)
+            # Nobody names the experiment: its own uses and latest materializations have to keep what it needs.
+            removed |= {item.path for item in delete_garbage(home, [], older_than=0).garbage}
+    assert run.returncode == 0, said
+    assert states(changed) == {"complete"}
+    delete_garbage(home, [], older_than=0)
+    assert set(home.glob("artifacts/*/*/*")) == folders(changed.experiment, home)
+    assert removed & folders(before.experiment, home)
+    assert not removed & folders(changed.experiment, home)
+
+
+def test_a_home_that_was_moved_and_is_reached_by_a_link_goes_on_as_it_was(copied: Copied, tmp_path: Path) -> None:
+    finished = copied()
+    before = tables(finished.home)
+    finished.home = finished.home.rename(tmp_path / "moved")
+    link = tmp_path / "link"
+    link.symlink_to(finished.home)
+    linked = Finished(finished.experiment, link)
+    assert states(finished) == states(linked) == {"complete"}
+
+    assert linked.run() and computed(linked) == []
+
+    with dg.DagsterInstance.from_config(str(dagster_home(finished.home, "quick"))) as instance:
+        records = instance.fetch_materializations(dg.AssetKey("sft_model"), limit=10).records
+        paths = [record.asset_materialization.metadata["path"].value for record in records]
+    value = fingerprints(finished.experiment)["sft_model", "all"].value
+    assert paths[0] == str(link / "artifacts" / "sft_model" / "all" / value)
+    assert len(paths) == 2  # the one before the move is remembered
+    after = tables(finished.home)
+    assert after.keys() == before.keys()
+    assert {name: len(rows) for name, rows in after.items()} == {name: len(rows) for name, rows in before.items()}
+    assert all(str(tmp_path) in row[4] for row in after["materializations"])
+    assert find_garbage(link, []).garbage == find_garbage(finished.home, []).garbage == []
