@@ -1,4 +1,4 @@
-"""The command line: helpsteer check | run | status | query | ui.
+"""The command line: helpsteer check | run | status | query | verify | gc | ui.
 
 Modules that take seconds to import (dagster, torch) are imported by the commands that need them.
 """
@@ -7,19 +7,24 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import sys
+from collections import Counter
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.experiment import Experiment, load_experiment
+from helpsteer_assets.experiment import SHIPPED, Experiment, load_experiment
 from helpsteer_assets.home import dagster_home, home_path
+
+if TYPE_CHECKING:
+    from helpsteer_assets.garbage import Garbage
 
 
 def _readable_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -30,7 +35,7 @@ def _readable_errors(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except HelpsteerError as error:
-            click.echo(f"error: {error}", err=True)
+            click.echo(f"error: {_printable(str(error))}", err=True)
             sys.exit(2)
 
     return wrapped
@@ -118,7 +123,96 @@ def query(sql: str, form: str) -> None:
         objects = [{key: _json_value(value) for key, value in zip(keys, row, strict=True)} for row in rows]
         click.echo(json.dumps(objects, default=str, ensure_ascii=False))
     else:
-        _print_table(names, [[_cell(value) for value in row] for row in rows])
+        _print_table([_printable(name) for name in names], [[_cell(value) for value in row] for row in rows])
+
+
+@main.command()
+@click.option("--deep", is_flag=True, help="Also compute a random sample of the results again, and compare.")
+@click.option(
+    "--samples", type=click.IntRange(min=1), default=8, show_default=True, help="Rows per policy that --deep computes."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Chooses those rows.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@_readable_errors
+def verify(deep: bool, samples: int, seed: int, as_json: bool) -> None:
+    """Read all artifacts and tables, and report what is not as it was computed. Changes nothing; exits with 1 on it.
+
+    With --deep, log-probabilities, scores, ratings and (in fp32) responses are computed again from the stored models.
+    They may differ from the stored ones by rounding only.
+    """
+    from helpsteer_assets.assets.progress import Console
+    from helpsteer_assets.verify import as_json as to_json
+    from helpsteer_assets.verify import lines
+    from helpsteer_assets.verify import verify as find_problems
+
+    experiment, console = load_experiment(), Console()
+    report = find_problems(
+        experiment,
+        home_path(),
+        samples=samples if deep else 0,
+        seed=seed,
+        log=lambda message: click.echo(message, err=True),
+        terminal=console.terminal,
+    )
+    if as_json:
+        click.echo(json.dumps(to_json(report), indent=2))
+    else:
+        click.echo(f"experiment {experiment.name}, home {home_path()}")
+        for line in lines(report):
+            click.echo(_printable(line))
+    if report.problems:
+        sys.exit(1)
+
+
+@main.command()
+@click.option("--delete", is_flag=True, help="Remove what is listed.")
+@click.option(
+    "--keep", metavar="NAME|PATH", multiple=True, help="A further experiment whose artifacts are kept; may be repeated."
+)
+@click.option(
+    "--older-than",
+    type=click.IntRange(min=0),
+    metavar="DAYS",
+    help="Only what nobody wrote to for so many days; default 0, and 7 for unfinished work.",
+)
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@_readable_errors
+def gc(delete: bool, keep: tuple[str, ...], older_than: int | None, as_json: bool) -> None:
+    """List what nothing refers to, with its size and the reason; --delete removes it.
+
+    Kept are the artifacts of the shipped experiments, of the one that -e or HELPSTEER_EXPERIMENT names and of those of
+    --keep; every experiment's latest materializations; what a running process uses; and all that these were made from.
+    Dagster's own state is left alone.
+    """
+    from helpsteer_assets.disk import size_in_words
+    from helpsteer_assets.garbage import delete_garbage, find_garbage
+
+    experiments = [load_experiment(), *map(load_experiment, (*SHIPPED, *keep))]
+    home = home_path()
+    if delete:
+        survey = delete_garbage(home, experiments, older_than, lambda holder: click.echo(holder, err=True))
+    else:
+        survey = find_garbage(home, experiments, older_than)
+    total = sum(item.bytes for item in survey.garbage)
+    if as_json:
+        items = [{"path": str(item.path), "bytes": item.bytes, "reason": item.reason} for item in survey.garbage]
+        found: dict[str, Any] = {"home": str(home), "deleted": delete, "bytes": total, "items": items}
+        found |= {"kept": survey.kept, "kept_bytes": survey.kept_bytes, "notes": survey.notes}
+        click.echo(json.dumps(found, indent=2))
+        return
+    click.echo(f"home {home}")
+    if survey.garbage:
+        _print_table(["size", "what", "reason"], _garbage_rows(survey.garbage, home))
+    for note in survey.notes:
+        click.echo(f"note: {note}")
+    if survey.kept:
+        click.echo(f"kept: {survey.kept} finished artifacts, {size_in_words(survey.kept_bytes)}")
+    if not survey.garbage:
+        click.echo("nothing to remove")
+    elif delete:
+        click.echo(f"removed: {size_in_words(total)}")
+    else:
+        click.echo(f"can go: {size_in_words(total)}; `{command_name()} gc --delete`, with the same options, removes it")
 
 
 @main.command()
@@ -184,7 +278,25 @@ def _json_value(value: object) -> object:
 
 
 def _cell(value: object) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else _printable(str(value))
+
+
+_COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def _printable(text: str) -> str:
+    """Text with what a terminal would obey written out: control characters, and those that turn the direction."""
+    return _COMMANDS.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def _garbage_rows(garbage: "list[Garbage]", home: Path) -> list[tuple[str, str, str]]:
+    """One row for each; those of a few bytes, such as locks, are counted."""
+    from helpsteer_assets.disk import size_in_words
+
+    small = Counter(item.reason for item in garbage if item.bytes < 1000)
+    large = [item for item in garbage if item.bytes >= 1000]
+    rows = [(size_in_words(item.bytes), str(item.path.relative_to(home)), item.reason) for item in large]
+    return rows + [("", f"{count} small ones", reason) for reason, count in small.items()]
 
 
 def _print_table(names: list[str], rows: list[Any]) -> None:

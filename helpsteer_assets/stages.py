@@ -290,9 +290,16 @@ def fingerprints(experiment: Experiment, digest_cache: Path | None = None) -> di
                 read = _partitions_read(stage, partition, graph[name], experiment)
                 inputs[name] = {p: found[name, p].value for p in read}
             code = {piece: CODE_VERSIONS[piece] for piece in stage.code}
-            value = _hash({"stage": stage.name, "code": code, "settings": settings, "inputs": inputs})
+            value = fingerprint_value(stage.name, code, settings, inputs)
             found[stage.name, partition] = Fingerprint(stage.name, partition, value, settings, code, inputs)
     return found
+
+
+def fingerprint_value(
+    stage: str, code: dict[str, int], settings: dict[str, Any], inputs: dict[str, dict[str, str]]
+) -> str:
+    """The fingerprint that stands for these versions of code, settings and inputs; also of a manifest's."""
+    return _hash({"stage": stage, "code": code, "settings": settings, "inputs": inputs})
 
 
 def code_version(stage: Stage, experiment: Experiment) -> str:

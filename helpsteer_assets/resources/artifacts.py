@@ -115,7 +115,7 @@ class ArtifactStore:
 
     def get(self, asset: str, partition: str, fingerprint: str) -> Artifact | None:
         """The finished artifact, verified, or None. A damaged one is set aside with a warning, and None returned."""
-        artifact, problems = self._inspect(asset, partition, fingerprint)
+        artifact, problems = self.inspect(asset, partition, fingerprint)
         if not problems:
             return artifact
         with lock_if_free(self._lock(asset, partition, fingerprint)) as free:
@@ -173,7 +173,7 @@ class ArtifactStore:
                 "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
                 "duration_s": round(time.monotonic() - started, 3),
                 "resumed": resumed,
-                "versions": _versions(),
+                "versions": versions(),
                 "git_revision": _git_revision(),
                 "host": socket.gethostname(),
                 "platform": platform.platform(),
@@ -227,7 +227,7 @@ class ArtifactStore:
         return Artifact(asset, partition, fingerprint, folder, manifest)
 
     def _get_locked(self, asset: str, partition: str, fingerprint: str) -> Artifact | None:
-        artifact, problems = self._inspect(asset, partition, fingerprint)
+        artifact, problems = self.inspect(asset, partition, fingerprint)
         if not problems:
             return artifact
         folder = self._folder(asset, partition, fingerprint)
@@ -239,7 +239,8 @@ class ArtifactStore:
             folder.rename(aside)
         return None
 
-    def _inspect(self, asset: str, partition: str, fingerprint: str) -> tuple[Artifact | None, list[str]]:
+    def inspect(self, asset: str, partition: str, fingerprint: str) -> tuple[Artifact | None, list[str]]:
+        """The finished artifact as its manifest tells it, and what is wrong with it; changes nothing."""
         folder = self._folder(asset, partition, fingerprint)
         try:
             artifact = self._read(folder, asset, partition, fingerprint)
@@ -375,14 +376,15 @@ def _processor() -> str:
 
 
 @cache
-def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {"python": platform.python_version()}
+def versions() -> dict[str, str | None]:
+    """Of Python and of the packages that results depend on; None for one that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            versions[package] = importlib.metadata.version(package)
+            found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return versions
+            found[package] = None
+    return found
 
 
 @cache

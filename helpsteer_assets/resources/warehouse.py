@@ -14,7 +14,6 @@ record already published do nothing.
 import hashlib
 import json
 import logging
-import os
 import shutil
 import tempfile
 import threading
@@ -295,7 +294,6 @@ _READER = {
 }
 QUERY_MEMORY, QUERY_SPILL, QUERY_ROWS = "2GB", "16GB", 1_000_000
 """Limits of a query: DuckDB's memory, its temporary files beyond that, and rows of the result."""
-_LIMITS = f"{QUERY_MEMORY} of memory, {QUERY_SPILL} of temporary files and {QUERY_ROWS:,} rows"
 
 
 class Warehouse:
@@ -411,11 +409,16 @@ class Warehouse:
                 shutil.rmtree(leftover)
             building = Path(tempfile.mkdtemp(prefix=".publish-", dir=self.folder))
             new = building / self.path.name
-            try:
-                for problem in _build(new, entries):
-                    logger.warning("%s", problem)
-            except duckdb.Error as error:
-                raise HelpsteerError(f"cannot publish {self.path}: {error}") from error
+            with _temporary_folder() as elsewhere:
+                # DuckDB finds no place for its write-ahead log where the path of a database has a `?`.
+                made = elsewhere / new.name if "?" in str(new) else new
+                try:
+                    for problem in _build(made, entries):
+                        logger.warning("%s", problem)
+                except duckdb.Error as error:
+                    raise HelpsteerError(f"cannot publish {self.path}: {error}") from error
+                if made != new:
+                    shutil.copyfile(made, new)
             sync(new)
             published = {"registry": state, "database": _sha256(new)}
             # A write-ahead log beside the published file is that of a person who opened it for writing. It does not
@@ -457,7 +460,7 @@ class Warehouse:
             try:
                 return _open_reader(copy, folder)
             except duckdb.Error as error:
-                raise HelpsteerError(_damaged(self.path, error)) from error
+                raise HelpsteerError(_cannot_be_read(self.path, error)) from error
 
     def entries(self) -> tuple[list[dict[str, Any]], list[str]]:
         """Every latest materialization that was recorded, its paths absolute; and why others cannot be read."""
@@ -481,7 +484,7 @@ class Warehouse:
             try:
                 found += _compare(expected, published, folder)
             except duckdb.Error as error:
-                return [*found, _damaged(self.path, error)]
+                return [*found, _cannot_be_read(self.path, error)]
             marker = _read_json(self.folder / "published.json")
         if found and not (isinstance(marker, dict) and marker.get("registry") == state):
             found.append(f"{self.path} was published before the registry's last change, or the home was copied")
@@ -610,9 +613,11 @@ def _build(path: Path, entries: list[dict[str, Any]]) -> list[str]:
                 if not _is_about_data(error, entry):
                     raise
                 connection.execute("ROLLBACK")
+                table = entry["table"] or _MATERIALIZATIONS.name
+                reason = str(error).splitlines()[0]
                 left_out.append(
-                    f"{entry['parquet'] or entry['path']} is left out of table {entry['table'] or _MATERIALIZATIONS.name}"
-                    f": {str(error).splitlines()[0]}; materialize {entry['asset']} again"
+                    f"{entry['parquet'] or entry['path']} is left out of table {table}: {reason}; "
+                    f"materialize {entry['asset']} again"
                 )
     return left_out
 
@@ -659,9 +664,7 @@ def _compare(expected: Path, published: Path, folder: Path) -> list[str]:
                 )
             )
             if alien or missing:
-                found.append(
-                    f"table {table.name}: {alien} rows are in no artifact, {missing} rows of artifacts are missing"
-                )
+                found.append(f"table {table.name}: {alien} rows are in no artifact, {missing} of artifacts are missing")
             if doubled:
                 found.append(f"table {table.name}: {doubled} rows are there twice, by {', '.join(table.key)}")
     return found
@@ -697,10 +700,9 @@ def _parameters(entry: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def _temporary_folder() -> Iterator[Path]:
     """A folder outside the home, which may be read-only or short of space; gone afterwards."""
-    with (
-        readable_os_errors("make a folder for temporary files (TMPDIR says where) in", Path("/tmp")),
-        tempfile.TemporaryDirectory(prefix="helpsteer-query-", ignore_cleanup_errors=True) as folder,
-    ):
+    with readable_os_errors("make a folder for temporary files (TMPDIR says where) in", Path("/tmp")):
+        temporary = tempfile.TemporaryDirectory(prefix="helpsteer-query-", ignore_cleanup_errors=True)
+    with temporary as folder:
         yield Path(folder)
 
 
@@ -712,7 +714,7 @@ def _open_reader(path: Path, folder: Path) -> duckdb.DuckDBPyConnection:
         connection.execute(
             f"SET memory_limit = '{QUERY_MEMORY}'; SET temp_directory = {_literal(str(folder))}; "
             f"SET max_temp_directory_size = '{QUERY_SPILL}'; "
-            "SET enable_external_access = false; SET lock_configuration = true"
+            "SET enable_progress_bar = false; SET enable_external_access = false; SET lock_configuration = true"
         )
     except BaseException:
         connection.close()
@@ -765,13 +767,16 @@ def _explained(error: duckdb.Error, path: Path) -> str:
     if "disabled by configuration" in message or "disabled through configuration" in message:
         return f"a query reads the warehouse's tables only, no files and no extensions ({message})"
     if isinstance(error, duckdb.OutOfMemoryException):
-        return f"the query needs more than it may have ({_LIMITS}): narrow it ({message.splitlines()[0]})"
+        return (
+            f"the query needs more than the {QUERY_MEMORY} of memory and {QUERY_SPILL} of temporary files that it may "
+            f"have: narrow it ({message.splitlines()[0]})"
+        )
     if isinstance(error, duckdb.IOException) or "Corrupt database file" in message:
-        return _damaged(path, error)
+        return _cannot_be_read(path, error)
     return message
 
 
-def _damaged(path: Path, error: duckdb.Error) -> str:
+def _cannot_be_read(path: Path, error: duckdb.Error) -> str:
     return (
         f"{path} cannot be read ({str(error).splitlines()[0]}): the next `helpsteer run` publishes it anew, from the "
         "artifacts"

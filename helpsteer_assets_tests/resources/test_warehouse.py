@@ -536,3 +536,153 @@ def test_the_latest_materialization_is_found_and_damage_is_none(warehouse: Wareh
     assert warehouse.latest("demo", "scores", "0.1")["fingerprint"] == "fingerprint-0.1"
     (warehouse.registry / "demo" / "scores" / "0.1.json").write_text("{", encoding="utf-8")
     assert warehouse.latest("demo", "scores", "0.1") is None
+
+
+# Damage, other versions, odd places.
+
+
+def entry_file(warehouse: Warehouse, w: str) -> Path:
+    return warehouse.registry / "demo" / "scores" / f"{w}.json"
+
+
+def change_entry(warehouse: Warehouse, w: str, **changes: Any) -> None:
+    file = entry_file(warehouse, w)
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_an_entry_of_a_newer_version_is_refused_since_its_rows_would_go_missing(warehouse: Warehouse) -> None:
+    record_scores(warehouse, "0.1")
+    change_entry(warehouse, "0.1", schema_version=2)
+    for use in (warehouse.publish, warehouse.entries, lambda: warehouse.latest("demo", "scores", "0.1")):
+        with pytest.raises(HelpsteerError, match=r"0\.1\.json was written by a newer helpsteer_assets .*: upgrade"):
+            use()
+    assert counts(warehouse)["scores"] == 3, "what is published stays"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"schema_version": 0},
+        {"schema_version": None},
+        {"experiment": "other"},
+        {"partition": "0.5"},
+        {"table": "materializations", "parquet": None},
+        {"table": ["scores"]},
+        {"parquet": 3},
+        {"fingerprint": None},
+        {"run_id": "\ud800"},
+        {"materialized_at": "yesterday"},
+        {"reused": "no"},
+        {"constants": [1]},
+        {"constants": {"margin_beta": "much"}},
+        {"constants": {"margin_beta": 10**400}},
+        {"constants": {"margin_beta": {"a": 1}}},
+    ],
+)
+def test_a_garbled_entry_is_left_out_and_the_others_are_published(
+    warehouse: Warehouse, caplog: pytest.LogCaptureFixture, damage: dict[str, Any]
+) -> None:
+    for w in ("0.1", "0.2"):
+        record_scores(warehouse, w)
+    change_entry(warehouse, "0.1", **damage)
+    warehouse.publish()
+    assert warehouse.query("SELECT DISTINCT w FROM scores")[1] == [(0.2,)]
+    assert warehouse.query("SELECT partition FROM materializations")[1] == [("0.2",)]
+    assert "0.1" in caplog.text and "materialize" in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff\xfe", b"[" * 100_000, b'"x"', b"{}", b"NaN"])
+def test_a_file_that_is_no_entry_is_left_out_too(warehouse: Warehouse, content: bytes) -> None:
+    for w in ("0.1", "0.2"):
+        record_scores(warehouse, w)
+    entry_file(warehouse, "0.1").write_bytes(content)
+    warehouse.publish()
+    assert warehouse.query("SELECT DISTINCT w FROM scores")[1] == [(0.2,)]
+    assert warehouse.latest("demo", "scores", "0.1") is None
+    (unreadable,) = warehouse.entries()[1]
+    assert f"{entry_file(warehouse, '0.1')} is unreadable" in unreadable
+
+
+def test_swapped_entries_are_noticed_and_no_row_is_there_twice(warehouse: Warehouse) -> None:
+    for w in ("0.1", "0.2"):
+        record_scores(warehouse, w)
+    entry_file(warehouse, "0.1").write_bytes(entry_file(warehouse, "0.2").read_bytes())
+    warehouse.publish()
+    assert warehouse.query("SELECT w, count(*) FROM scores GROUP BY w")[1] == [(0.2, 3)]
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path: Path) -> None:
+    """Change a bit in place, as a failing disk does: size and times stay."""
+    times = path.stat()
+    content = bytearray(path.read_bytes())
+    for start in range(0, len(content), 4096):
+        content[start + 100] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        truncate,
+        flip,
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_text("not a database"),
+        lambda path: path.write_bytes(b"SQLite format 3\0" + bytes(4096)),
+    ],
+)
+def test_a_damaged_database_is_an_error_in_words_until_it_is_published_anew(warehouse: Warehouse, damage: Any) -> None:
+    record_scores(warehouse, "0.1")
+    damage(warehouse.path)
+    with pytest.raises(HelpsteerError, match=r"helpsteer\.duckdb cannot be read \(.*`helpsteer run` publishes it anew"):
+        warehouse.query("SELECT sum(length(CAST(scores AS VARCHAR))) FROM scores")
+    assert any("cannot be read" in line for line in warehouse.disagreements())
+    warehouse.publish()
+    assert counts(warehouse)["scores"] == 3
+    assert warehouse.disagreements() == []
+
+
+def test_a_folder_in_the_database_s_place_is_an_error_that_names_it(warehouse: Warehouse) -> None:
+    (warehouse.path / "mine").mkdir(parents=True)
+    for use in (warehouse.publish, lambda: warehouse.query("SELECT 1"), warehouse.disagreements):
+        with pytest.raises(HelpsteerError, match=r"helpsteer\.duckdb"):
+            use()
+    assert (warehouse.path / "mine").is_dir()
+
+
+def test_a_path_with_a_pattern_in_it_means_itself(tmp_path: Path) -> None:
+    home, decoy = Warehouse(tmp_path / "a[1]" / "x*?"), tmp_path / "a1" / "xyz" / "artifacts" / "scores" / "0.1"
+    write_scores(decoy / "scores.parquet", "0.1", rows=5)
+    record_scores(home, "0.1")
+    assert counts(home)["scores"] == 3
+
+
+def test_the_tables_agree_with_the_files_they_were_made_from(warehouse: Warehouse) -> None:
+    assert warehouse.disagreements() == []
+    for w in (None, "0.1", "0.5"):
+        record_scores(warehouse, w)
+    record_scores(warehouse, "0.1", experiment="o'neill; DROP TABLE scores")
+    assert warehouse.disagreements() == []
+    write_scores(warehouse.home / "artifacts" / "scores" / "0.5" / "scores.parquet", "0.5", rows=4)
+    first, second = warehouse.disagreements()
+    assert first == "table scores: 0 rows are in no artifact, 1 of artifacts are missing"
+    assert "was published before the registry's last change, or the home was copied" in second
+    warehouse.path.unlink()
+    assert "does not exist; the next `helpsteer run` publishes it" in warehouse.disagreements()[0]
+
+
+def test_a_moved_home_agrees_although_its_paths_differ(warehouse: Warehouse, tmp_path: Path) -> None:
+    record_scores(warehouse, "0.1")
+    warehouse.home.rename(tmp_path / "moved")
+    assert Warehouse(tmp_path / "moved").disagreements() == []
+
+
+def test_rows_that_are_there_twice_are_found_even_where_the_artifacts_say_so(warehouse: Warehouse) -> None:
+    file = write_scores(warehouse.home / "s.parquet", "0.1")
+    twice = write_parquet(warehouse.home / "t.parquet", f"FROM '{file}' UNION ALL FROM '{file}' LIMIT 4")
+    record_scores(warehouse, "0.1", parquet=twice)
+    assert warehouse.disagreements() == ["table scores: 1 rows are there twice, by experiment, policy, w, prompt_id"]
