@@ -8,6 +8,7 @@ result and enter no fingerprint: `run` (how things run) and `checks` (thresholds
 import difflib
 import os
 import re
+from collections import Counter
 from decimal import Decimal, InvalidOperation
 from importlib import resources
 from pathlib import Path
@@ -27,6 +28,9 @@ from pydantic import (
 
 from helpsteer_assets.errors import HelpsteerError
 
+_MOST_CHARACTERS = 100_000
+"""Of a file, its aliases written out: a few lines of aliases of aliases can stand for billions."""
+_MOST_MISTAKES = 20
 SHIPPED = ("demo", "smollm2", "helpsteer")
 Attribute = Literal["helpfulness", "correctness", "coherence", "complexity", "verbosity", "overall"]
 _INHERITED = "in a file that extends another, set it to null"
@@ -38,16 +42,16 @@ def canonical_weight(value: object) -> str:
     Raises ValueError for what is no number in (0, 1].
     """
     if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
-        raise ValueError(f"a weight is a number in (0, 1], got {value!r}")
+        raise ValueError(f"a weight is a number in (0, 1], got {_shown(value)}")
     try:
         number = Decimal(str(value).strip())
     except InvalidOperation:
-        raise ValueError(f"a weight is a number in (0, 1], got {value!r}") from None
+        raise ValueError(f"a weight is a number in (0, 1], got {_shown(value)}") from None
     if not number.is_finite() or not 0 < number <= 1:
-        raise ValueError(f"a weight is a number in (0, 1] (0 is excluded: the loss divides by w), got {value!r}")
+        raise ValueError(f"a weight is a number in (0, 1] (0 is excluded: the loss divides by w), got {_shown(value)}")
     text = format(number.normalize(), "f")
     if len(text) > 12 or Decimal(text) != number:
-        raise ValueError(f"a weight has at most ten decimals, got {value!r}")
+        raise ValueError(f"a weight has at most ten decimals, got {_shown(value)}")
     return text
 
 
@@ -212,9 +216,9 @@ def _canonical_weights(value: object) -> object:
         except ValueError as error:
             mistakes.append(str(error))
     if mistakes:
-        raise ValueError("; ".join(mistakes))
-    for weight in weights:
-        if weights.count(weight) > 1:
+        raise ValueError("; ".join(mistakes[:_MOST_MISTAKES]))
+    for weight, count in Counter(weights).items():
+        if count > 1:
             spelled = ", ".join(str(item) for item, w in zip(value, weights, strict=True) if w == weight)
             raise ValueError(f"weight {weight} stands there more than once ({spelled}); leave one")
     return weights
@@ -492,7 +496,40 @@ def is_hub_id(source: str) -> bool:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a number, as YAML 1.2 does, and refuses a key that stands twice."""
+    """SafeLoader with the numbers of YAML 1.2 (1e-4 is one; 010 is ten, 1:30 and 2024-01-01 are text), which refuses a
+    key that stands twice, tags, aliases that go on for ever, and characters that no path and no file can hold."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._characters = 0
+        self._sizes: dict[yaml.Node, int] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
+        event, before = self.peek_event(), self._characters
+        line = event.start_mark.line + 1
+        if getattr(event, "tag", None) is not None:
+            raise HelpsteerError(f"line {line}: a tag such as {_shown(event.tag)} is not read; remove it")
+        node = super().compose_node(parent, index)
+        if isinstance(event, yaml.AliasEvent):
+            if node not in self._sizes:
+                raise HelpsteerError(f"line {line}: the alias *{event.anchor} stands within what it refers to")
+            self._characters += self._sizes[node]
+        else:
+            self._characters += 1 + len(getattr(event, "value", ""))
+            self._sizes[node] = self._characters - before
+        if self._characters > _MOST_CHARACTERS:
+            raise HelpsteerError(
+                f"line {line}: with its aliases written out it is longer than {_MOST_CHARACTERS} characters"
+            )
+        return node
+
+    def construct_scalar(self, node: yaml.Node) -> str:
+        value = super().construct_scalar(node)
+        if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+            raise HelpsteerError(
+                f"line {node.start_mark.line + 1}: {_shown(value)} holds a NUL or half a surrogate pair; remove it"
+            )
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -505,9 +542,10 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:float"]
+    first: [(tag, regexp) for tag, regexp in resolvers if tag.rpartition(":")[2] in ("bool", "null", "merge")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(
@@ -515,11 +553,13 @@ _Loader.add_implicit_resolver(
     ),
     list("-+0123456789."),
 )
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_MOST_CHARACTERS)
     except FileNotFoundError:
         close = difflib.get_close_matches(path.name, SHIPPED, n=1)
         hint = f"; did you mean `{close[0]}`?" if close else ""
@@ -531,6 +571,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise HelpsteerError(f"experiment {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise HelpsteerError(f"experiment {path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    if len(text) == _MOST_CHARACTERS:
+        raise HelpsteerError(f"experiment {path} is no experiment: it has more than {_MOST_CHARACTERS} characters")
     try:
         data = yaml.load(text, Loader=_Loader)  # a SafeLoader: it makes plain values only
     except HelpsteerError as error:
@@ -539,7 +581,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         context = f" ({error.context})" if error.context else ""
         raise HelpsteerError(f"experiment {path} is not valid YAML: {line}{error.problem}{context}") from None
-    except yaml.YAMLError as error:
+    except RecursionError:
+        raise HelpsteerError(f"experiment {path} is nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number of thousands of digits
         raise HelpsteerError(f"experiment {path} is not valid YAML: {error}") from None
     if not isinstance(data, dict):
         found = "nothing" if data is None else "a list" if isinstance(data, list) else _shown(data)
@@ -578,7 +622,7 @@ def _load_data(name_or_path: str, seen: tuple[Path, ...] = ()) -> tuple[dict[str
         path = Path(str(resources.files("helpsteer_assets") / "experiments" / f"{name_or_path}.yaml"))
     else:
         path = Path(_absolute(name_or_path, Path.cwd()))
-    if path in seen:
+    if os.path.realpath(path) in map(os.path.realpath, seen):
         circle = " -> ".join(str(step) for step in (*seen, path))
         raise HelpsteerError(f"experiment {path}: `extends` goes round in a circle: {circle}")
     data = _read_yaml(path)
@@ -589,7 +633,7 @@ def _load_data(name_or_path: str, seen: tuple[Path, ...] = ()) -> tuple[dict[str
             raise HelpsteerError(f"experiment {path}: `extends` names an experiment or a path, got {_shown(parent)}")
         if parent not in SHIPPED:
             name, parent = parent, _absolute(parent, path.parent)
-            if not Path(parent).is_file():
+            if not os.path.isfile(parent):  # noqa: PTH113  Path.is_file raises for a name that is too long
                 raise HelpsteerError(
                     f"experiment {path}: it extends {name!r}, which is neither a shipped experiment "
                     f"({', '.join(SHIPPED)}) nor a file at {parent}"
@@ -618,7 +662,10 @@ def _shown(value: object) -> str:
     """A value as YAML spells it, shortened."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    text = repr(value)
+    return _clipped(repr(value))
+
+
+def _clipped(text: str) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
@@ -641,9 +688,10 @@ _EXPECTED = {
 
 def _explain(error: ValidationError) -> list[str]:
     lines = []
-    for item in error.errors():
+    errors = error.errors()
+    for item in errors[:_MOST_MISTAKES]:
         location = [part for part in item["loc"] if part not in ("RewardModelSettings", "[key]")]
-        where = ".".join(str(part) for part in location)
+        where = ".".join(_clipped(str(part)) for part in location)
         if item["type"] == "extra_forbidden":
             allowed = _keys_at(location[:-1])
             close = difflib.get_close_matches(str(location[-1]), allowed, n=1)
@@ -657,6 +705,8 @@ def _explain(error: ValidationError) -> list[str]:
         else:
             message = _EXPECTED.get(item["type"]) or item["msg"].replace("Input should be", "must be")
             lines.append(f"{where}: {message}, got {_shown(item['input'])}{_quotes_hint(item['type'], item['input'])}")
+    if len(errors) > len(lines):
+        lines.append(f"... and {len(errors) - len(lines)} more")
     return lines
 
 

@@ -9,6 +9,7 @@
 import os
 from pathlib import Path
 
+from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.resources.files import readable_os_errors, write_atomically
 
 DAGSTER_YAML = """\
@@ -30,8 +31,17 @@ nux:
 
 
 def home_path() -> Path:
-    """`HELPSTEER_HOME`, else `.helpsteer` in the working directory; absolute."""
-    return Path(os.environ.get("HELPSTEER_HOME") or ".helpsteer").expanduser().absolute()
+    """`HELPSTEER_HOME`, else `.helpsteer` in the working directory; absolute.
+
+    Raises HelpsteerError for a path that SQLite or DuckDB would read as another one, and write to that.
+    """
+    home = Path(os.path.expanduser(os.environ.get("HELPSTEER_HOME") or ".helpsteer")).absolute()  # noqa: PTH111
+    if found := [character for character in "?%\\" if character in str(home)]:
+        raise HelpsteerError(
+            f"the home {home} has {' and '.join(found)} in its path, which databases read as something else; set "
+            "HELPSTEER_HOME to another folder"
+        )
+    return home
 
 
 def dagster_home(home: Path, experiment: str) -> Path:

@@ -115,7 +115,7 @@ def _report(experiment: Experiment, home: Path, scratch: Path) -> Iterator[str]:
     yield f"experiment {experiment.name}" + (f": {experiment.description}" if experiment.description else "")
     yield f"home {home}"
     data = yield from _data(experiment, scratch, findings)
-    if data is not None:
+    if data is not None and (data.preference_pairs is not None or data.margin_pairs is not None):
         yield from _pairs(experiment, data, findings)
     yield from _weights(experiment, findings)
     model = yield from _model(experiment, findings)
@@ -223,19 +223,19 @@ def count_pairs(ratings: Source, selection_share: float) -> dict[str, dict[str, 
     """
     counted = ", ".join(
         f"count(DISTINCT one_id || two_id) FILTER (one_{name} > two_{name}) AS {name}, "
-        f"count(*) FILTER (one_{name} = two_{name} AND one_id < two_id) AS {name}_tied"
+        f"coalesce(sum(rows) FILTER (one_{name} = two_{name} AND one_id < two_id), 0)::BIGINT AS {name}_tied"
         for name in RATED
     )
     rated = ", ".join(f"{side}.{name} AS {side}_{name}" for side in ("one", "two") for name in RATED)
     rows = query(
         f"""
         WITH responses AS (
-            SELECT *, {" + ".join(ATTRIBUTES)} AS {OVERALL}, CASE
+            SELECT prompt_id, response_id, {", ".join(ATTRIBUTES)}, {" + ".join(ATTRIBUTES)} AS {OVERALL}, CASE
                 WHEN split = 'train' AND {hash_share("selection", "prompt_id")} < $selection_share THEN 'selection'
-                ELSE split END AS part
-            FROM ratings
+                ELSE split END AS part, count(*) AS rows
+            FROM ratings GROUP BY ALL
         ), twos AS (
-            SELECT part, one.response_id AS one_id, two.response_id AS two_id, {rated}
+            SELECT part, one.response_id AS one_id, two.response_id AS two_id, one.rows * two.rows AS rows, {rated}
             FROM responses AS one JOIN responses AS two USING (part, prompt_id)
             WHERE one.response_id <> two.response_id
         )

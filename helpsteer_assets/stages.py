@@ -7,6 +7,7 @@ the rater. It needs no database: two machines with the same experiment and sourc
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -344,8 +345,8 @@ def local_path(key: str, source: str) -> Path:
     """
     if source == "embedded":
         return Path(str(resources.files("helpsteer_assets") / "embedded" / "model"))
-    path = Path(source).expanduser()
-    if not path.exists():
+    path = Path(os.path.expanduser(source))  # noqa: PTH111  Path's raises for a user that does not exist
+    if not os.path.exists(path):  # noqa: PTH110  Path's raises for a name that is too long
         raise HelpsteerError(
             f"{key}: {source} does not exist; correct the path in the experiment (the model and the experiment of "
             "`smollm2` are made by `make smollm2 DATA=path/to/your/folder`)"

@@ -373,7 +373,7 @@ def test_wrong_key_or_type(tmp_path: Path, changes: dict[str, Any], removed: tup
         ([-0.1], "a weight is a number in (0, 1]"),
         ([1.5], "got 1.5"),
         (["much"], "a weight is a number in (0, 1], got 'much'"),
-        ([True], "a weight is a number in (0, 1], got True"),
+        ([True], "a weight is a number in (0, 1], got true"),
         ([float("nan")], "a weight is a number in (0, 1]"),
         ([0.123456789012], "a weight has at most ten decimals"),
         ([0.5, "0.50"], "weight 0.5 stands there more than once (0.5, 0.50); leave one"),

@@ -1,14 +1,16 @@
 """Data sets and models from the Hugging Face hub, and the digests by which local files and folders are known.
 
 A download is one commit of one repository, kept in the hub's own cache (`HF_HOME`); a commit that is cached already is
-found with no network. A local folder has no commit, so its content is hashed; since models are large, each file's hash
-is remembered by path, size and modification time.
+found with no network. Of a model no pickles are fetched, which run code when they are read. A local folder has no
+commit, so its content is hashed; since models are large, each file's hash is remembered by path, size and modification
+time.
 """
 
 import contextlib
 import hashlib
 import json
 import os
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -16,8 +18,10 @@ from pathlib import Path
 from typing import Literal
 
 from helpsteer_assets.errors import HelpsteerError
+from helpsteer_assets.modpo.digests import is_intact, sealed
 
 _LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
+_PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle"]
 _SETTLED_NS = 2_000_000_000
 """Age from which a modification time identifies a content: file systems count time in steps of up to two seconds."""
 
@@ -31,7 +35,8 @@ def download(
         repo_id: such as `nvidia/HelpSteer`.
         revision: the commit hash.
         kind: what the repository holds.
-        allow_patterns: download only files whose name matches one of these (`*.safetensors`); None: all.
+        allow_patterns: download only files whose name matches one of these (`*.safetensors`); None: all. A model's
+            pickled weights (`pytorch_model.bin`) are left out in any case.
 
     Honours HF_HOME, HF_HUB_OFFLINE, HF_TOKEN and HF_ENDPOINT. Raises HelpsteerError, naming repository, revision and
     remedy, where the repository is gated, private, disabled, missing, lacks the revision, or cannot be reached.
@@ -43,7 +48,15 @@ def download(
     or_local = f"or give the path of a local folder as {key}"
     page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo_id}"
     try:
-        return Path(snapshot_download(repo_id, repo_type=kind, revision=revision, allow_patterns=allow_patterns))
+        return Path(
+            snapshot_download(
+                repo_id,
+                repo_type=kind,
+                revision=revision,
+                allow_patterns=allow_patterns,
+                ignore_patterns=_PICKLES if kind == "model" else None,
+            )
+        )
     except errors.GatedRepoError as error:
         raise HelpsteerError(
             f"the {what} is gated: accept its licence on {page}, then {_LOG_IN} of that account, {or_local}"
@@ -91,7 +104,7 @@ def content_digest(path: Path, cache: Path | None = None) -> str:
     """SHA-256, 64 hex digits, over the names and contents of a file or of all files under a folder.
 
     A folder's own name and place do not matter, the names inside it do; a single file's name does. Hidden files and
-    folders (`.git`, `.cache`) are left out.
+    folders (`.git`, `.cache`) are left out, and what has no content (pipes, sockets, devices).
 
     Args:
         path: file or folder.
@@ -108,6 +121,8 @@ def content_digest(path: Path, cache: Path | None = None) -> str:
     try:
         for file in _visible_files(path):
             status = file.stat()
+            if not stat.S_ISREG(status.st_mode):
+                continue  # reading it might never end
             known = remembered.get(str(file))
             if known and known[:2] == [status.st_size, status.st_mtime_ns]:
                 digest = str(known[2])
@@ -156,10 +171,10 @@ def _read_cache(cache: Path) -> dict[str, list[object]]:
     """What the cache file remembers; nothing where it is missing or damaged."""
     try:
         content = json.loads(cache.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    if not isinstance(content, dict):
-        return {}
+    if not isinstance(content, dict) or not is_intact(content):
+        return {}  # a flipped bit would put everything out of date
     return {
         name: entry
         for name, entry in content.items()
@@ -174,7 +189,7 @@ def _write_cache(cache: Path, learnt: dict[str, list[object]]) -> None:
         handle, temporary = tempfile.mkstemp(dir=cache.parent, prefix=f".{cache.name}.")
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(_read_cache(cache) | learnt, file, indent=0, sort_keys=True)
+                json.dump(sealed(_read_cache(cache) | learnt), file, indent=0, sort_keys=True)
             Path(temporary).replace(cache)
         except BaseException:
             Path(temporary).unlink()

@@ -138,7 +138,10 @@ def require_safetensors(folder: Path) -> None:
             "save_pretrained"
         )
     else:
-        raise HelpsteerError(f"{folder} holds no weights (model.safetensors); get the model's files again")
+        raise HelpsteerError(
+            f"{folder} holds no weights in safetensors (model.safetensors): get the model's files again; where it "
+            "comes as pickles only (pytorch_model.bin), which are never loaded, convert it, or take another version"
+        )
     for file in files:
         _require_intact(file)
 

@@ -38,6 +38,10 @@ _SHELF = "left(prompt_id, 1)"
 _STRETCH_ROWS = 16_384
 """Responses of pairs whose texts the database holds at a time."""
 
+_MOST_COMPARED = 10**9
+"""Comparisons of two responses to one prompt: the work of minutes. Where a prompt has four responses, 60 million
+prompts make as many."""
+
 _OVERALL_SQL = " + ".join(ATTRIBUTES)
 
 
@@ -60,7 +64,7 @@ def build_pairs(ratings: Source, attribute: str, selection_share: float, file: P
         file: the Parquet file to write, ordered by split, prompt_id and pair_id (PAIRS_SCHEMA); its folder is used for
             temporary files.
 
-    Raises HelpsteerError where no train pair arises.
+    Raises HelpsteerError where no train pair arises, and where one prompt has so many responses that all too many do.
     """
     with (
         tempfile.TemporaryDirectory(prefix=".pairs-", dir=file.parent) as scratch,
@@ -76,15 +80,22 @@ def _decide_pairs(
     connection: duckdb.DuckDBPyConnection, ratings: Source, attribute: str, selection_share: float
 ) -> dict[str, int]:
     """Make the table `pairs`, PAIRS_SCHEMA without texts, of the table `ratings`; returns their number by split."""
+    # Without repetitions: every two of a million equal rows would be compared.
+    connection.execute(
+        f"""
+        CREATE TABLE responses AS
+        SELECT DISTINCT prompt_id, response_id, {", ".join(ATTRIBUTES)}, {_OVERALL_SQL} AS {OVERALL}, CASE
+            WHEN split = 'train' AND {hash_share("selection", "prompt_id")} < $selection_share THEN 'selection'
+            ELSE split END AS part
+        FROM ratings
+        """,
+        {"selection_share": selection_share},
+    )
+    _require_few_responses(connection)
     connection.execute(
         f"""
         CREATE TABLE pairs AS
-        WITH responses AS (
-            SELECT *, {_OVERALL_SQL} AS {OVERALL}, CASE
-                WHEN split = 'train' AND {hash_share("selection", "prompt_id")} < $selection_share THEN 'selection'
-                ELSE split END AS part
-            FROM ratings
-        ), pairs AS (
+        WITH pairs AS (
             SELECT part AS split, prompt_id,
                 chosen.response_id AS chosen_id, rejected.response_id AS rejected_id,
                 {_rated_columns("chosen")}, {_rated_columns("rejected")}
@@ -96,8 +107,7 @@ def _decide_pairs(
             ORDER BY rejected_{attribute} - chosen_{attribute},
                 {", ".join(f"{side}_{name}" for side in ("chosen", "rejected") for name in ATTRIBUTES)}
         ) = 1
-        """,
-        {"selection_share": selection_share},
+        """
     )
     counts = dict.fromkeys(SPLITS, 0) | dict(
         connection.sql("SELECT split, count(*) FROM pairs GROUP BY split").fetchall()
@@ -114,15 +124,38 @@ def _decide_pairs(
     return counts
 
 
+def _require_few_responses(connection: duckdb.DuckDBPyConnection) -> None:
+    """Refuse a table `responses` of which all too many have one prompt."""
+    compared, largest, prompt = connection.sql(
+        """
+        SELECT sum(count * count), max(count), arg_max(prompt_id, count)
+        FROM (SELECT prompt_id, count(*) AS count FROM responses GROUP BY prompt_id, part)
+        """
+    ).fetchall()[0]
+    if compared is not None and compared > _MOST_COMPARED:
+        raise HelpsteerError(
+            f"the prompt with prompt_id {prompt} has {largest} different rated responses, and every two of a prompt "
+            f"are compared: {compared} comparisons in all. Leave fewer responses to a prompt in data.source"
+        )
+
+
 def _lay_out_texts(connection: duckdb.DuckDBPyConnection, folder: Path) -> None:
-    """Write the texts of the table `ratings` to Arrow files, one for all prompts whose ids begin alike.
+    """Write the texts of the table `ratings`, each once, to Arrow files, one for all prompts whose ids begin alike.
 
     The database's own joins and sorts fail where texts outgrow its memory. Of these files one at a time is needed.
     """
     from pyarrow import dataset  # it brings pandas, which who only loads the definitions need not wait for
 
     dataset.write_dataset(
-        stream(connection, f"SELECT {_SHELF} AS shelf, response_id, prompt, response FROM ratings"),
+        stream(
+            connection,
+            f"""
+            SELECT {_SHELF} AS shelf, response_id, prompt, response
+            FROM ratings SEMI JOIN (
+                SELECT response_id, file, min(row) AS row FROM ratings GROUP BY response_id, file
+            ) USING (response_id, file, row)
+            """,
+        ),
         folder,
         format="ipc",
         partitioning=dataset.partitioning(pa.schema([("shelf", pa.string())])),
@@ -161,7 +194,10 @@ def count_train_pairs(ratings: Source) -> dict[str, int]:
     )
     return query(
         f"""
-        WITH responses AS (SELECT *, {_OVERALL_SQL} AS {OVERALL} FROM ratings WHERE split = 'train')
+        WITH responses AS (
+            SELECT DISTINCT prompt_id, response_id, {", ".join(ATTRIBUTES)}, {_OVERALL_SQL} AS {OVERALL}
+            FROM ratings WHERE split = 'train'
+        )
         SELECT {counted} FROM responses AS chosen JOIN responses AS rejected USING (prompt_id)
         WHERE chosen.response_id <> rejected.response_id
         """,
@@ -190,12 +226,16 @@ def describe_pairs(pairs: Source, ratings: Source, attribute: str, other: str) -
     """
     rated = query(
         f"""
-        WITH responses AS (SELECT *, {_OVERALL_SQL} AS {OVERALL} FROM ratings), tied AS (
-            SELECT count(*) AS ties
-            FROM responses AS one JOIN responses AS two USING (split, prompt_id, {attribute})
-            WHERE one.response_id < two.response_id
+        WITH rated AS (
+            SELECT split, prompt_id, response_id, {attribute}, count(*) AS n
+            FROM (SELECT *, {_OVERALL_SQL} AS {OVERALL} FROM ratings) GROUP BY ALL
+        ), alike AS (
+            -- Of all couples of rows rated alike, those of two different responses.
+            SELECT (sum(n) * sum(n) - sum(n * n)) // 2 AS ties FROM rated GROUP BY split, prompt_id, {attribute}
         )
-        SELECT ties, (SELECT count(*) - count(DISTINCT (split, response_id)) FROM ratings) AS duplicates FROM tied
+        SELECT sum(ties)::BIGINT AS ties,
+            (SELECT count(*) - count(DISTINCT (split, response_id)) FROM ratings) AS duplicates
+        FROM alike
         """,
         ratings=ratings,
     ).to_pylist()[0]

@@ -1,7 +1,8 @@
 """Raters: who gives generated responses their attribute ratings.
 
 A rater is a function of prompts and responses. The embedded one applies the demo generator's own rules; a reward model
-is a sequence-classification checkpoint whose outputs are mapped to attributes.
+is a sequence-classification checkpoint whose outputs are mapped to attributes. Its weights are read from safetensors,
+never from pickles.
 """
 
 import json
@@ -17,6 +18,7 @@ from transformers.models.llama import modeling_llama
 
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.attributes import ATTRIBUTES
+from helpsteer_assets.modpo.models import require_safetensors, require_whole_model
 from helpsteer_assets.modpo.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -98,7 +100,13 @@ class RewardModelRater:
     def _encode(self, prompt: str, response: str) -> list[int]:
         if self._tokenizer.chat_template:
             messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False)
+            try:
+                text = self._tokenizer.apply_chat_template(messages, tokenize=False)
+            except Exception as error:  # whatever the template's own code raises
+                raise HelpsteerError(
+                    f"the chat template of the reward model {self._path} fails: {_first_line(error)}; mend it "
+                    "(chat_template.jinja, or chat_template in tokenizer_config.json)"
+                ) from error
             # The template writes the special tokens itself; the tokenizer would add a second beginning of text.
             ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         else:
@@ -167,7 +175,7 @@ def _unused_id(rows: list[list[int]], vocabulary: int) -> int:
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = "it has no config.json" if isinstance(error, FileNotFoundError | NotADirectoryError) else str(error)
         raise HelpsteerError(
             f"evaluation.rater.model: {path} is not a folder with a model ({reason}); give the folder of a "
@@ -200,6 +208,8 @@ def _load_tokenizer(path: Path, trusted: bool) -> PreTrainedTokenizerBase:
 
 
 def _load_model(path: Path, trusted: bool, device: torch.device) -> PreTrainedModel:
+    require_whole_model(path)
+    require_safetensors(path)
     try:
         with _former_names():
             model, report = AutoModelForSequenceClassification.from_pretrained(
@@ -207,6 +217,7 @@ def _load_model(path: Path, trusted: bool, device: torch.device) -> PreTrainedMo
                 dtype=torch.float32 if device.type == "cpu" else "auto",
                 trust_remote_code=trusted,
                 local_files_only=True,
+                use_safetensors=True,
                 output_loading_info=True,
             )
     except Exception as error:  # Whatever the files or the model's own code raise.

@@ -1,7 +1,8 @@
 """Ratings: rows of (prompt, response, five integers), read from files or memory, validated, identified and split.
 
 Every row passes one validator, whatever it was read from. A file is read as a stream, so that a damaged row is known by
-its number and costs nothing but itself, and good rows go to disk, so that memory holds some thousand of them at a time.
+its number and costs nothing but itself, and good rows go to disk, so that memory holds some thousand of them at a time,
+or some megabytes where texts are long.
 Of all rows it holds the ids; from these splits and limits are then computed at once, in SQL.
 
 Splits and limits depend on hashes of the prompts alone: the same prompts fall to the same side whatever else the
@@ -19,9 +20,8 @@ import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from decimal import Decimal
-from itertools import islice
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, AnyStr, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -60,6 +60,14 @@ _FORMATS = (".jsonl", ".json", ".csv", ".parquet")
 _LFS_POINTER = b"version https://git-lfs"
 _JSON_NAMES = {list: "array", str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}
 _SHOWN = 10
+_SHOWN_CHARACTERS = 40
+_BATCH_CHARACTERS = 2**26
+"""A batch of rows ends here at the latest: ten thousand texts of a megabyte would fill the memory."""
+_PARQUET_ROWS = 1000
+_LINE_LIMIT = 2**27
+"""Bytes (CSV: characters) of a line; a gzipped file of kilobytes can hold one of gigabytes."""
+_ARRAY_LIMIT = 2**30
+"""Bytes of a JSON array, which takes several times as much memory."""
 _RATINGS = frozenset(range(HIGHEST_RATING + 1))
 _NUMBER = re.compile(r"\s*[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?\s*", re.ASCII)
 
@@ -241,8 +249,7 @@ class _Collected:
         """Validate a file's records; returns how many there were."""
         count, any_complete = 0, False
         keys: set[str] = set()  # of the records that lack a column
-        records = iter(records)
-        while batch := list(islice(records, BATCH_ROWS)):
+        for batch in _batches(records):
             count += len(batch)
             if _all_good(batch):
                 any_complete = True
@@ -256,7 +263,7 @@ class _Collected:
             objects = [record for _, record in batch if isinstance(record, dict)]
             incomplete = [record for record in objects if _lacking(record)]
             any_complete |= len(incomplete) < len(objects)
-            keys.update(*incomplete)
+            keys.update(key for record in incomplete for key in record if key in COLUMNS or len(keys) <= _SHOWN)
         if not count:
             raise HelpsteerError(f"{file} is empty: it holds no rows. Remove it or give it rows.")
         if keys and not any_complete:
@@ -281,6 +288,21 @@ class _Collected:
             "response_id": list(map(response_id, prompts, responses)),
         }
         self._ids.append(pa.RecordBatch.from_pydict(ids, schema=self._IDS))
+
+
+def _batches(records: Iterable[tuple[int, _Record]]) -> Iterator[list[tuple[int, _Record]]]:
+    """Records by the so many, fewer where their texts are long."""
+    batch, characters = [], 0
+    for numbered in records:
+        batch.append(numbered)
+        record = numbered[1]
+        if isinstance(record, dict):
+            characters += sum([len(value) for value in record.values() if type(value) is str])
+        if len(batch) >= BATCH_ROWS or characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def _all_good(records: list[tuple[int, _Record]]) -> bool:
@@ -354,7 +376,12 @@ def _complaints(values: list[Any]) -> Iterator[str]:
 
 
 def _shown(value: object) -> str:
-    return repr(value) if len(repr(value)) <= 40 else f"{repr(value)[:40]}..."
+    """A value in few printable characters."""
+    try:
+        text = repr(value[:_SHOWN_CHARACTERS] if isinstance(value, str) else value)
+    except RecursionError:
+        return "nested too deeply"
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
 
 
 def _arrange(
@@ -404,6 +431,13 @@ def _arrange(
 
 def _find_files(path: Path) -> list[tuple[Split | None, Path]]:
     """(split, file) in reading order; the split is None where a hash of the prompt decides."""
+    try:
+        return _found_files(path)
+    except OSError as error:
+        raise HelpsteerError(f"data.source: {error.filename} cannot be read: {error.strerror}") from error
+
+
+def _found_files(path: Path) -> list[tuple[Split | None, Path]]:
     if path.is_file():
         if not path.name.removesuffix(".gz").endswith(_FORMATS) or path.name.endswith(".parquet.gz"):
             raise HelpsteerError(
@@ -412,12 +446,15 @@ def _find_files(path: Path) -> list[tuple[Split | None, Path]]:
             )
         return [(None, path)]
     if not path.is_dir():
-        raise HelpsteerError(f"data.source: {path} does not exist. Give a folder or a file that does.")
-    try:
-        names = sorted(path.iterdir()) + (sorted((path / "data").iterdir()) if (path / "data").is_dir() else [])
-    except OSError as error:
-        raise HelpsteerError(f"data.source: {error.filename} cannot be read: {error.strerror}") from error
-    matches = [(match, file) for file in names if (match := _NAME.fullmatch(file.name)) and file.is_file()]
+        what = "is neither a folder nor a regular file" if path.exists() else "does not exist"
+        raise HelpsteerError(f"data.source: {path} {what}. Give the path of a folder or a file.")
+    names = sorted(path.iterdir()) + (sorted((path / "data").iterdir()) if (path / "data").is_dir() else [])
+    matches = [(match, file) for file in names if (match := _NAME.fullmatch(file.name))]
+    if no_file := next((file for _, file in matches if not file.is_file()), None):
+        raise HelpsteerError(
+            f"data.source: {no_file} has the name of a file of ratings, and is no regular file (a folder, a pipe, or "
+            "a link to nothing). Remove or rename it"
+        )
     found = {split: [(match, file) for match, file in matches if match["split"] == split] for split in _SPLITS}
     for split, candidates in found.items():
         _require_one_set(path, split, candidates)
@@ -465,9 +502,16 @@ def _records(file: Path) -> Iterator[tuple[int, _Record]]:
         else:
             read = {".csv": _csv_records, ".json": _json_records, ".jsonl": _json_lines}[ending]
             with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+                beginning = stream.peek(2)[:2]
+                if beginning in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in beginning:
+                    raise HelpsteerError(
+                        f"{file} is UTF-16 text: convert it to UTF-8, such as by `iconv -f UTF-16 -t UTF-8`"
+                    )
                 yield from read(file, stream)
     except gzip.BadGzipFile as error:
-        raise HelpsteerError(f"{file} is not gzip, though its name says so: rename it or get it again") from error
+        raise HelpsteerError(
+            f"{file} is not gzip, though its name says so, or not to its end: rename it or get it again"
+        ) from error
     except (EOFError, zlib.error) as error:
         raise HelpsteerError(f"{file} is damaged gzip ({error}): get it again") from error
     except OSError as error:
@@ -475,17 +519,31 @@ def _records(file: Path) -> Iterator[tuple[int, _Record]]:
 
 
 def _require_columns(file: Path | str, names: Iterable[str]) -> None:
-    names = list(names)
+    names = sorted(names)
     lacking = [column for column in COLUMNS if column not in names]
     if lacking:
+        shown = [name if name in COLUMNS else _shown(name)[1:-1] for name in names[:_SHOWN]]
+        shown += ["..."] if len(names) > _SHOWN else []
         raise HelpsteerError(
-            f"{file} has no column {', '.join(lacking)}. It has: {', '.join(sorted(map(str, names))) or 'none'}. "
+            f"{file} has no column {', '.join(lacking)}. It has: {', '.join(shown) or 'none'}. "
             f"Needed are {', '.join(COLUMNS)}"
         )
+    for column in COLUMNS:
+        if names.count(column) > 1:
+            raise HelpsteerError(f"{file} has {names.count(column)} columns {column}: rename all but the one meant")
 
 
-def _json_lines(file: Path, lines: Iterable[bytes]) -> Iterator[tuple[int, _Record]]:
-    for number, line in enumerate(lines, 1):
+def _lines(file: Path, stream: IO[AnyStr]) -> Iterator[AnyStr]:
+    number = 1
+    while line := stream.readline(_LINE_LIMIT):
+        if len(line) == _LINE_LIMIT:
+            raise HelpsteerError(f"{file} is no file of ratings: line {number} is longer than {_LINE_LIMIT} characters")
+        yield line
+        number += 1
+
+
+def _json_lines(file: Path, stream: IO[bytes]) -> Iterator[tuple[int, _Record]]:
+    for number, line in enumerate(_lines(file, stream), 1):
         line = line.strip()
         if line:
             try:
@@ -496,15 +554,18 @@ def _json_lines(file: Path, lines: Iterable[bytes]) -> Iterator[tuple[int, _Reco
 
 def _json_records(file: Path, stream: IO[bytes]) -> Iterator[tuple[int, _Record]]:
     """One array; or lines, which are often named so too."""
-    start = b""
-    while not start.removeprefix(codecs.BOM_UTF8).strip() and (more := stream.read(4096)):
-        start += more
+    start = stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
+    while not start and (more := stream.read(4096)):
+        start = more.lstrip()
     stream.seek(0)
-    if not start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+    if not start.startswith(b"["):
         yield from _json_lines(file, stream)
         return
+    content = stream.read(_ARRAY_LIMIT)
+    if len(content) == _ARRAY_LIMIT:
+        raise HelpsteerError(f"{file} is too large for a JSON array: write it as jsonl, one object a line")
     try:
-        records = _decoded_json(stream.read())
+        records = _decoded_json(content)
     except ValueError as error:
         raise HelpsteerError(f"{file} is {error}. Mend it or get it again") from error
     for number, record in enumerate(records, 1):
@@ -518,7 +579,7 @@ def _json_object(value: Any) -> _Record:
 def _decoded_json(content: bytes) -> Any:
     """Raises ValueError with the reason, in words that go on from "is"."""
     try:
-        return json.loads(content.decode("utf-8-sig"))
+        return _JSON.decode(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"not valid UTF-8 at byte {error.start + 1}") from error
     except json.JSONDecodeError as error:
@@ -528,11 +589,25 @@ def _decoded_json(content: bytes) -> Any:
         raise ValueError("JSON nested too deeply") from error
 
 
+def _object_of_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object, unless it is not clear what one of COLUMNS is in it."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        for column in COLUMNS:
+            if keys.count(column) > 1:
+                raise ValueError(f"an object with {keys.count(column)} keys {column}")
+    return found
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_object_of_pairs)
+
+
 def _csv_records(file: Path, stream: IO[bytes]) -> Iterator[tuple[int, _Record]]:
     # What is not UTF-8 becomes lone surrogates, which the validator complains of in the row where they stand.
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    limit = csv.field_size_limit(2**31 - 1)  # the default refuses responses of more than 128 KiB
-    reader = csv.reader(text, strict=True)
+    limit = csv.field_size_limit(_LINE_LIMIT)  # the default refuses responses of more than 128 KiB
+    reader = csv.reader(_lines(file, text), strict=True)
     try:
         names = next(reader, [])
         _require_columns(file, names)
@@ -562,13 +637,26 @@ def _parquet_records(file: Path) -> Iterator[tuple[int, _Record]]:
         # Not prefetched, and read piece by piece: a row group may hold all rows of the file.
         with pq.ParquetFile(file, pre_buffer=False, buffer_size=2**20) as reader:
             _require_columns(file, reader.schema_arrow.names)
+            _require_types(file, reader.schema_arrow)
             number = 0
-            for batch in reader.iter_batches(BATCH_ROWS, columns=list(COLUMNS)):
+            for batch in reader.iter_batches(_PARQUET_ROWS, columns=list(COLUMNS)):
                 for values in zip(*(_values(batch.column(column)) for column in COLUMNS), strict=True):
                     number += 1
                     yield number, dict(zip(COLUMNS, values, strict=True))
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: of a column's name
         raise HelpsteerError(f"{file} is no readable parquet file ({error}): get it again") from error
+
+
+def _require_types(file: Path, schema: pa.Schema) -> None:
+    """A column of another type has not one good row, and some types have values that Python cannot hold."""
+    number = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
+    text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    for column in COLUMNS:
+        found = schema.field(column).type
+        kind = found.value_type if pa.types.is_dictionary(found) else found
+        wanted, fitting = ("numbers", number) if column in ATTRIBUTES else ("text", text)
+        if not any(fits(kind) for fits in (*fitting, pa.types.is_null)):
+            raise HelpsteerError(f"{file}: column {column} is of type {found}, not {wanted}: write the file anew")
 
 
 def _values(column: pa.Array) -> list[Any]:

@@ -10,12 +10,31 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from helpsteer_assets.errors import HelpsteerError
+
 BATCH_ROWS = 10_000
 ROW_GROUP_ROWS = 16_384
 """With two or three texts a row some 40 MB, before compression."""
+ROW_GROUP_BYTES = 2**28
+"""A row group ends here at the latest: with texts of megabytes its rows would not fit in memory."""
 
 Source = pa.Table | Path
 """A table in memory, or a Parquet file."""
+
+
+def literal_path(path: Path) -> str:
+    """The path as DuckDB's readers take it, which see a pattern in `*`, `?` and `[` and would read what fits it too.
+
+    Raises HelpsteerError for a path with one of these and a backslash: no pattern of DuckDB's stands for that.
+    """
+    text = str(path.absolute())
+    escaped = "".join(f"[{character}]" if character in "*?[" else character for character in text)
+    if escaped != text and "\\" in text:
+        raise HelpsteerError(
+            f"{text} cannot be read: its path has a backslash beside `*`, `?` or `[`; rename the folder (or set "
+            "HELPSTEER_HOME to another)"
+        )
+    return escaped
 
 
 @contextmanager
@@ -31,7 +50,7 @@ def database(scratch: Path | None = None, **tables: Source) -> Iterator[duckdb.D
         with duckdb.connect(":memory:", config=config) as connection:
             for name, table in tables.items():
                 if isinstance(table, Path):
-                    connection.read_parquet(str(table), hive_partitioning=False).create_view(name)
+                    connection.read_parquet(literal_path(table), hive_partitioning=False).create_view(name)
                 else:
                     connection.register(name, table)
             yield connection
@@ -58,7 +77,7 @@ def write_parquet(batches: Iterable[pa.RecordBatch], schema: pa.Schema, file: Pa
         for batch in batches:
             rows = pa.Table.from_batches([batch]).select(schema.names).cast(schema)
             waiting = pa.concat_tables([waiting, rows])
-            while waiting.num_rows >= ROW_GROUP_ROWS:
+            while waiting.num_rows >= ROW_GROUP_ROWS or waiting.nbytes >= ROW_GROUP_BYTES:
                 writer.write_table(waiting.slice(0, ROW_GROUP_ROWS).combine_chunks())
                 waiting = waiting.slice(ROW_GROUP_ROWS)
         if waiting.num_rows:

@@ -127,7 +127,13 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     """The prompt as the model reads it, up to where the response begins."""
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # whatever the template's own code raises
+            raise HelpsteerError(
+                f"the chat template of {tokenizer.name_or_path} fails: {type(error).__name__}: {error}; mend it "
+                "(chat_template.jinja, or chat_template in tokenizer_config.json)"
+            ) from error
     return FALLBACK_TEMPLATE.format(prompt=prompt)
 
 

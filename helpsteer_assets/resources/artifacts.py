@@ -188,12 +188,15 @@ class ArtifactStore:
     def _prepare(self, partial: Path) -> bool:
         """Readies the partial folder for an attempt; True if it holds checkpoints of an earlier one."""
         with readable_os_errors("write", partial):
+            checkpoints = partial / CHECKPOINTS
+            for place in (partial, checkpoints):
+                if place.is_symlink():
+                    place.unlink()  # what it leads to is somebody else's
             partial.mkdir(parents=True, exist_ok=True)
             for path in partial.iterdir():
                 # An artifact holds only what the attempt that finished it wrote.
                 if path.name != CHECKPOINTS:
                     _remove(path)
-            checkpoints = partial / CHECKPOINTS
             return checkpoints.is_dir() and any(checkpoints.iterdir())
 
     def _adopt(self, asset: str, partition: str, fingerprint: str) -> Artifact | None:

@@ -249,7 +249,16 @@ class TestDigestCache:
         content = content.replace("%s", str(folder / "config.json"))
         cache.write_text(content, encoding="utf-8", errors="surrogateescape")
         assert content_digest(folder, cache) == content_digest(folder)
-        assert len(json.loads(cache.read_text())) == 3
+        assert len(json.loads(cache.read_text())) == 4  # three files, and its own digest
+
+    def test_a_flipped_bit_in_the_cache_changes_no_digest(self, folder: Path, tmp_path: Path) -> None:
+        cache = tmp_path / "digests.json"
+        expected = content_digest(folder, cache)
+        content = cache.read_text(encoding="utf-8")
+        digest = json.loads(content)[str(folder / "config.json")][2]
+        other = ("0" if digest[0] != "0" else "1") + digest[1:]
+        cache.write_text(content.replace(digest, other), encoding="utf-8")
+        assert content_digest(folder, cache) == expected
 
     def test_what_another_process_learnt_meanwhile_is_kept(self, folder: Path, tmp_path: Path, read: list[str]) -> None:
         cache = tmp_path / "digests.json"

@@ -1,0 +1,76 @@
+"""What the tests of hostile input share: texts, how many examples a property is tried on, and what must always hold."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from hypothesis import HealthCheck, settings
+
+from helpsteer_assets.modpo.attributes import ATTRIBUTES
+from helpsteer_assets.modpo.ratings import COLUMNS, RATINGS_SCHEMA, prompt_id, read_ratings, response_id
+
+LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
+
+TEXTS = (
+    "שלום עולם, مرحبا بالعالم",
+    "\u202eright to left\u202c and \u200fmarks",
+    "Z\u0351\u036b\u0343\u036a\u0302a\u0336\u0347l\u0316\u034fg\u0330\u0353o\u0300\u0301",
+    "e\u0301 is not é; \u1e9b\u0323 ﷽ ẛ̣",
+    "👩\u200d👩\u200d👧\u200d👦 🏳️\u200d🌈 \U0001f3f4\U000e0067\U000e0062",
+    "NUL \x00 in the middle\x00",
+    "\x1b[2J\x1b]0;title\x07\x08\x7f\x9b31m",
+    "\u2028line\u2029paragraph\x85next\x0bvertical\x0cform\x1e",
+    "\ufeffmark \ufffe\uffff\U0010ffff noncharacters",
+    "a\r\nb\rc\nd\n\r",
+    "<script>alert('x')</script><img src=x onerror=alert(1)>",
+    "'; DROP TABLE scores; -- \" OR 1=1; ATTACH 'x.db'",
+    "$parquet ? :name %s {0} {{ 7*7 }} {% raw %} ${HOME} `id` $(id)",
+    "# heading\n| a | b |\n|---|---|\n```python\nimport os\n```\n---\nbase_model: x",
+    "</s><|im_end|><|endoftext|>[INST] <<SYS>> <pad>",
+    '=HYPERLINK("http://x","y"),"quoted ""twice"" ,\n',
+    "../../../etc/passwd C:\\con\\nul file:///dev/zero",
+    '{"prompt": "nested", "helpfulness": 4}',
+    "\u00a0\u2003.\u3000",
+    "\uff46\uff55\uff4c\uff4c \uff57\uff49\uff44\uff54\uff48 ٠١٢٣ Ⅷ ½",
+)
+"""Every one is text that UTF-8 can hold and that is more than white space: they must pass unchanged."""
+
+
+def examples(count: int) -> settings:
+    """A property is tried on so many examples, the same in every run; under HYPOTHESIS_PROFILE=long on fifty times as
+    many, other ones in every run."""
+    return settings(
+        max_examples=count * 50 if LONG else count,
+        derandomize=not LONG,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+def row(prompt: Any = "How?", response: Any = "So.", *ratings: Any, **changes: Any) -> dict[str, Any]:
+    return dict(zip(COLUMNS, (prompt, response, *(ratings or (1, 2, 3, 4, 0))), strict=True)) | changes
+
+
+def read(source: Path, **options: Any) -> tuple[pa.Table, dict[str, Any]]:
+    """The ratings of a source with what was reported; what must hold of all ratings is asserted."""
+    given = {"on_bad_rows": "drop", "validation_share": 0.2, "max_train_prompts": None, "max_validation_prompts": None}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            report = read_ratings(source, Path(folder) / "ratings.parquet", **given | options)
+        finally:
+            left = {file.name for file in Path(folder).iterdir()}
+            assert left <= {"ratings.parquet"}, "temporary files are left"
+        table = pq.read_table(Path(folder) / "ratings.parquet")
+    assert table.schema == RATINGS_SCHEMA
+    rows = table.to_pylist()
+    assert all(0 <= found[attribute] <= 4 for found in rows for attribute in ATTRIBUTES)
+    assert all(found["prompt"].strip() and found["response"].strip() for found in rows)
+    assert [found["prompt_id"] for found in rows] == [prompt_id(found["prompt"]) for found in rows]
+    assert [found["response_id"] for found in rows] == [response_id(f["prompt"], f["response"]) for f in rows]
+    removed = report["removed_from_validation"]["rows"]
+    assert len(rows) + report["bad_rows"]["count"] + removed == sum(file["rows"] for file in report["files"])
+    return table, report
