@@ -35,6 +35,9 @@ def ends_on_signal(leave: Callable[[str], None]) -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in _SIGNALS}
     answering = threading.Thread(target=_answer, args=(reading, leave), name="signals", daemon=True)
     answering.start()
+    # A terminal sends Ctrl-C to every process of ours. Those that are started from here on inherit that they do not get
+    # it, and print no traceback of their own; in this process, the thread just started does.
+    masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     # The kernel's signals reach the pipe whatever handlers Dagster puts in place of these.
     woken = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     for number, handler in before.items():
@@ -48,6 +51,7 @@ def ends_on_signal(leave: Callable[[str], None]) -> Iterator[None]:
         signal.set_wakeup_fd(woken)
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
         os.close(writing)
         os.close(reading)
 

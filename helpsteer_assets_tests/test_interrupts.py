@@ -100,6 +100,16 @@ def test_the_second_signal_ends_it_at_once() -> None:
     assert process.returncode == 143
 
 
+def test_processes_started_meanwhile_do_not_hear_ctrl_c() -> None:
+    child = "import time; print('child', flush=True); time.sleep(3); print('unharmed', flush=True)"
+    process = start(main=f"__import__('subprocess').run([sys.executable, '-c', {child!r}])", process_group=0)
+    assert process.stdout is not None and process.stdout.readline() == "child\n"
+    os.killpg(process.pid, signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert "unharmed" in said and "Traceback" not in said
+    assert process.returncode == 130
+
+
 def test_what_was_ignored_stays_ignored() -> None:
     process = start(main="time.sleep(1)", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     process.send_signal(signal.SIGHUP)
