@@ -6,10 +6,14 @@ memory, is tried again by its run.
 """
 
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import dagster as dg
 
 from helpsteer_assets.assets.materialization import GPU_POOL
+from helpsteer_assets.home import home_path
+from helpsteer_assets.recovery import alive
 
 STEP_MODULES = ("dagster._core.storage.sqlite_storage", "helpsteer_assets.definitions")
 """What every step imports: Dagster's storage and the code location."""
@@ -40,4 +44,24 @@ def step_executor(context: dg.InitExecutorContext) -> dg.Executor:
     loads_model = GPU_POOL in context.job.get_definition().graph.pools
     preloaded = [*STEP_MODULES, *(MODEL_MODULES if loads_model else ())]
     config = {"start_method": {"forkserver": {"preload_modules": preloaded}}, **context.executor_config}
-    return dg.multiprocess_executor.executor_creation_fn(context._replace(executor_config=config))
+    return _Living(dg.multiprocess_executor.executor_creation_fn(context._replace(executor_config=config)))
+
+
+class _Living(dg.Executor):
+    """Whose runs can be told from those of dead processes, also when the UI that launched them is gone."""
+
+    def __init__(self, executor: dg.Executor) -> None:
+        self._executor = executor
+
+    @property
+    def retries(self) -> Any:
+        return self._executor.retries
+
+    @property
+    def step_dependency_config(self) -> Any:
+        return self._executor.step_dependency_config
+
+    def execute(self, plan_context: Any, execution_plan: Any) -> Iterator[dg.DagsterEvent]:
+        with alive(home_path()) as tags:
+            plan_context.instance.add_run_tags(plan_context.run_id, tags)
+            yield from self._executor.execute(plan_context, execution_plan)

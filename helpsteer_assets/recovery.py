@@ -1,24 +1,62 @@
 """Runs of processes that died: found, ended in Dagster's records, and relieved of the pool slots they held.
 
 A killed process leaves its run as started and its pool slot taken, and whoever comes next would wait for that slot for
-ever. Dagster's run monitoring sees to runs that the UI launched, while its daemon runs; `helpsteer run` has no daemon.
-So each such process holds a lock for as long as it lives, which its runs name in a tag: where the lock is free, the
-process is dead.
+ever. Dagster sees to runs that the UI launched only while that UI runs, and to those of `helpsteer run` not at all. So
+each process that executes runs holds a lock for as long as it lives, which its runs name in a tag: where the lock is
+free, the process is dead.
 """
 
+import logging
+import shutil
+import tempfile
+import threading
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import dagster as dg
 
+from helpsteer_assets.home import dagster_home
+from helpsteer_assets.resources.files import readable_os_errors
 from helpsteer_assets.resources.locks import exclusive_lock, lock_if_free
+from helpsteer_assets.resources.uses import bury_dead
 
 PROCESS_TAG = "helpsteer/process"
 """Tag of a run whose process holds the lock of that name."""
 
-_UNFINISHED = [dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED]
+_UNFINISHED = [
+    dg.DagsterRunStatus.NOT_STARTED,
+    dg.DagsterRunStatus.STARTING,
+    dg.DagsterRunStatus.STARTED,
+    dg.DagsterRunStatus.CANCELING,
+]
+_WATCH_SECONDS = 2.0
+
+logger = logging.getLogger(__name__)
+
+
+def make_dagster_home(home: Path, experiment: str) -> Path:
+    """DAGSTER_HOME of an experiment, with Dagster's databases.
+
+    Two processes that make them at once fail, and one that dies halfway leaves some that nobody can open: so they are
+    made beside their place, by one process, and `history` is moved there last.
+    """
+    folder = dagster_home(home, experiment)
+    with exclusive_lock(home / "locks" / "dagster" / f"{experiment}.lock"), readable_os_errors("write", folder):
+        if not (folder / "history").exists():
+            for leftover in folder.glob(".new-*"):
+                shutil.rmtree(leftover)
+            new = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
+            shutil.copy(folder / "dagster.yaml", new)
+            with dg.DagsterInstance.from_config(str(new)):
+                pass
+            for name in ("schedules", "history"):  # elsewhere, if dagster.yaml says so
+                if (new / name).exists():
+                    shutil.rmtree(folder / name, ignore_errors=True)
+                    (new / name).rename(folder / name)
+            shutil.rmtree(new)
+    return folder
 
 
 @contextmanager
@@ -26,30 +64,84 @@ def alive(home: Path) -> Iterator[dict[str, str]]:
     """Hold this process's lock for the block; yields the tags that its runs are to bear."""
     name = uuid.uuid4().hex
     path = _lock(home, name)
+    with ExitStack() as stack:
+        with _counting(home):
+            stack.enter_context(exclusive_lock(path))
+        stack.callback(path.unlink, missing_ok=True)
+        yield {PROCESS_TAG: name}
+
+
+def _counting(home: Path) -> AbstractContextManager[object]:
+    """Held while a process's lock is made, and while those of dead ones are removed: keep it short."""
+    return exclusive_lock(home / "locks" / "runs.lock")
+
+
+def _remove_locks_of_the_dead(home: Path) -> None:
+    with _counting(home):
+        for path in (home / "locks" / "runs").glob("*.lock"):
+            with lock_if_free(path) as dead:
+                if dead:
+                    path.unlink(missing_ok=True)
+
+
+@contextmanager
+def recovering(
+    instance: dg.DagsterInstance, home: Path, tags: dict[str, str], announce: Callable[[str], None]
+) -> Iterator[None]:
+    """Clear up after dead processes now and, as some may die while this one waits for what they hold, during the block.
+
+    Args:
+        instance: Dagster's records.
+        home: the home.
+        tags: of this process's runs.
+        announce: is told of runs that died, and once of a pool that this process waits for.
+    """
+    recover_dead_runs(instance, home, announce)
+    _remove_locks_of_the_dead(home)
+    bury_dead(home)
+    ended, told = threading.Event(), set[str]()
+
+    def watch() -> None:
+        while not ended.wait(_WATCH_SECONDS):
+            try:
+                recover_dead_runs(instance, home, announce)
+                for pool, holders in _waited_for(instance, tags).items():
+                    if pool not in told:
+                        announce(f"waiting for a place in pool {pool}, which run {', '.join(holders)} holds")
+                    told.add(pool)
+            except Exception as error:  # The run itself will say what is wrong with the disk.
+                logger.debug("cannot look for runs that died: %s", error)
+
+    thread = threading.Thread(target=watch, name="recovery", daemon=True)
+    thread.start()
     try:
-        with exclusive_lock(path):
-            yield {PROCESS_TAG: name}
+        yield
     finally:
-        path.unlink(missing_ok=True)
+        ended.set()
+        thread.join()
 
 
 def recover_dead_runs(instance: dg.DagsterInstance, home: Path, announce: Callable[[str], None]) -> None:
-    """End the runs of dead `helpsteer run` processes, free slots that no living run holds, say what is waited for."""
+    """End the runs of dead processes, and free the slots that no living run holds."""
     for run in instance.get_runs(filters=dg.RunsFilter(statuses=_UNFINISHED)):
         if (name := run.tags.get(PROCESS_TAG)) is None:
             continue
         with lock_if_free(_lock(home, name)) as dead:
             if dead:
                 announce(f"run {run.run_id} died; what it had finished is reused, and its checkpoints are gone on from")
-                instance.report_run_failed(run, "The process of this run died.")
+                if run.status == dg.DagsterRunStatus.CANCELING:
+                    instance.report_run_canceled(run, "The process of this run died while it was being canceled.")
+                else:
+                    instance.report_run_failed(run, "The process of this run died.")
                 _lock(home, name).unlink(missing_ok=True)
     _free_slots(instance)
-    storage = instance.event_log_storage
-    for pool in storage.get_concurrency_keys():
-        held = storage.get_concurrency_info(pool)
-        if held.claimed_slots and len(held.claimed_slots) >= held.slot_count:
-            holders = ", ".join(sorted({slot.run_id for slot in held.claimed_slots}))
-            announce(f"pool {pool} is full: waiting for run {holders} (Deployment > Concurrency in the UI shows it)")
+
+
+def _waited_for(instance: dg.DagsterInstance, tags: dict[str, str]) -> dict[str, list[str]]:
+    """Pools in which runs with these tags wait for a place, and the runs that hold the places."""
+    own = {run.run_id for run in instance.get_runs(filters=dg.RunsFilter(statuses=_UNFINISHED, tags=tags))}
+    pools = map(instance.event_log_storage.get_concurrency_info, instance.event_log_storage.get_concurrency_keys())
+    return {pool.concurrency_key: sorted(pool.active_run_ids) for pool in pools if pool.pending_run_ids & own}
 
 
 def cancel_runs(instance: dg.DagsterInstance, tags: dict[str, str]) -> None:

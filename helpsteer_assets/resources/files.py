@@ -1,6 +1,7 @@
 """What the store and the warehouse share about files: safe names, durable writes, readable errors."""
 
 import errno
+import glob
 import os
 import shutil
 import socket
@@ -101,7 +102,11 @@ def sync(path: Path) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Writes a text file such that a reader, or a crash at any moment, meets the old or the new content whole."""
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    mine = f".{path.name}.{socket.gethostname()}."
+    for leftover in path.parent.glob(f"{glob.escape(mine)}*"):
+        if not Path("/proc", leftover.name.removeprefix(mine)).exists():  # its process died while writing it
+            leftover.unlink(missing_ok=True)
+    temporary = path.with_name(f"{mine}{os.getpid()}")
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
