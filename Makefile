@@ -6,8 +6,9 @@ READY := $(VENV)/.ready
 DATA ?=
 
 LONG ?=
+TRIALS ?= 300
 
-.PHONY: demo test ui smollm2 bench docs lint clean
+.PHONY: demo test ui smollm2 bench faults docs lint clean
 
 demo: $(READY)
 	HELPSTEER_EXPERIMENT=demo $(BIN)/helpsteer run
@@ -25,6 +26,10 @@ smollm2: $(READY)
 # Speed against the reference procedure, in about three minutes; make bench LONG=1 for all of it.
 bench: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks $(if $(LONG),--long) --json build/benchmarks.json
+
+# Hundreds of crashes, full disks, damaged files and second writers, each against a run that nothing happened to: hours.
+faults: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m helpsteer_assets_tests.faults --trials $(TRIALS)
 
 # The parts of docs/ that are generated from code.
 docs: $(READY)

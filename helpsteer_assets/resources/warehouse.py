@@ -409,16 +409,11 @@ class Warehouse:
                 shutil.rmtree(leftover)
             building = Path(tempfile.mkdtemp(prefix=".publish-", dir=self.folder))
             new = building / self.path.name
-            with _temporary_folder() as elsewhere:
-                # DuckDB finds no place for its write-ahead log where the path of a database has a `?`.
-                made = elsewhere / new.name if "?" in str(new) else new
-                try:
-                    for problem in _build(made, entries):
-                        logger.warning("%s", problem)
-                except duckdb.Error as error:
-                    raise HelpsteerError(f"cannot publish {self.path}: {error}") from error
-                if made != new:
-                    shutil.copyfile(made, new)
+            try:
+                for problem in _build(new, entries):
+                    logger.warning("%s", problem)
+            except duckdb.Error as error:
+                raise HelpsteerError(f"cannot publish {self.path}: {error}") from error
             sync(new)
             published = {"registry": state, "database": _sha256(new)}
             # A write-ahead log beside the published file is that of a person who opened it for writing. It does not

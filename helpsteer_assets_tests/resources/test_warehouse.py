@@ -655,7 +655,7 @@ def test_a_folder_in_the_database_s_place_is_an_error_that_names_it(warehouse: W
 
 
 def test_a_path_with_a_pattern_in_it_means_itself(tmp_path: Path) -> None:
-    home, decoy = Warehouse(tmp_path / "a[1]" / "x*?"), tmp_path / "a1" / "xyz" / "artifacts" / "scores" / "0.1"
+    home, decoy = Warehouse(tmp_path / "a[1]" / "x*"), tmp_path / "a1" / "xyz" / "artifacts" / "scores" / "0.1"
     write_scores(decoy / "scores.parquet", "0.1", rows=5)
     record_scores(home, "0.1")
     assert counts(home)["scores"] == 3
