@@ -64,7 +64,7 @@ def _status(
         return result("complete" if complete else "reusable", path=artifact.path)
     partial = store.partial(asset, partition, fingerprint.value)
     if partial.is_dir():
-        return result("partial", _partial_progress(partial / CHECKPOINTS), partial)
+        return result("partial", partial_progress(partial / CHECKPOINTS) or "just begun", partial)
     if latest is None:
         return result("missing")
     reasons = _why(fingerprint, latest["fingerprint"], present, store)
@@ -79,7 +79,8 @@ def _status(
     return result("out of date", "; ".join(parts))
 
 
-def _partial_progress(checkpoints: Path) -> str:
+def partial_progress(checkpoints: Path) -> str:
+    """How far unfinished work is, in words; empty where it has kept nothing yet."""
     from helpsteer_assets.modpo.checkpoints import checkpoint_progress
 
     found = checkpoint_progress(checkpoints)
@@ -88,7 +89,7 @@ def _partial_progress(checkpoints: Path) -> str:
     rows = 0
     with readable_os_errors("read", checkpoints), suppress(FileNotFoundError):  # a running process may finish meanwhile
         rows = sum(path.read_bytes().count(b"\n") for path in checkpoints.glob("*.jsonl"))
-    return f"{rows} rows done" if rows else "just begun"
+    return f"{rows} rows done" if rows else ""
 
 
 def _why(

@@ -26,6 +26,7 @@ from helpsteer_assets.resources.artifacts import ALL, CHECKPOINTS, Artifact, Art
 from helpsteer_assets.resources.uses import using
 from helpsteer_assets.resources.warehouse import TABLES, Warehouse
 from helpsteer_assets.stages import Fingerprint, Stage, code_version, fingerprints, stages
+from helpsteer_assets.status import partial_progress
 
 Inputs = Mapping[str, Mapping[str, Artifact]]
 """Finished artifacts that an asset reads, by asset and partition."""
@@ -184,7 +185,8 @@ class Lab:
         log: Callable[[str], None],
     ) -> tuple[Artifact, bool]:
         def compute(folder: Path) -> Metrics:
-            log(f"{label}: computing")
+            begun = partial_progress(folder / CHECKPOINTS)
+            log(f"{label}: computing" + (f", going on from {begun}" if begun else ""))
             with ProgressReporter(label, log, self._terminal) as progress:
                 run = StageRun(
                     self.experiment,

@@ -48,7 +48,7 @@ def tables(home: Path) -> dict[str, list[tuple[object, ...]]]:
 
 
 def computed(finished: Finished) -> list[str]:
-    return [line for line in finished.announced if line.endswith("computing")]
+    return [line for line in finished.announced if ": computing" in line]
 
 
 def test_cleaning_up_after_a_change_leaves_the_last_results_whole(
