@@ -36,6 +36,10 @@ def home_path() -> Path:
     Raises HelpsteerError for a path that SQLite or DuckDB would read as another one, and write to that.
     """
     home = Path(os.path.expanduser(os.environ.get("HELPSTEER_HOME") or ".helpsteer")).absolute()  # noqa: PTH111
+    try:
+        str(home).encode()
+    except UnicodeEncodeError:
+        raise HelpsteerError(f"the home {home} is not valid Unicode; set HELPSTEER_HOME to another folder") from None
     if found := [character for character in "?%\\" if character in str(home)]:
         raise HelpsteerError(
             f"the home {home} has {' and '.join(found)} in its path, which databases read as something else; set "

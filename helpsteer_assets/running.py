@@ -5,6 +5,7 @@ import os
 import textwrap
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -31,7 +32,7 @@ from helpsteer_assets.interrupts import ends_on_signal
 from helpsteer_assets.jobs import build_jobs, phases
 from helpsteer_assets.recovery import alive, cancel_runs, make_dagster_home, recovering
 from helpsteer_assets.resources.artifacts import ALL, Artifact
-from helpsteer_assets.resources.files import readable_os_errors
+from helpsteer_assets.resources.files import readable_library_errors, readable_os_errors
 from helpsteer_assets.status import Status, label, status
 
 _WIDTH = 110
@@ -88,6 +89,8 @@ def run_experiment(
     failed: list[str] = []
     try:
         with (
+            _kept_streams(),
+            readable_library_errors(home),
             dg.DagsterInstance.from_config(str(make_dagster_home(home, experiment.name))) as instance,
             alive(home) as tags,
             ends_on_signal(leave),
@@ -102,6 +105,18 @@ def run_experiment(
     if complete is None:
         _announce_failure(_chosen(experiment, status(experiment, home), selected, weights), failed, announce)
     return complete is not None
+
+
+@contextmanager
+def _kept_streams() -> Iterator[None]:
+    """Dagster sends both streams of a step into files of the home, and leaves them there where the disk is full."""
+    kept = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
+    try:
+        yield
+    finally:
+        for descriptor, copy in kept.items():
+            os.dup2(copy, descriptor)
+            os.close(copy)
 
 
 def _leave(

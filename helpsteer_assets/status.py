@@ -42,7 +42,8 @@ def status(experiment: Experiment, home: Path) -> list[Status]:
     """The state of every asset and weight, in topological order."""
     store, warehouse = ArtifactStore(home), Warehouse(home)
     present = fingerprints(experiment, digest_cache(home))
-    return [_status(fingerprint, present, experiment.name, store, warehouse) for fingerprint in present.values()]
+    with readable_os_errors("read", home):
+        return [_status(fingerprint, present, experiment.name, store, warehouse) for fingerprint in present.values()]
 
 
 def _status(

@@ -13,6 +13,9 @@ class ResumableRows:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
+        # The checksum covers the file's place (its name and the two folders above, so that a home can be moved): rows
+        # of another artifact are not believed.
+        self._place = 0 if path is None else zlib.crc32("/".join(path.parts[-3:]).encode())
 
     def read(self) -> Iterator[dict[str, Any]]:
         """The rows of an earlier attempt, up to the first line that was cut short or damaged; the rest is cut off."""
@@ -22,7 +25,7 @@ class ResumableRows:
         with self._path.open("rb") as file:
             for line in file:
                 checksum, _, text = line.partition(b" ")
-                if not line.endswith(b"\n") or checksum != _checksum(text):
+                if not line.endswith(b"\n") or checksum != self._checksum(text):
                     break
                 yield json.loads(text)
                 whole += len(line)
@@ -35,10 +38,9 @@ class ResumableRows:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         lines = [f"{json.dumps(row)}\n".encode() for row in rows]
         with self._path.open("ab") as file:
-            file.write(b"".join(_checksum(line) + b" " + line for line in lines))
+            file.write(b"".join(self._checksum(line) + b" " + line for line in lines))
             file.flush()
             os.fsync(file.fileno())
 
-
-def _checksum(line: bytes) -> bytes:
-    return b"%08x" % zlib.crc32(line)
+    def _checksum(self, line: bytes) -> bytes:
+        return b"%08x" % zlib.crc32(line, self._place)

@@ -3,7 +3,6 @@
 import errno
 import glob
 import os
-import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,7 +42,16 @@ _WORDS = {
     "permission denied": errno.EACCES,
     "read-only file system": errno.EROFS,
     "input/output error": errno.EIO,
+    "file too large": errno.EFBIG,
 }
+_VAGUE = (
+    "pytorchstreamwriter",
+    "unexpected pos",
+    "disk i/o error",
+    "unable to open database file",
+    "readonly database",
+)
+"""What torch and SQLite say whatever the reason."""
 _NEARLY_FULL = 2**20
 """Bytes free below which a write that failed without a reason is put down to the full disk."""
 
@@ -69,17 +77,24 @@ def readable_library_errors(folder: Path) -> Iterator[None]:
 
 def _reason(error: Exception, folder: Path) -> int | None:
     if isinstance(error, OSError) and error.errno in (*_WORDS.values(), *_REMEDIES):
-        inside = isinstance(error.filename, str) and Path(error.filename).absolute().is_relative_to(folder)
+        # pyarrow gives no filename; its message names it.
+        named = isinstance(error.filename, str) and Path(error.filename).absolute().is_relative_to(folder)
+        inside = named or str(folder) in str(error)
         return error.errno if inside or error.errno in (errno.ENOSPC, errno.EDQUOT) else None
     said = str(error).lower()
     for words, number in _WORDS.items():
         if words in said:
             return number
-    if "pytorchstreamwriter" in said:
-        if shutil.disk_usage(folder).free < _NEARLY_FULL:
-            return errno.ENOSPC
-        return None if os.access(folder, os.W_OK) else errno.EACCES
-    return None
+    if not any(words in said for words in _VAGUE):
+        return None
+    volume = os.statvfs(folder)
+    if volume.f_flag & os.ST_RDONLY:
+        return errno.EROFS
+    if volume.f_bavail * volume.f_frsize < _NEARLY_FULL:
+        return errno.ENOSPC
+    if "readonly database" in said or "unable to open" in said or not os.access(folder, os.W_OK):
+        return errno.EACCES
+    return errno.EIO
 
 
 def checked_name(kind: str, name: str) -> str:

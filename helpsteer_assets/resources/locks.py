@@ -64,8 +64,12 @@ class Lease:
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
             return False
-        with os.fdopen(descriptor, "w") as file:
-            file.write(self._text())
+        try:
+            with os.fdopen(descriptor, "w") as file:
+                file.write(self._text())
+        except OSError:
+            self.path.unlink(missing_ok=True)  # An empty one would be waited for as another machine's.
+            raise
         return True
 
     def _text(self) -> str:

@@ -630,7 +630,7 @@ def _insert(connection: duckdb.DuckDBPyConnection, entry: dict[str, Any]) -> Non
 
 def _is_about_data(error: duckdb.Error, entry: dict[str, Any]) -> bool:
     """Whether a Parquet file is to blame for the error, and not the place the new database is written to."""
-    about_place = isinstance(error, duckdb.IOException | duckdb.OutOfMemoryException)
+    about_place = isinstance(error, duckdb.OperationalError | duckdb.InternalError | duckdb.FatalException)
     return not about_place or (entry["parquet"] is not None and _parameters(entry)["parquet"] in str(error))
 
 

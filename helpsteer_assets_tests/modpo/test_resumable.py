@@ -57,3 +57,15 @@ def test_a_flipped_bit_costs_its_line_and_those_after_it_and_nothing_wrong_is_re
     assert list(rows.read()) == written[:damaged]
     rows.append([{"index": 99}])
     assert list(rows.read()) == [*written[:damaged], {"index": 99}]
+
+
+def test_rows_of_another_artifact_are_not_believed(tmp_path: Path):
+    one, other = (tmp_path / name / "checkpoints" / "log_probs.jsonl" for name in ("one.partial", "other.partial"))
+    for file in (one, other):
+        ResumableRows(file).append([{"index": 0, "log_probs": [-1.0]}])
+    other.write_bytes(one.read_bytes())
+    assert list(ResumableRows(other).read()) == []
+    moved = tmp_path / "moved" / "one.partial" / "checkpoints" / "log_probs.jsonl"
+    moved.parent.mkdir(parents=True)
+    one.rename(moved)
+    assert list(ResumableRows(moved).read()) == [{"index": 0, "log_probs": [-1.0]}]
