@@ -21,7 +21,7 @@ import click
 
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment import SHIPPED, Experiment, load_experiment
-from helpsteer_assets.home import dagster_home, home_path
+from helpsteer_assets.home import home_path
 
 if TYPE_CHECKING:
     from helpsteer_assets.garbage import Garbage
@@ -221,11 +221,13 @@ def gc(delete: bool, keep: tuple[str, ...], older_than: int | None, as_json: boo
 @_readable_errors
 def ui(port: int, host: str) -> None:
     """Open the Dagster UI on the same home as `helpsteer run`: each shows the other's work."""
+    from helpsteer_assets.recovery import make_dagster_home
+
     experiment = load_experiment()
     home = home_path()
     _require_free_port(host, port)
     os.environ["HELPSTEER_HOME"] = str(home)
-    os.environ["DAGSTER_HOME"] = str(dagster_home(home, experiment.name))
+    os.environ["DAGSTER_HOME"] = str(make_dagster_home(home, experiment.name))
     groups = "%2C".join(f"global%40global%3A{group}" for group in ("data", "training", "evaluation"))
     click.echo(f"experiment {experiment.name}, home {home}")
     click.echo(f"the graph: http://{host}:{port}/asset-groups?expanded={groups}")

@@ -7,6 +7,7 @@ thread is.
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +18,7 @@ _SIGNALS = {
     signal.SIGHUP: "its terminal was closed",
 }
 _END = b"\0"
+_RAISED = ("DagsterExecutionInterruptedError", "KeyboardInterrupt")
 
 
 @contextmanager
@@ -33,6 +35,9 @@ def ends_on_signal(leave: Callable[[str], None]) -> Iterator[None]:
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     before = {number: signal.getsignal(number) for number in _SIGNALS}
+    # Raised where Python cannot pass it on (in a weak reference's callback), Dagster's exception would be printed.
+    shown = sys.unraisablehook
+    sys.unraisablehook = lambda what: None if what.exc_type.__name__ in _RAISED else shown(what)
     answering = threading.Thread(target=_answer, args=(reading, leave), name="signals", daemon=True)
     answering.start()
     # A terminal sends Ctrl-C to every process of ours. Those that are started from here on inherit that they do not get
@@ -48,6 +53,7 @@ def ends_on_signal(leave: Callable[[str], None]) -> Iterator[None]:
     finally:
         os.write(writing, _END)
         answering.join()  # for ever, if a signal came before the end
+        sys.unraisablehook = shown
         signal.set_wakeup_fd(woken)
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -67,8 +67,10 @@ class Lease:
         try:
             with os.fdopen(descriptor, "w") as file:
                 file.write(self._text())
+                file.flush()
+                os.fsync(file.fileno())  # What a power cut leaves unreadable would be waited for as another machine's.
         except OSError:
-            self.path.unlink(missing_ok=True)  # An empty one would be waited for as another machine's.
+            self.path.unlink(missing_ok=True)
             raise
         return True
 

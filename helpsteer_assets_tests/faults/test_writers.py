@@ -11,7 +11,3 @@ def test_of_two_commands_at_once_one_computes_and_the_other_reuses(survives: Cal
 
 def test_a_waiting_command_takes_over_from_a_killed_one(survives: Callable[[str, int], None]) -> None:
     survives("the holder of a lock is killed, others wait", 3)
-
-
-def test_a_stopped_process_keeps_its_lock(survives: Callable[[str, int], None]) -> None:
-    survives("the holder of a lock is stopped, others wait", 1)
