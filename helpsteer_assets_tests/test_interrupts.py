@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -50,13 +50,22 @@ def _nothing_goes_on() -> Iterator[None]:
         process.kill()
 
 
-def start(main: str = WAITING, leaving: float = 0.3, **how: object) -> subprocess.Popen[str]:
+def as_in_a_terminal() -> None:
+    """Where tests run in the background, or under nohup, these are ignored, and would stay so."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def start(
+    main: str = WAITING, leaving: float = 0.3, preexec_fn: Callable[[], object] = as_in_a_terminal, **how: object
+) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM.format(main=main, leaving=leaving)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
+        preexec_fn=preexec_fn,
         **how,
     )
     started.append(process)
@@ -127,6 +136,7 @@ def test_it_ends_with_nobody_left_to_tell() -> None:
         stderr=theirs,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         start_new_session=True,
+        preexec_fn=as_in_a_terminal,
     )
     os.close(theirs)
     assert os.read(ours, 5) == b"ready"

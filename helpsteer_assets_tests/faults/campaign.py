@@ -142,6 +142,7 @@ def _start_server() -> None:
 def _helpsteer(arguments: list[str], log: Path, work: Path, before: Hook | None) -> None:
     """The command line, as the process that `arguments` would start."""
     os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which is ignored under nohup
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -207,7 +207,8 @@ def test_a_query_that_needs_more_is_told_what_it_may_have(watched: Watched, monk
 def test_a_query_that_would_never_end_ends_by_ctrl_c(watched: Watched) -> None:
     """DuckDB itself, in the main thread, would not hear of it before the first row."""
     program = (
-        "import sys; from pathlib import Path; from helpsteer_assets.resources.warehouse import Warehouse\n"
+        "import signal, sys; from pathlib import Path; from helpsteer_assets.resources.warehouse import Warehouse\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored where tests run in the background
         "print('begins', flush=True); Warehouse(Path(sys.argv[1])).query(sys.argv[2])"
     )
     environment = os.environ | {"TMPDIR": str(watched.places[2])}
