@@ -35,7 +35,7 @@ def _readable_errors(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except HelpsteerError as error:
-            click.echo(f"error: {_printable(str(error))}", err=True)
+            click.echo(f"error: {error}", err=True)
             sys.exit(2)
 
     return wrapped

@@ -25,7 +25,7 @@ from typing import Any
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment import Experiment
 from helpsteer_assets.home import digest_cache
-from helpsteer_assets.resources.artifacts import CHECKPOINTS, MANIFEST, SCHEMA_VERSION, SCRATCH
+from helpsteer_assets.resources.artifacts import CHECKPOINTS, FOLDER, MANIFEST, SCHEMA_VERSION, SCRATCH, ArtifactStore
 from helpsteer_assets.resources.files import readable_os_errors
 from helpsteer_assets.resources.locks import exclusive_lock, lock_if_free
 from helpsteer_assets.resources.uses import ArtifactName, in_use, is_held, left_behind, registering
@@ -38,7 +38,6 @@ _SETTLED_DAYS = 1
 """A temporary file, or the lock of a run, that is younger may be in the middle of being made."""
 _DAY_SECONDS = 86_400
 _DELETED = ".deleted-"
-_FOLDER = re.compile(r"(?P<fingerprint>[0-9a-f]{32})(?P<state>|\.partial|\.damaged-\d+)")
 _TEMPORARY = re.compile(r"\.publish-.+|\..+\.(json|lease)\..+")
 
 
@@ -146,7 +145,7 @@ def _found(home: Path) -> _Found:
     for asset, partition, folder in _nested(home / "artifacts"):
         if folder.name.startswith(_DELETED):
             found.deleted.append(folder)
-        elif match := _FOLDER.fullmatch(folder.name):
+        elif match := FOLDER.fullmatch(folder.name):
             name = (asset, partition, match["fingerprint"])
             if not match["state"]:
                 found.finished[name] = folder
@@ -250,7 +249,7 @@ def _leftovers(home: Path, remaining: set[ArtifactName]) -> Iterator[Garbage]:
     """Locks of artifacts that are gone, and what processes left that were killed."""
     locks = home / "locks"
     for asset, partition, path in _nested(locks, files=True):
-        is_lock = path.suffix in (".lock", ".lease") and _FOLDER.fullmatch(path.stem)
+        is_lock = path.suffix in (".lock", ".lease") and FOLDER.fullmatch(path.stem)
         if is_lock and (asset, partition, path.stem) not in remaining:
             yield Garbage(path, _size(path), "lock of an artifact that is gone", path.with_suffix(".lock"))
     for path in left_behind(home):
@@ -304,8 +303,7 @@ def _origin(manifest: dict[str, Any]) -> str:
 
 
 def _lock(home: Path, name: ArtifactName) -> Path:
-    asset, partition, fingerprint = name
-    return home / "locks" / asset / partition / f"{fingerprint}.lock"
+    return ArtifactStore(home).lock(*name)
 
 
 def _nested(root: Path, *, files: bool = False) -> Iterator[tuple[str, str, Path]]:

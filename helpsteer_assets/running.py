@@ -170,9 +170,7 @@ def _materialize_phases(
     # Every weight gets its chance: one that fails says nothing about the next.
     if not all([materialize("tradeoff_grid", weight) for weight in weights or experiment.objective.weights]):
         return None
-    missing = [
-        s.partition for s in status(experiment, home) if s.asset == "scores" and s.state not in ("complete", "reusable")
-    ]
+    missing = [weight for asset, weight in unfinished(status(experiment, home)) if asset == "scores"]
     if missing and "score_summary" in selected:
         announce(f"the summary follows when all weights are there; missing: {', '.join(missing)}")
         return False

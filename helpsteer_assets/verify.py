@@ -4,7 +4,6 @@ Changes nothing, and works in a home that cannot be written to. Imports neither 
 computed again.
 """
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,13 +13,12 @@ from typing import Any, TextIO
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment import Experiment
 from helpsteer_assets.home import digest_cache
-from helpsteer_assets.resources.artifacts import MANIFEST, Artifact, ArtifactStore, environment, versions
+from helpsteer_assets.resources.artifacts import FOLDER, MANIFEST, Artifact, ArtifactStore, environment, versions
 from helpsteer_assets.resources.files import readable_os_errors
 from helpsteer_assets.resources.warehouse import Warehouse
 from helpsteer_assets.stages import Fingerprint, fingerprint_value, fingerprints
 from helpsteer_assets.status import label
 
-_FOLDER = re.compile(r"(?P<fingerprint>[0-9a-f]{32})(?P<state>|\.partial|\.damaged-\d+)")
 _RUN = "the next `helpsteer run`"
 _RECOMPUTED = f"{_RUN} that needs it sets it aside and computes it again"
 _SHOWN = 5
@@ -129,7 +127,7 @@ def _verify_artifacts(
     finished: list[tuple[str, str, str]] = []
     others: Counter[str] = Counter()
     for asset, partition, path in _folders(store.artifacts):
-        match = None if path.is_symlink() or not path.is_dir() else _FOLDER.fullmatch(path.name)
+        match = None if path.is_symlink() or not path.is_dir() else FOLDER.fullmatch(path.name)
         if match is None:
             report.notes.append(f"{path} is no artifact; nothing reads it")
         elif match["state"]:

@@ -7,7 +7,6 @@ checkpoint that is whole and whose best checkpoint is whole; the last two and th
 ones are deleted only after a new one is complete.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -16,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from helpsteer_assets.modpo.digests import is_intact, sealed
+from helpsteer_assets.modpo.digests import file_sha256, is_intact, sealed
 
 COMPLETE = "complete.json"
 
@@ -131,5 +130,4 @@ def _read(checkpoint: Path) -> dict[str, Any] | None:
 
 
 def _described(path: Path) -> dict[str, int | str]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}

@@ -1,12 +1,19 @@
-"""JSON that vouches for itself: a flipped bit on the disk is noticed before its content is believed."""
+"""Digests of files, and JSON that vouches for itself: a flipped bit is noticed before its content is believed."""
 
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 SEAL = "sha256"
 """Key of the digest of everything beside it."""
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, 64 hex digits, read in pieces. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:

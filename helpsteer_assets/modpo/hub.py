@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.modpo.digests import is_intact, sealed
+from helpsteer_assets.modpo.digests import file_sha256, is_intact, sealed
 
 _LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 _PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle"]
@@ -92,12 +92,6 @@ def download(
         raise HelpsteerError(
             f"the {what} could not be downloaded: {error}\nIf it says 401 or 403, {_LOG_IN}; else try again, {or_local}"
         ) from error
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content, 64 hex digits, read in pieces. Raises OSError."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def content_digest(path: Path, cache: Path | None = None) -> str:

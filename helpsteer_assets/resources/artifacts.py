@@ -19,6 +19,7 @@ import logging
 import math
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
@@ -44,6 +45,8 @@ from helpsteer_assets.resources.locks import exclusive_lock, lock_if_free
 
 ALL = "all"
 """The partition folder of an unpartitioned asset."""
+FOLDER = re.compile(r"(?P<fingerprint>[0-9a-f]{32})(?P<state>|\.partial|\.damaged-\d+)")
+"""Name of an artifact's folder, and what state it is in; finished without one."""
 MANIFEST = "manifest.json"
 CHECKPOINTS = "checkpoints"
 """Folder in a partial artifact that outlives an interruption; gone from the finished artifact."""
@@ -118,7 +121,7 @@ class ArtifactStore:
         artifact, problems = self.inspect(asset, partition, fingerprint)
         if not problems:
             return artifact
-        with lock_if_free(self._lock(asset, partition, fingerprint)) as free:
+        with lock_if_free(self.lock(asset, partition, fingerprint)) as free:
             # Under another's lock it is being dealt with, and may already be whole again: leave it alone.
             return self._get_locked(asset, partition, fingerprint) if free else None
 
@@ -150,7 +153,7 @@ class ArtifactStore:
         json.dumps(manifest, allow_nan=False)  # A manifest that cannot be written must not cost a training first.
         label = f"{asset} {partition}" if partition != ALL else asset
         with exclusive_lock(
-            self._lock(asset, partition, fingerprint),
+            self.lock(asset, partition, fingerprint),
             lambda holder: on_wait(f"{holder}, which is making {label} ({fingerprint})"),
         ) as lease:
             found = self._get_locked(asset, partition, fingerprint) or self._adopt(asset, partition, fingerprint)
@@ -285,7 +288,8 @@ class ArtifactStore:
     def _folder(self, asset: str, partition: str, fingerprint: str) -> Path:
         return self.artifacts / self._name(asset, partition, fingerprint)
 
-    def _lock(self, asset: str, partition: str, fingerprint: str) -> Path:
+    def lock(self, asset: str, partition: str, fingerprint: str) -> Path:
+        """The lock that whoever makes the artifact holds."""
         return self.locks / self._name(asset, partition, f"{fingerprint}.lock")
 
     @staticmethod

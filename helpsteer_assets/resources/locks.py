@@ -48,6 +48,8 @@ class Lease:
         self._holder = {"process": os.getpid(), "host": socket.gethostname(), **_machine(), "token": uuid.uuid4().hex}
         self._beat = 0
         self._released = threading.Event()
+        self._sign = threading.Lock()
+        """Held for a sign of life and for letting go: a lease that we are removing is not one that was taken over."""
 
     def check(self) -> None:
         """Raise HelpsteerError where another process has taken the lock over: what it guards is no longer ours."""
@@ -80,18 +82,21 @@ class Lease:
     def _keep(self) -> None:
         """Give signs of life until released."""
         while not self._released.wait(BEAT_SECONDS):
-            try:
-                if not self._is_ours():
-                    self.lost = True
-                    logger.error("%s was taken over by another machine", self.path)
-                    _thread.interrupt_main()  # Two would write into one folder.
+            with self._sign:
+                if self._released.is_set():
                     return
-                self._beat += 1
-                # In place: a file that replaced this one would bring a taken-over lease back.
-                with self.path.open("r+") as file:
-                    file.write(self._text())
-            except OSError as error:
-                logger.warning("no sign of life can be given in %s: %s", self.path, error)
+                try:
+                    if not self._is_ours():
+                        self.lost = True
+                        logger.error("%s was taken over by another machine", self.path)
+                        _thread.interrupt_main()  # Two would write into one folder.
+                        return
+                    self._beat += 1
+                    # In place: a file that replaced this one would bring a taken-over lease back.
+                    with self.path.open("r+") as file:
+                        file.write(self._text())
+                except OSError as error:
+                    logger.warning("no sign of life can be given in %s: %s", self.path, error)
 
     def _is_ours(self) -> bool:
         if (content := _bytes(self.path)) is None:
@@ -100,9 +105,10 @@ class Lease:
         return _parsed(content).get("token", self._holder["token"]) == self._holder["token"]
 
     def _release(self) -> None:
-        self._released.set()
-        if self._is_ours():
-            self.path.unlink(missing_ok=True)
+        with self._sign:
+            self._released.set()
+            if self._is_ours():
+                self.path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -28,6 +28,7 @@ import duckdb
 
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.attributes import ATTRIBUTES, OVERALL
+from helpsteer_assets.modpo.digests import file_sha256
 from helpsteer_assets.resources.artifacts import ALL
 from helpsteer_assets.resources.files import checked_name, readable_os_errors, sync, write_atomically
 from helpsteer_assets.resources.locks import exclusive_lock
@@ -401,8 +402,11 @@ class Warehouse:
                 logger.warning("%s", problem)
             marker = self.folder / "published.json"
             touched = any(self.folder.glob(f"{self.path.name}.wal*"))
+            found = _read_json(marker)
+            known = found if isinstance(found, dict) else {}
+            is_current = known.get("registry") == state and not touched and self.path.exists()
             # By its content: a disk that changed some of it has not changed the file's times.
-            if not touched and _read_json(marker) == {"registry": state, "database": _sha256(self.path)}:
+            if is_current and known.get("database") == file_sha256(self.path):
                 return self.path
             # Only a publisher that died leaves files of this name while we hold the lock.
             for leftover in self.folder.glob(".publish-*"):
@@ -415,7 +419,7 @@ class Warehouse:
             except duckdb.Error as error:
                 raise HelpsteerError(f"cannot publish {self.path}: {error}") from error
             sync(new)
-            published = {"registry": state, "database": _sha256(new)}
+            published = {"registry": state, "database": file_sha256(new)}
             # A write-ahead log beside the published file is that of a person who opened it for writing. It does not
             # fit the new file, which could not be opened beside it.
             for log in self.folder.glob(f"{self.path.name}.wal*"):
@@ -582,15 +586,6 @@ def _identity(path: Path) -> list[int] | None:
     except FileNotFoundError:
         return None
     return [status.st_ino, status.st_size, status.st_mtime_ns]
-
-
-def _sha256(path: Path) -> str | None:
-    """Of a file's content; None for a missing file."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError:
-        return None
 
 
 def _build(path: Path, entries: list[dict[str, Any]]) -> list[str]:

@@ -110,6 +110,15 @@ def test_a_stopped_process_keeps_its_lock_whatever_its_lease(lock: Path, impatie
     assert process.exitcode == 0
 
 
+def test_letting_go_amid_a_sign_of_life_is_no_loss(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "BEAT_SECONDS", 0.0)
+    for _ in range(300):
+        with exclusive_lock(lock) as lease:
+            pass
+        assert not lease.lost
+        assert not lease.path.exists()
+
+
 def test_a_silent_holder_on_another_machine_is_taken_for_dead(lock: Path, impatient: None) -> None:
     leave(lock)
     told: list[str] = []
