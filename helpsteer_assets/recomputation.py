@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from helpsteer_assets.assets import evaluation, training
+from helpsteer_assets.assets import evaluation, tradeoff, training
 from helpsteer_assets.assets.loading import LoadedModels
 from helpsteer_assets.assets.materialization import Inputs, Metrics, StageRun
 from helpsteer_assets.assets.progress import ProgressReporter
@@ -75,7 +75,7 @@ _RESULTS = {
     "scores": _Results(
         evaluation.scores, "scores.parquet", ("prompt_id",), {"generations": "generations.parquet"}, ("prompt_id",)
     ),
-    "score_summary": _Results(evaluation.score_summary, "score_summary.parquet", ("policy", "w", "measure"), {}, ()),
+    "score_summary": _Results(tradeoff.score_summary, "score_summary.parquet", ("policy", "w", "measure"), {}, ()),
 }
 
 

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 
 from helpsteer_assets.assets import build_assets
 from helpsteer_assets.assets.checks import build_checks
-from helpsteer_assets.assets.evaluation import wide_summary
 from helpsteer_assets.assets.materialization import Lab
+from helpsteer_assets.assets.tradeoff import wide_summary
 from helpsteer_assets.cli import command_name
 from helpsteer_assets.disk import (
     described_model,

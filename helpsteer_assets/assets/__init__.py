@@ -5,6 +5,7 @@ import dagster as dg
 from helpsteer_assets.assets.data import DATA_ASSETS
 from helpsteer_assets.assets.evaluation import EVALUATION_ASSETS
 from helpsteer_assets.assets.materialization import build_asset
+from helpsteer_assets.assets.tradeoff import TRADEOFF_ASSETS
 from helpsteer_assets.assets.training import TRAINING_ASSETS
 from helpsteer_assets.experiment import Experiment
 from helpsteer_assets.stages import stages
@@ -12,5 +13,6 @@ from helpsteer_assets.stages import stages
 
 def build_assets(experiment: Experiment) -> list[dg.AssetsDefinition]:
     """The assets of an experiment's graph, in topological order."""
-    declared = {d.compute.__name__: d for d in (*DATA_ASSETS, *TRAINING_ASSETS, *EVALUATION_ASSETS)}
+    assets = (*DATA_ASSETS, *TRAINING_ASSETS, *EVALUATION_ASSETS, *TRADEOFF_ASSETS)
+    declared = {declaration.compute.__name__: declaration for declaration in assets}
     return [build_asset(declared[name], experiment) for name in stages(experiment)]
