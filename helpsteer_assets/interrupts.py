@@ -38,7 +38,8 @@ def ends_on_signal(leave: Callable[[str], None]) -> Iterator[None]:
     # Raised where Python cannot pass it on (in a weak reference's callback), Dagster's exception would be printed.
     shown = sys.unraisablehook
     sys.unraisablehook = lambda what: None if what.exc_type.__name__ in _RAISED else shown(what)
-    answering = threading.Thread(target=_answer, args=(reading, leave), name="signals", daemon=True)
+    heeded = {number: said for number, said in _SIGNALS.items() if before[number] is not signal.SIG_IGN}
+    answering = threading.Thread(target=_answer, args=(reading, leave, heeded), name="signals", daemon=True)
     answering.start()
     # A terminal sends Ctrl-C to every process of ours. Those that are started from here on inherit that they do not get
     # it, and print no traceback of their own; in this process, the thread just started does.
@@ -46,7 +47,8 @@ def ends_on_signal(leave: Callable[[str], None]) -> Iterator[None]:
     # The kernel's signals reach the pipe whatever handlers Dagster puts in place of these.
     woken = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     for number, handler in before.items():
-        if handler is not signal.SIG_IGN:
+        # Dagster makes SIGTERM's handler what SIGINT's is: ignored, in a script's background, where SIGINT is.
+        if number == signal.SIGINT or handler is not signal.SIG_IGN:
             signal.signal(number, lambda *_: None)
     try:
         yield
@@ -62,26 +64,26 @@ def ends_on_signal(leave: Callable[[str], None]) -> Iterator[None]:
         os.close(reading)
 
 
-def _answer(reading: int, leave: Callable[[str], None]) -> None:
-    first = _next(reading)
+def _answer(reading: int, leave: Callable[[str], None], heeded: dict[signal.Signals, str]) -> None:
+    first = _next(reading, heeded)
     if first is None:
         return
 
     def leave_in_words() -> None:
         # With the terminal gone, nobody can be told; ending is what matters.
         with suppress(Exception):
-            leave(_SIGNALS[first])
+            leave(heeded[first])
         os._exit(128 + first)
 
     threading.Thread(target=leave_in_words, name="leaving", daemon=True).start()
-    while (again := _next(reading)) is None:
+    while (again := _next(reading, heeded)) is None:
         pass  # The main thread is at its end, and waits.
     os._exit(128 + again)
 
 
-def _next(reading: int) -> signal.Signals | None:
-    """The next of the signals; None at the end of the block."""
+def _next(reading: int, heeded: dict[signal.Signals, str]) -> signal.Signals | None:
+    """The next of the signals that are heeded; None at the end of the block."""
     while (byte := os.read(reading, 1)) != _END:
-        if byte[0] in _SIGNALS:
+        if byte[0] in heeded:
             return signal.Signals(byte[0])
     return None

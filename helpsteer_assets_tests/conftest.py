@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 torch.set_num_threads(1)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests fork
+# In the background of a script Ctrl-C is ignored; Dagster would make that of SIGTERM, and children inherit both.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SENTENCES = (
     "How do I fold a shirt?",

@@ -52,7 +52,7 @@ def _nothing_goes_on() -> Iterator[None]:
 
 def as_in_a_terminal() -> None:
     """Where tests run in the background, or under nohup, these are ignored, and would stay so."""
-    for number in (signal.SIGINT, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
 
@@ -125,6 +125,35 @@ def test_what_was_ignored_stays_ignored() -> None:
     said, _ = process.communicate(timeout=60)
     assert said == "main thread at its end\n"
     assert process.returncode == 0
+
+
+def test_where_ctrl_c_is_ignored_kill_still_ends_it_whatever_dagster_does() -> None:
+    program = """
+import time
+from dagster._utils.interrupts import capture_interrupts
+from helpsteer_assets.interrupts import ends_on_signal
+
+with ends_on_signal(lambda what: print(what, flush=True)):
+    with capture_interrupts():
+        pass
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        # As a script starts what it ends with `&`.
+        preexec_fn=lambda: (as_in_a_terminal(), signal.signal(signal.SIGINT, signal.SIG_IGN)),
+    )
+    started.append(process)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert said == "told to end\n"
+    assert process.returncode == 143
 
 
 def test_it_ends_with_nobody_left_to_tell() -> None:
