@@ -8,13 +8,17 @@ DATA ?=
 LONG ?=
 TRIALS ?= 300
 
-.PHONY: demo test ui smollm2 bench faults docs lint clean
+.PHONY: demo test test-ui ui smollm2 bench faults docs lint clean
 
 demo: $(READY)
 	HELPSTEER_EXPERIMENT=demo $(BIN)/helpsteer run
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# The Dagster UI and the report in a real browser, which has to be installed: chromium or chrome.
+test-ui: $(READY)
+	$(BIN)/python -m pytest helpsteer_assets_tests/browser
 
 ui: $(READY)
 	$(BIN)/helpsteer ui

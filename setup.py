@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["helpsteer_assets", "helpsteer_assets.*"]),
-    package_data={"helpsteer_assets": ["experiments/*.yaml", "embedded/model/*"]},
+    package_data={"helpsteer_assets": ["experiments/*.yaml", "embedded/model/*", "report/*"]},
     entry_points={"console_scripts": ["helpsteer = helpsteer_assets.cli:entry"]},
     install_requires=[
         "dagster>=1.13.27,<1.14",
@@ -27,6 +27,7 @@ setup(
         "accelerate>=1.15,<2",
         "click>=8.1",
         "huggingface_hub>=2,<3",
+        "jinja2>=3.1",
         "matplotlib>=3.9",
         "numpy>=2",
         "pillow>=11",
@@ -44,9 +45,12 @@ setup(
         "dev": [
             "dagster-dg-cli>=1.13.27,<1.14",
             "hypothesis>=6.100",
+            "moocore>=0.3",
+            "playwright>=1.55",
             "pytest>=9",
             "pytest-timeout>=2.3",
             "ruff>=0.14",
+            "scipy>=1.15",
         ],
     },
 )

@@ -1,4 +1,4 @@
-"""The command line: helpsteer check | run | status | query | verify | gc | ui.
+"""The command line: helpsteer check | run | status | query | report | export | verify | gc | ui.
 
 Modules that take seconds to import (dagster, torch) are imported by the commands that need them.
 """
@@ -124,6 +124,73 @@ def query(sql: str, form: str) -> None:
         click.echo(json.dumps(objects, default=str, ensure_ascii=False))
     else:
         _print_table([_printable(name) for name in names], [[_cell(value) for value in row] for row in rows])
+
+
+@main.command()
+@click.option(
+    "--to", type=click.Path(path_type=Path), metavar="FILE", help="Copy it to this file, replaced if it is there."
+)
+@click.option("--open", "open_it", is_flag=True, help="Open it in the web browser.")
+@_readable_errors
+def report(to: Path | None, open_it: bool) -> None:
+    """Print where the report of the trade-off is: one HTML file, which needs no network."""
+    from helpsteer_assets.export import take_report
+
+    path = take_report(load_experiment(), home_path(), to)
+    click.echo(path)
+    click.echo(path.as_uri())
+    if open_it:
+        import webbrowser
+
+        if not webbrowser.open(path.as_uri()):
+            raise HelpsteerError(f"no web browser can be started here; open {path.as_uri()} in one yourself")
+
+
+@main.command()
+@click.argument("policy")
+@click.option("--to", required=True, type=click.Path(path_type=Path), metavar="DIR", help="An empty or a new folder.")
+@click.option(
+    "--merged/--adapter",
+    default=True,
+    help="One whole model (default), or the adapter with the SFT model beside it in base_model/.",
+)
+@click.option("--force", is_flag=True, help="Replace an earlier export that lies in DIR.")
+@click.option("--push", "repo", metavar="REPO", help="Show what would be sent to this repository of the hub.")
+@click.option("--public", is_flag=True, help="With --push: a repository that everybody can read; default: private.")
+@click.option("--yes", is_flag=True, help="With --push: send it.")
+@_readable_errors
+def export(policy: str, to: Path, merged: bool, force: bool, repo: str | None, public: bool, yes: bool) -> None:
+    """Write a policy (w=0.4, or sft) to a folder that transformers, PEFT, vLLM and the hub read.
+
+    With it go the tokenizer, the generation settings, a model card with its scores and licences, and its provenance.
+    """
+    from helpsteer_assets.disk import size_in_words
+    from helpsteer_assets.export import check_repository, export_policy, push, repository
+
+    if repo is None and (public or yes):
+        raise HelpsteerError(f"{'--public' if public else '--yes'} goes with --push REPO")
+    url = None if repo is None else repository(repo)
+    if repo is not None and yes:
+        check_repository(repo, public=public)
+    made = export_policy(
+        load_experiment(),
+        home_path(),
+        policy,
+        to,
+        merged=merged,
+        force=force,
+        announce=lambda message: click.echo(message, err=True),
+    )
+    click.echo(f"{'there already' if made.reused else 'exported'}: {made.title}, in {made.folder}")
+    if repo is None:
+        return
+    click.echo(f"{'sending' if yes else 'would send'} to {url}, {'public' if public else 'private'}:")
+    rows = [(name, size_in_words(size)) for name, size in made.files.items()]
+    _print_table(["file", "size"], [*rows, ("in all", size_in_words(sum(made.files.values())))])
+    if yes:
+        click.echo(f"sent: {push(made, repo, public=public)}")
+    else:
+        click.echo("nothing was sent; the same command with --yes sends it")
 
 
 @main.command()

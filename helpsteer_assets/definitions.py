@@ -1,10 +1,11 @@
-"""The code location: the assets, checks and jobs of the experiment that HELPSTEER_EXPERIMENT names."""
+"""The code location: the assets, checks, jobs and sensors of the experiment that HELPSTEER_EXPERIMENT names."""
 
 import dagster as dg
 
 from helpsteer_assets.assets import build_assets
 from helpsteer_assets.assets.checks import build_checks
 from helpsteer_assets.assets.materialization import Lab
+from helpsteer_assets.automation import build_sensors
 from helpsteer_assets.executor import step_executor
 from helpsteer_assets.experiment import load_experiment
 from helpsteer_assets.home import home_path
@@ -16,6 +17,7 @@ defs = dg.Definitions(
     assets=build_assets(experiment),
     asset_checks=build_checks(experiment),
     jobs=build_jobs(experiment),
+    sensors=build_sensors(experiment),
     resources={"lab": Lab(experiment, home_path())},
     executor=step_executor,
 )

@@ -105,9 +105,11 @@ def disk_need(
             at_once = max(1, min(pool_limit(), policies))
             checkpoints = at_once * _CHECKPOINTS * model.adapter_parameters * _CHECKPOINT_BYTES
             parts["checkpoints while training"] = checkpoints
-    if policies := assets.count("generations") + assets.count("sft_generations"):
+    rounds = assets.count("generations") + assets.count("sft_generations")
+    rounds += assets.count("kl_to_sft") * experiment.evaluation.kl_samples
+    if rounds:
         tokens = experiment.evaluation.prompts * experiment.generation.max_new_tokens
-        parts["answers"] = policies * tokens * _ANSWER_BYTES
+        parts["answers"] = rounds * tokens * _ANSWER_BYTES
     published = home / "warehouse" / "helpsteer.duckdb"
     if to_make and published.exists():
         parts["the warehouse anew"] = published.stat().st_size

@@ -368,6 +368,13 @@ class EvaluationSettings(Section):
         description="Who rates the generated responses: `none`, `embedded` (the demo generator's own rules), or a "
         "sequence-classification reward model.",
     )
+    kl_samples: int = Field(
+        1,
+        ge=0,
+        description="Responses per evaluation prompt, sampled from each policy as it is (temperature 1, top_p 1, no "
+        "penalty), from which its KL divergence to the SFT model is estimated. Each costs about as much as the "
+        "responses that are evaluated. 0: no estimate.",
+    )
     bootstrap_samples: int = Field(2000, ge=100, description="Resamples of the prompts behind every interval.")
 
 
@@ -402,6 +409,11 @@ class RunSettings(Section):
     )
     report_to: list[str] = Field(
         default_factory=list, description="Experiment trackers of transformers' Trainer: wandb, tensorboard, trackio."
+    )
+    automation: bool = Field(
+        False,
+        description="Evaluate by itself what a training made, while the UI runs: answers, scores, summary, trade-off, "
+        "report. Trainings are never started by it.",
     )
 
 

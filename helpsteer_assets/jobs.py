@@ -22,7 +22,7 @@ def build_jobs(experiment: Experiment) -> list[UnresolvedAssetJobDefinition]:
     """One job per phase; `tradeoff_grid` is partitioned by weight."""
     descriptions = {
         "prepare": "Everything that does not depend on w: data, SFT, margin adapter, what is computed once for all w.",
-        "tradeoff_grid": "One weight: train its policy, let it answer the evaluation prompts, score the answers.",
+        "tradeoff_grid": "One weight: train its policy, let it answer, score the answers, estimate its KL to SFT.",
         "evaluate": "The summary over all weights, and the trade-off.",
     }
     return [

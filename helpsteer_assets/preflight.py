@@ -490,6 +490,9 @@ def _evaluation(experiment: Experiment, data: _Data | None, findings: _Findings)
                 f"  {_number(count)} held-out prompts ({_number(settings.prompts)} asked for), {policies} policies: "
                 f"{_number(count * policies)} responses of up to {_number(experiment.generation.max_new_tokens)} tokens"
             )
+            if samples := settings.kl_samples:
+                drawn = count * samples * (policies - 1)
+                yield f"  KL divergence to SFT: {samples} per prompt and weight, {_number(drawn)} responses more"
             if count < settings.prompts:
                 findings.warnings.append(
                     f"evaluation.prompts asks for {settings.prompts} and {count} held-out prompts are there: intervals "

@@ -17,12 +17,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from helpsteer_assets.assets import evaluation, tradeoff, training
-from helpsteer_assets.assets.loading import LoadedModels
+from helpsteer_assets.assets.loading import LoadedModels, load_sft_tokenizer
 from helpsteer_assets.assets.materialization import Inputs, Metrics, StageRun
 from helpsteer_assets.assets.progress import ProgressReporter
 from helpsteer_assets.experiment import Experiment, RewardModelSettings
 from helpsteer_assets.modpo.attributes import ATTRIBUTES
 from helpsteer_assets.modpo.models import choose_device
+from helpsteer_assets.modpo.tokenization import end_of_text_id
 from helpsteer_assets.resources.artifacts import Artifact, environment, versions
 from helpsteer_assets.stages import Fingerprint, fetch
 from helpsteer_assets.status import label
@@ -37,7 +38,15 @@ RATINGS_16_BITS = 5e-2
 """As `RATINGS`, on a device other than a CPU, where the model runs in the precision of its checkpoint."""
 STATISTICS = 1e-6
 """As `RATINGS`, of a summary."""
-_IN_NATS = ("log_prob", "log_ratio", "margin_log_ratio", "log_ratio_to_sft")
+_IN_NATS = {
+    "log_prob": "response_tokens",
+    "log_ratio": "response_tokens",
+    "margin_log_ratio": "response_tokens",
+    "log_ratio_to_sft": "response_tokens",
+    "chosen_log_ratio": "chosen_tokens",
+    "rejected_log_ratio": "rejected_tokens",
+}
+"""Columns in nats, and the column with the tokens that each sums over."""
 _SHOWN = 3
 """Differences of one asset that are told one by one."""
 
@@ -52,9 +61,24 @@ class _Results:
     key: tuple[str, ...]
     """Columns that tell its rows apart; a sample is one of the last one's values."""
     sampled: dict[str, str]
-    """The inputs that hold the rows it works on, and their Parquet files."""
+    """The inputs that hold the rows it works on, and their Parquet files; the asset itself may be among them."""
     by: tuple[str, ...]
     """Columns of those that hold values of the key; a row is needed if one of them does."""
+
+
+def _samples_scored_again(run: StageRun) -> Metrics:
+    """The stored samples' texts and log-ratios from their tokens: in 16 bits, what is drawn depends on the batch."""
+    tokenizer = load_sft_tokenizer(run)
+    end_id = end_of_text_id(tokenizer)
+    rows = [
+        row
+        | {
+            "response": tokenizer.decode(row["token_ids"], skip_special_tokens=True),
+            "finish_reason": "eos" if row["token_ids"][-1] == end_id else "length",
+        }
+        for row in run.table("kl_to_sft", "kl.parquet").to_pylist()
+    ]
+    return evaluation.score_samples(run, rows)
 
 
 _PAIRS = {"preference_pairs": "pairs.parquet", "margin_pairs": "pairs.parquet"}
@@ -63,6 +87,13 @@ _PROMPTS = ("prompt_id",), {"evaluation_prompts": "prompts.parquet"}, ("prompt_i
 _RESULTS = {
     "reference_log_probs": _Results(training.reference_log_probs, "log_probs.parquet", *_OF_PAIRS),
     "margin_rewards": _Results(training.margin_rewards, "margin_rewards.parquet", *_OF_PAIRS),
+    "margin_adapter_quality": _Results(
+        training.margin_adapter_quality,
+        "margin_validation.parquet",
+        ("pair_id",),
+        {"margin_pairs": "pairs.parquet"},
+        ("pair_id",),
+    ),
     "sft_generations": _Results(evaluation.sft_generations, "generations.parquet", *_PROMPTS),
     "generations": _Results(evaluation.generations, "generations.parquet", *_PROMPTS),
     "sft_scores": _Results(
@@ -74,6 +105,9 @@ _RESULTS = {
     ),
     "scores": _Results(
         evaluation.scores, "scores.parquet", ("prompt_id",), {"generations": "generations.parquet"}, ("prompt_id",)
+    ),
+    "kl_to_sft": _Results(
+        _samples_scored_again, "kl.parquet", ("sample", "prompt_id"), {"kl_to_sft": "kl.parquet"}, ("prompt_id",)
     ),
     "score_summary": _Results(tradeoff.score_summary, "score_summary.parquet", ("policy", "w", "measure"), {}, ()),
 }
@@ -134,6 +168,7 @@ def _again(
         asset: {partition: _of(whole, asset, partition, value) for partition, value in partitions.items()}
         for asset, partitions in fingerprint.inputs.items()
     }
+    inputs[fingerprint.asset] = {fingerprint.partition: artifact}
     lost = [asset for asset, partitions in inputs.items() if None in partitions.values()]
     if lost:
         return Recomputed(subject, 0, None, [], f"not possible: {', '.join(lost)} is missing or damaged")
@@ -164,7 +199,7 @@ def _of(whole: Whole, asset: str, partition: str, fingerprint: str) -> Artifact 
 
 def _chosen(file: Path, results: _Results, samples: int, seed: int | None) -> list[Any]:
     """Values of the key: the first ones, or random ones."""
-    values = pq.read_table(file, columns=[results.key[-1]])[results.key[-1]].to_pylist()
+    values = pc.unique(pq.read_table(file, columns=[results.key[-1]])[results.key[-1]]).to_pylist()
     return values[:samples] if seed is None else random.Random(seed).sample(values, min(samples, len(values)))
 
 
@@ -240,7 +275,7 @@ def _difference(stored: Any, again: Any) -> float:
 def _tolerance(experiment: Experiment, column: str, row: dict[str, Any]) -> float:
     if column in _IN_NATS:
         base, per_token = NATS[experiment.model.precision]
-        return base + per_token * row["response_tokens"]
+        return base + per_token * row[_IN_NATS[column]]
     size = 1 + abs(row[column]) if isinstance(row[column], float) else 0.0
     rater = experiment.evaluation.rater
     if column in ATTRIBUTES and isinstance(rater, RewardModelSettings):

@@ -1,8 +1,8 @@
-"""Generates the settings and tables references, so that they cannot drift from the code.
+"""Generates the references of settings, tables and commands, so that they cannot drift from the code.
 
     python -m helpsteer_assets.reference [FOLDER]
 
-writes `settings.md` and `tables.md` into FOLDER (default `docs`).
+writes `settings.md`, `tables.md` and `commands.md` into FOLDER (default `docs`).
 """
 
 import argparse
@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+import click
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from helpsteer_assets.cli import main as command_line
 from helpsteer_assets.experiment import Experiment
 from helpsteer_assets.resources.warehouse import TABLES
 
@@ -34,6 +36,13 @@ _TABLES_INTRO = """\
 What `<home>/warehouse/helpsteer.duckdb` holds, generated from the code by `python -m helpsteer_assets.reference`.
 The same comments stand in the database: `SELECT table_name, column_name, comment FROM duckdb_columns()`.
 Per experiment and partition, a table holds the rows of the latest materialization."""
+
+_COMMANDS_INTRO = """\
+# Commands
+
+Every command of `helpsteer`, generated from the code by `python -m helpsteer_assets.reference`; `helpsteer COMMAND -h`
+prints the same. A command ends with 0, with 1 where it ran and found something amiss (a failed run, a damaged file),
+and with 2 where you have something to mend first, which it names."""
 
 _TYPES = {
     str: "text",
@@ -71,10 +80,31 @@ def tables_reference() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def commands_reference() -> str:
+    """The commands as Markdown: what each does, its arguments and options."""
+    parts = [_COMMANDS_INTRO, "Options of all commands, before their name:", _options_of(command_line)]
+    for name, command in command_line.commands.items():
+        arguments = [p.make_metavar(click.Context(command)) for p in command.params if isinstance(p, click.Argument)]
+        usage = " ".join(["helpsteer", name, *arguments])
+        parts += [f"## `{usage}`", *(" ".join(text.split()) for text in (command.help or "").split("\n\n"))]
+        parts += [_options_of(command)] if any(isinstance(p, click.Option) for p in command.params) else []
+    return "\n\n".join(parts) + "\n"
+
+
+def _options_of(command: click.Command) -> str:
+    context = click.Context(command)
+    records = [record for p in command.params if isinstance(p, click.Option) and (record := p.get_help_record(context))]
+    return _markdown(("option", "meaning"), [(f"`{names}`", meaning) for names, meaning in records])
+
+
 def write_references(folder: Path) -> list[Path]:
-    """Write both references into a folder; returns the files."""
+    """Write the references into a folder; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    texts = {"settings.md": settings_reference(), "tables.md": tables_reference()}
+    texts = {
+        "settings.md": settings_reference(),
+        "tables.md": tables_reference(),
+        "commands.md": commands_reference(),
+    }
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
     return [folder / name for name in texts]
@@ -161,8 +191,8 @@ def _markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def main() -> None:
-    """Write both references and say where."""
-    parser = argparse.ArgumentParser(description="Write the settings and tables references.")
+    """Write the references and say where."""
+    parser = argparse.ArgumentParser(description="Write the references of settings, tables and commands.")
     parser.add_argument("folder", nargs="?", type=Path, default=Path("docs"), help="where to (default: docs)")
     for file in write_references(parser.parse_args().folder):
         print(file)

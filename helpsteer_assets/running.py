@@ -100,7 +100,7 @@ def run_experiment(
     finally:
         lab.models.release()
         lab.warehouse.publish()
-    if complete and selected >= {"score_summary", "tradeoff"}:
+    if complete and selected >= {"score_summary", "tradeoff", "tradeoff_report"}:
         _announce_results(lab, announce)
     if complete is None:
         _announce_failure(_chosen(experiment, status(experiment, home), selected, weights), failed, announce)
@@ -317,7 +317,7 @@ def _announce_results(lab: Lab, announce: Callable[[str], None]) -> None:
     experiment = lab.experiment
     rows = wide_summary(pq.read_table(finished("score_summary").file("score_summary.parquet")).to_pylist())
     traded = [experiment.data.preference_attribute, experiment.data.margin_attribute]
-    wanted = ["policy", *traded, "margin_reward", "log_ratio_to_sft", "response_words", "capped"]
+    wanted = ["policy", *traded, "margin_reward", "kl_to_sft", "response_words", "capped"]
     shown = [name for name in wanted if name in rows[0]]
     table = Table(*shown, box=box.SIMPLE_HEAD, title="Mean [95% interval] per policy")
     for row in rows:
@@ -329,11 +329,12 @@ def _announce_results(lab: Lab, announce: Callable[[str], None]) -> None:
     tradeoff = json.loads(finished("tradeoff").file("tradeoff.json").read_text(encoding="utf-8"))
     if tradeoff["note"]:
         announce(tradeoff["note"])
-    announce(f"Pareto front: {', '.join(point['label'] for point in tradeoff['points'] if point['on_front'])}")
+    for sentence in tradeoff["headlines"]:
+        announce(f"- {sentence}")
     named = os.environ.get("HELPSTEER_EXPERIMENT", "demo")
     command = command_name() if named == "demo" else f"{command_name()} -e {named}"
     query = f"SELECT w, measure, mean, ci_low, ci_high FROM score_summary WHERE experiment = '{experiment.name}'"
-    announce(f"plot:    {finished('tradeoff').file('tradeoff.png')}")
+    announce(f"report:  {finished('tradeoff_report').file('report.html')}")
     announce(f'scores:  {command_name()} query "{query}"')
     announce(f"         or, in DuckDB's own shell: duckdb -readonly {lab.warehouse.path}")
     announce(f"UI:      {command} ui")

@@ -26,22 +26,29 @@ CODE_VERSIONS = {
     "assets/training.py:sft_model": 1,
     "assets/training.py:reference_log_probs": 1,
     "assets/training.py:margin_adapter": 1,
+    "assets/training.py:margin_adapter_quality": 1,
     "assets/training.py:margin_rewards": 1,
     "assets/training.py:modpo_models": 1,
     "assets/evaluation.py:sft_generations": 1,
     "assets/evaluation.py:generations": 1,
     "assets/evaluation.py:sft_scores": 1,
     "assets/evaluation.py:scores": 1,
-    "assets/tradeoff.py:score_summary": 1,
-    "assets/tradeoff.py:tradeoff": 1,
+    "assets/evaluation.py:kl_to_sft": 1,
+    "assets/tradeoff.py:score_summary": 2,
+    "assets/tradeoff.py:tradeoff": 2,
+    "assets/tradeoff.py:tradeoff_report": 1,
     "assets/loading.py": 1,
     "embedded/generator.py": 1,
     "embedded/rater.py": 1,
     "modpo/batching.py": 1,
+    "modpo/comparisons.py": 1,
     "modpo/compilation.py": 1,
     "modpo/decoding.py": 1,
+    "modpo/diagnostics.py": 1,
+    "modpo/fronts.py": 1,
     "modpo/fused_lora.py": 1,
     "modpo/generation.py": 2,
+    "modpo/kl.py": 1,
     "modpo/lending.py": 1,
     "modpo/log_prob_head.py": 1,
     "modpo/log_probs.py": 2,
@@ -49,7 +56,7 @@ CODE_VERSIONS = {
     "modpo/margins.py": 1,
     "modpo/models.py": 1,
     "modpo/pairs.py": 1,
-    "modpo/plots.py": 1,
+    "modpo/plots.py": 2,
     "modpo/preference_trainer.py": 2,
     "modpo/raters.py": 1,
     "modpo/ratings.py": 1,
@@ -58,10 +65,17 @@ CODE_VERSIONS = {
     "modpo/statistics.py": 1,
     "modpo/tables.py": 1,
     "modpo/tokenization.py": 1,
+    "modpo/tradeoff.py": 1,
     "modpo/training.py": 1,
     "modpo/tree_attention.py": 1,
     "modpo/trees.py": 1,
     "modpo/vllm_generation.py": 1,
+    "report/__init__.py": 1,
+    "report/content.py": 1,
+    "report/figures.py": 1,
+    "report/report.css": 1,
+    "report/report.html": 1,
+    "report/report.js": 1,
 }
 """Version of each piece of code that determines results. Raise it when a change alters what the code computes: all
 that was made by it is then out of date. A test holds a digest of each piece and asks whoever changes one."""
@@ -108,19 +122,27 @@ class Fingerprint:
 
 
 def stages(experiment: Experiment) -> dict[str, Stage]:
-    """The graph of an experiment in topological order; a length penalty has no margin pairs and no margin adapter."""
+    """The graph of an experiment in topological order.
+
+    A length penalty has no margin pairs and no margin adapter; without samples for it there is no KL divergence.
+    """
     adapter = experiment.has_margin_adapter
     margin_pairs = ("margin_pairs",) if adapter else ()
     margin_adapter = ("margin_adapter",) if adapter else ()
+    kl = ("kl_to_sft",) if experiment.evaluation.kl_samples else ()
+    absent = {
+        *(() if adapter else ("margin_pairs", "margin_adapter", "margin_adapter_quality")),
+        *(() if kl else ("kl_to_sft",)),
+    }
     lengths = ("model.max_length", "model.max_prompt_length")
     objective = ("objective.margin", "objective.margin_role", "objective.margin_beta", "objective.penalty")
     model = ("model.base", "model.precision", "model.trust_remote_code")
+    # In fp32 the batch that a response was made in does not change it; in bf16 it may.
+    batch = () if experiment.model.precision == "fp32" else ("generation.max_batch_tokens",)
     generation = tuple(
-        f"generation.{key}"
-        for key in type(experiment.generation).model_fields
-        # In fp32 the batch that a response was made in does not change it; in bf16 it may.
-        if key != "max_batch_tokens" or experiment.model.precision != "fp32"
-    ) + (("seed",) if experiment.generation.do_sample else ())
+        f"generation.{key}" for key in type(experiment.generation).model_fields if key != "max_batch_tokens"
+    )
+    generation += (*batch, *(("seed",) if experiment.generation.do_sample else ()))
     sft = experiment.sft.enabled
     generating = ("modpo/generation.py", "modpo/decoding.py", *_SFT, "modpo/batching.py", "modpo/tokenization.py")
     if experiment.generation.engine == "vllm":
@@ -128,6 +150,22 @@ def stages(experiment: Experiment) -> dict[str, Stage]:
     scoring = ("assets/evaluation.py:scores", "modpo/raters.py", *_SFT, *_SCORING)
     if experiment.evaluation.rater == "embedded":
         scoring += ("embedded/rater.py",)
+    comparing = (
+        "modpo/comparisons.py",
+        "modpo/diagnostics.py",
+        "modpo/fronts.py",
+        "modpo/statistics.py",
+        "modpo/tradeoff.py",
+    )
+    compared = (
+        "data.preference_attribute",
+        *(("data.margin_attribute",) if adapter else ()),
+        "evaluation.bootstrap_samples",
+        "evaluation.rater",
+        "generation.do_sample",
+        "seed",
+        *objective,
+    )
 
     def stage(
         name: str, inputs: tuple[str, ...], settings: tuple[str, ...], *code: str, partitioned: bool = False
@@ -197,6 +235,17 @@ def stages(experiment: Experiment) -> dict[str, Stage]:
             *_PREFERENCE,
         ),
         stage(
+            "margin_adapter_quality",
+            ("sft_model", "margin_pairs", "reference_log_probs", "margin_adapter"),
+            ("data.margin_attribute", "seed", *lengths),
+            "assets/training.py:margin_adapter_quality",
+            "modpo/diagnostics.py",
+            "modpo/statistics.py",
+            *_PAIRS,
+            *_SFT,
+            *_SCORING,
+        ),
+        stage(
             "margin_rewards",
             ("sft_model", "preference_pairs", *(("reference_log_probs", "margin_adapter") if adapter else ())),
             ("objective.margin", *(lengths if adapter else ())),
@@ -244,23 +293,72 @@ def stages(experiment: Experiment) -> dict[str, Stage]:
             partitioned=True,
         ),
         stage(
+            "kl_to_sft",
+            ("evaluation_prompts", "sft_model", "modpo_models"),
+            (
+                "evaluation.kl_samples",
+                "generation.engine",
+                "generation.max_prompt_length",
+                "generation.max_new_tokens",
+                *batch,
+                "seed",
+            ),
+            "assets/evaluation.py:kl_to_sft",
+            "modpo/kl.py",
+            *generating,
+            *_SCORING,
+            partitioned=True,
+        ),
+        stage(
             "score_summary",
-            ("sft_scores", "scores"),
+            ("sft_generations", "generations", "sft_scores", "scores", *kl),
             ("evaluation.bootstrap_samples", "seed", "objective.weights", *objective),
             "assets/tradeoff.py:score_summary",
+            "modpo/diagnostics.py",
             "modpo/statistics.py",
             "modpo/margins.py",
         ),
         stage(
             "tradeoff",
             ("score_summary",),
-            ("name", "data.preference_attribute", *objective),  # the name stands in the plot's title
+            ("name", *compared),
             "assets/tradeoff.py:tradeoff",
-            "modpo/statistics.py",
+            *comparing,
+            "modpo/plots.py",
+        ),
+        stage(
+            "tradeoff_report",
+            (
+                "tradeoff",
+                "score_summary",
+                "sft_generations",
+                "generations",
+                *(("margin_adapter_quality",) if adapter else ()),
+                *kl,
+            ),
+            (
+                "name",
+                "description",
+                "data.source",
+                "model.base",
+                "objective.beta",
+                "objective.weights",
+                "generation.max_new_tokens",
+                "generation.temperature",
+                *compared,
+            ),
+            "assets/tradeoff.py:tradeoff_report",
+            "report/__init__.py",
+            "report/content.py",
+            "report/figures.py",
+            "report/report.css",
+            "report/report.html",
+            "report/report.js",
+            *comparing,
             "modpo/plots.py",
         ),
     ]
-    return {s.name: s for s in declared if adapter or s.name not in ("margin_pairs", "margin_adapter")}
+    return {s.name: s for s in declared if s.name not in absent}
 
 
 def partitions_of(stage: Stage, experiment: Experiment) -> list[str]:

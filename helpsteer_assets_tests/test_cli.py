@@ -88,7 +88,8 @@ def test_a_home_that_cannot_be_read_says_so(run: Run, tmp_path: Path) -> None:
 
 def test_help_names_every_command(run: Run) -> None:
     text = run("--help").output
-    assert all(f"\n  {command} " in text for command in ("check", "run", "status", "query", "verify", "gc", "ui"))
+    commands = ("check", "run", "status", "query", "report", "export", "verify", "gc", "ui")
+    assert all(f"\n  {command} " in text for command in commands)
 
 
 # query

@@ -60,7 +60,7 @@ def test_a_new_home_needs_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert found["SFT model"] == 4000
     assert found["3 adapters"] == 3 * 10 * 4
     assert found["checkpoints while training"] == 2 * 5 * 10 * 12, "two policies at once, five checkpoints of each"
-    assert found["answers"] == 3 * 300 * 512 * 6
+    assert found["answers"] == (3 + 2) * 300 * 512 * 6, "three policies' answers, two policies' samples"
     assert set(found) == {"data", "SFT model", "3 adapters", "checkpoints while training", "answers"}
     assert list(tmp_path.iterdir()) == [], "looking makes no home"
 
@@ -68,6 +68,11 @@ def test_a_new_home_needs_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_finished_sft_model_and_adapter_leave_the_policies(tmp_path: Path) -> None:
     found = parts(experiment(), [("modpo_models", "0.9"), ("generations", "0.9")], tmp_path)
     assert found == {"1 adapter": 40, "checkpoints while training": 600, "answers": 300 * 512 * 6}
+
+
+def test_samples_for_the_kl_divergence_count_as_often_as_they_are_drawn(tmp_path: Path) -> None:
+    to_make = [("kl_to_sft", "0.1"), ("kl_to_sft", "0.9")]
+    assert parts(experiment({"evaluation.kl_samples": 4}), to_make, tmp_path) == {"answers": 2 * 4 * 300 * 512 * 6}
 
 
 def test_half_the_precision_is_half_the_model(tmp_path: Path) -> None:

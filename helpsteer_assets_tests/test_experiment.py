@@ -441,6 +441,8 @@ OTHER_RATER = "`embedded` rates answers to the embedded data's prompts only; use
             "model.revision: goes with an id on the hub only, and embedded is none; remove it",
         ),
         ({"data.source": "./x", "evaluation.rater": "embedded"}, OTHER_RATER),
+        ({"evaluation.kl_samples": -1}, "evaluation.kl_samples: must be greater than or equal to 0, got -1"),
+        ({"evaluation.kl_samples": 1.5}, "evaluation.kl_samples: expected a whole number, got 1.5"),
         ({"evaluation.rater": "armo"}, "evaluation.rater: expected `none`, `embedded`, or a section that describes a"),
         ({"evaluation.rater": {"model": "./rater"}}, "evaluation.rater.heads: missing, and there is no default"),
         ({"evaluation.rater": {**RATER, "heads": {}}}, "evaluation.rater.heads: must not be empty"),

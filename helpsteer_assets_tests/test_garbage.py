@@ -169,9 +169,9 @@ def test_the_present_settings_of_a_named_experiment_stay_though_others_were_mate
 
 
 def test_latest_materializations_keep_all_they_were_made_from(home: Path) -> None:
-    shutil.copytree(home / "warehouse" / "registry" / "mine" / "tradeoff", home / "tradeoff")
+    shutil.copytree(home / "warehouse" / "registry" / "mine" / "tradeoff_report", home / "last")
     shutil.rmtree(home / "warehouse" / "registry" / "mine")
-    shutil.copytree(home / "tradeoff", home / "warehouse" / "registry" / "mine" / "tradeoff")
+    shutil.copytree(home / "last", home / "warehouse" / "registry" / "mine" / "tradeoff_report")
     assert find_garbage(home, []).garbage == []
     shutil.rmtree(home / "warehouse" / "registry" / "mine")
     assert folders(MINE, home) <= paths(find_garbage(home, []))
@@ -305,7 +305,8 @@ def test_leftovers_go_and_what_is_not_ours_stays(home: Path, tmp_path: Path) -> 
 def test_what_a_process_uses_stays_with_all_it_was_made_from(home: Path) -> None:
     shutil.rmtree(home / "warehouse")
     fingerprint = fingerprints(MINE)["scores", "0.1"].value
-    needed = folders(MINE, home) - folders(MINE, home, "score_summary", "tradeoff", "sft_generations", "sft_scores")
+    others = ("score_summary", "tradeoff", "tradeoff_report", "sft_generations", "sft_scores")
+    needed = folders(MINE, home) - folders(MINE, home, *others, "kl_to_sft", "margin_adapter_quality")
     needed = {path for path in needed if path.parent.name != "0.9"}
     with using(home, [("scores", "0.1", fingerprint)]):
         delete_garbage(home, [])

@@ -391,6 +391,17 @@ def test_lengths_are_counted_by_the_base_models_tokenizer_against_the_limits(sou
     assert "of the responses are cut, the longest ones" in found.under("Warnings")
 
 
+# Evaluation
+
+
+def test_what_is_generated_is_counted(source: Path, tmp_path: Path) -> None:
+    text = Report(local(source, {"evaluation.kl_samples": 3}), tmp_path / "home").under("Evaluation")
+    assert "40 held-out prompts (40 asked for), 3 policies: 120 responses" in text
+    assert "KL divergence to SFT: 3 per prompt and weight, 240 responses more" in text
+    without = Report(local(source, {"evaluation.kl_samples": 0}), tmp_path / "home")
+    assert "KL divergence" not in without.text
+
+
 # Steps, machine, disk
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+from helpsteer_assets.cli import main
 from helpsteer_assets.experiment import Experiment, Section, _sections
-from helpsteer_assets.reference import settings_reference, tables_reference, write_references
+from helpsteer_assets.reference import commands_reference, settings_reference, tables_reference, write_references
 from helpsteer_assets.resources.warehouse import TABLES
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -17,7 +18,10 @@ def escaped(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-@pytest.mark.parametrize(("name", "make"), [("settings.md", settings_reference), ("tables.md", tables_reference)])
+REFERENCES = {"settings.md": settings_reference, "tables.md": tables_reference, "commands.md": commands_reference}
+
+
+@pytest.mark.parametrize(("name", "make"), REFERENCES.items())
 def test_committed_reference_is_what_is_generated_now(name: str, make) -> None:
     assert (DOCS / name).read_text(encoding="utf-8") == make(), "run `python -m helpsteer_assets.reference`"
 
@@ -25,8 +29,7 @@ def test_committed_reference_is_what_is_generated_now(name: str, make) -> None:
 def test_references_are_written_where_they_are_asked_for(tmp_path: Path) -> None:
     written = write_references(tmp_path / "new" / "docs")
     assert {path.name: path.read_text(encoding="utf-8") for path in written} == {
-        "settings.md": settings_reference(),
-        "tables.md": tables_reference(),
+        name: make() for name, make in REFERENCES.items()
     }
 
 
@@ -67,3 +70,11 @@ def test_every_column_of_every_table_is_there() -> None:
         section = text.split(f"## `{table.name}`")[1].split("\n## ")[0]
         for column in table.columns:
             assert f"| `{column.name}` | {column.type} | {escaped(column.comment)} |" in section
+
+
+def test_every_option_of_every_command_is_there() -> None:
+    text = commands_reference()
+    for name, command in main.commands.items():
+        section = text.split(f"## `helpsteer {name}")[1].split("\n## ")[0]
+        for parameter in command.params:
+            assert all(option in section for option in parameter.opts if option.startswith("-")), parameter

@@ -26,10 +26,11 @@ BASE: dict[str, Any] = {
 }
 LENGTH_PENALTY = {"objective": {"weights": [0.1, 0.9], "margin": "length_penalty", "penalty": 0.01}}
 
-SUMMARY = {"score_summary", "tradeoff"}
-POLICIES = {"modpo_models", "generations", "scores", *SUMMARY}
-ADAPTER = {"margin_adapter", "margin_rewards", "sft_scores", *POLICIES}
+SUMMARY = {"score_summary", "tradeoff", "tradeoff_report"}
+POLICIES = {"modpo_models", "generations", "scores", "kl_to_sft", *SUMMARY}
+ADAPTER = {"margin_adapter", "margin_adapter_quality", "margin_rewards", "sft_scores", *POLICIES}
 ANSWERS = {"sft_generations", "sft_scores", "generations", "scores", *SUMMARY}
+ANSWERS_AND_SAMPLES = {"kl_to_sft", *ANSWERS}
 TRAINED = {"sft_model", "reference_log_probs", "sft_generations", *ADAPTER}
 EVERYTHING = {"helpsteer_ratings", "preference_pairs", "margin_pairs", "evaluation_prompts", *TRAINED}
 
@@ -81,13 +82,16 @@ def differs(first: dict[Any, Any], second: dict[Any, Any], asset: str, partition
         ("data.selection_share", 0.1, EVERYTHING - {"helpsteer_ratings", "evaluation_prompts"}),
         ("data.max_train_prompts", 100, EVERYTHING),
         ("data.on_bad_rows", "drop", EVERYTHING),
-        ("generation.max_new_tokens", 32, ANSWERS),
+        ("generation.max_new_tokens", 32, ANSWERS_AND_SAMPLES),
+        ("generation.max_prompt_length", 32, ANSWERS_AND_SAMPLES),
         ("generation.repetition_penalty", 1.2, ANSWERS),
-        ("evaluation.prompts", 10, {"evaluation_prompts", *ANSWERS}),
+        ("generation.do_sample", True, ANSWERS),
+        ("evaluation.prompts", 10, {"evaluation_prompts", *ANSWERS_AND_SAMPLES}),
+        ("evaluation.kl_samples", 3, {"kl_to_sft", *SUMMARY}),
         ("evaluation.rater", "none", {"sft_scores", "scores", *SUMMARY}),
         ("evaluation.bootstrap_samples", 500, SUMMARY),
-        ("name", "other", {"tradeoff"}),
-        ("description", "other words", set()),
+        ("name", "other", {"tradeoff", "tradeoff_report"}),
+        ("description", "other words", {"tradeoff_report"}),
         ("checks.margin_adapter_min_accuracy", 0.9, set()),
         ("run.device", "cpu", set()),
         ("run.threads", 1, set()),
@@ -101,7 +105,8 @@ def test_a_setting_makes_anew_what_depends_on_it_and_nothing_else(key: str, valu
 
 def test_the_batch_counts_where_rounding_lets_it_change_responses() -> None:
     bf16 = experiment({"model.precision": "bf16"})
-    assert changed(bf16, experiment({"model.precision": "bf16", "generation.max_batch_tokens": 64})) == ANSWERS
+    other = experiment({"model.precision": "bf16", "generation.max_batch_tokens": 64})
+    assert changed(bf16, other) == ANSWERS_AND_SAMPLES
 
 
 def test_the_seed_counts_for_responses_that_are_sampled() -> None:
@@ -109,6 +114,7 @@ def test_the_seed_counts_for_responses_that_are_sampled() -> None:
     greedy = {"sft.enabled": False}
     assert "sft_generations" in changed(experiment(sampled), experiment({**sampled, "seed": 1}))
     assert "sft_generations" not in changed(experiment(greedy), experiment({**greedy, "seed": 1}))
+    assert "seed" in stages(experiment(greedy))["kl_to_sft"].settings, "its samples are drawn in any case"
 
 
 def test_another_grid_leaves_the_policies_of_the_weights_it_keeps() -> None:
@@ -126,12 +132,16 @@ def test_code_makes_anew_what_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def after(piece: str) -> set[str]:
         with monkeypatch.context() as patch:
-            patch.setitem(CODE_VERSIONS, piece, 2)
+            patch.setitem(CODE_VERSIONS, piece, 99)
             now = fingerprints(experiment())
         return {asset for asset, partition in before if differs(before, now, asset, partition)}
 
     assert after("modpo/losses.py") == ADAPTER
-    assert after("modpo/plots.py") == {"tradeoff"}
+    assert after("modpo/plots.py") == {"tradeoff", "tradeoff_report"}
+    assert after("report/__init__.py") == {"tradeoff_report"}
+    assert after("modpo/fronts.py") == after("modpo/comparisons.py") == {"tradeoff", "tradeoff_report"}
+    assert after("modpo/diagnostics.py") == {"margin_adapter_quality", *SUMMARY}
+    assert after("modpo/kl.py") == after("assets/evaluation.py:kl_to_sft") == {"kl_to_sft", *SUMMARY}
     assert after("modpo/schedule.py") == TRAINED
     assert after("assets/evaluation.py:sft_generations") == {"sft_generations", "sft_scores", *SUMMARY}
     assert after("embedded/generator.py") == EVERYTHING
@@ -140,13 +150,22 @@ def test_code_makes_anew_what_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_length_penalty_has_no_adapter_and_nothing_that_belongs_to_it() -> None:
     penalty = experiment(**LENGTH_PENALTY)
     graph = stages(penalty)
-    assert graph.keys() == stages(experiment()).keys() - {"margin_pairs", "margin_adapter"}
-    assert all("margin_adapter" not in stage.inputs and "margin_pairs" not in stage.inputs for stage in graph.values())
+    of_adapter = {"margin_pairs", "margin_adapter", "margin_adapter_quality"}
+    assert graph.keys() == stages(experiment()).keys() - of_adapter
+    assert all(of_adapter.isdisjoint(stage.inputs) for stage in graph.values())
     # The section may stay in the file, for changing back; it has no part in the result.
     other = experiment({"margin_adapter.steps": 9, "data.margin_attribute": "coherence"}, **LENGTH_PENALTY)
     assert changed(penalty, other) == set()
     more = experiment({"objective.penalty": 0.02}, **LENGTH_PENALTY)
     assert changed(penalty, more) == POLICIES
+
+
+def test_without_samples_for_it_there_is_no_kl_divergence_and_all_else_is_there() -> None:
+    without = experiment({"evaluation.kl_samples": 0})
+    graph = stages(without)
+    assert graph.keys() == stages(experiment()).keys() - {"kl_to_sft"}
+    assert all("kl_to_sft" not in stage.inputs for stage in graph.values())
+    assert changed(experiment(), without) == SUMMARY
 
 
 def test_without_sft_the_reference_policy_depends_on_the_base_model_alone() -> None:
@@ -158,7 +177,9 @@ def test_without_sft_the_reference_policy_depends_on_the_base_model_alone() -> N
 
 
 def test_every_input_stands_before_the_stage_that_reads_it() -> None:
-    for graph in (stages(experiment()), stages(experiment(**LENGTH_PENALTY)), stages(load_experiment("helpsteer"))):
+    without_kl = stages(experiment({"evaluation.kl_samples": 0}))
+    penalty, helpsteer = stages(experiment(**LENGTH_PENALTY)), stages(load_experiment("helpsteer"))
+    for graph in (stages(experiment()), penalty, helpsteer, without_kl):
         seen: set[str] = set()
         for stage in graph.values():
             assert seen.issuperset(stage.inputs)
@@ -179,7 +200,9 @@ def test_every_setting_a_stage_names_is_one() -> None:
 
 def test_a_policy_reads_its_own_weight_and_the_summary_reads_them_all() -> None:
     found = fingerprints(experiment())
-    assert found["scores", "0.1"].inputs["modpo_models"] == {"0.1": found["modpo_models", "0.1"].value}
+    for asset in ("scores", "kl_to_sft"):
+        assert found[asset, "0.1"].inputs["modpo_models"] == {"0.1": found["modpo_models", "0.1"].value}
+    assert found["tradeoff_report", ALL].inputs["kl_to_sft"].keys() == {"0.1", "0.9"}
     assert found["score_summary", ALL].inputs["scores"].keys() == {"0.1", "0.9"}
     assert found["modpo_models", "0.1"].settings["w"] == "0.1"
     assert "w" not in found["sft_model", ALL].settings
@@ -260,12 +283,15 @@ def test_code_versions_follow_code_and_settings_and_leave_out_w_and_inputs(monke
         before, after = versions(experiment()), versions(experiment(changes))
         return {name for name in before if before[name] != after[name]}
 
-    assert moved({"objective.beta": 0.3}) == {"modpo_models"}
-    assert moved({"objective.weights": [0.2]}) == {"score_summary"}
+    assert moved({"objective.beta": 0.3}) == {"modpo_models", "tradeoff_report"}
+    assert moved({"objective.weights": [0.2]}) == {"score_summary", "tradeoff_report"}
     assert moved({"run.threads": 3}) == set()
     before = versions(experiment())
-    monkeypatch.setitem(CODE_VERSIONS, "modpo/plots.py", 2)
-    assert {name for name in before if before[name] != versions(experiment())[name]} == {"tradeoff"}
+    monkeypatch.setitem(CODE_VERSIONS, "modpo/plots.py", 99)
+    assert {name for name in before if before[name] != versions(experiment())[name]} == {
+        "tradeoff",
+        "tradeoff_report",
+    }
 
 
 def test_code_versions_read_no_source(tmp_path: Path) -> None:

@@ -100,7 +100,8 @@ def test_what_was_materialized_with_the_present_settings_is_complete(home: Path)
 
 def test_another_experiment_finds_the_artifacts_reusable(home: Path) -> None:
     found = states(change({"name": "other"}), home)
-    assert found.pop("tradeoff").state == "missing"  # its plot bears the experiment's name
+    for asset in ("tradeoff", "tradeoff_report"):
+        assert found.pop(asset).state == "missing"  # they bear the experiment's name
     assert {item.state for item in found.values()} == {"reusable"}
 
 
@@ -118,7 +119,8 @@ def test_a_changed_setting_names_itself_where_it_counts_and_its_asset_below(home
     reasons = out_of_date(change({"objective.beta": 0.1}), home)
     assert reasons.keys() == POLICIES
     assert reasons["modpo_models"] == "objective.beta 0.2 -> 0.1"
-    below = {reasons[asset] for asset in POLICIES - {"modpo_models"}}
+    assert reasons["tradeoff_report"] == "objective.beta 0.2 -> 0.1", "it tells beta, too"
+    below = {reasons[asset] for asset in POLICIES - {"modpo_models", "tradeoff_report"}}
     assert below == {"modpo_models: objective.beta 0.2 -> 0.1"}
 
 

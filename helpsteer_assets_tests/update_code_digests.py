@@ -22,7 +22,10 @@ STORED = Path(__file__).with_name("code_digests.json")
 def piece_digest(piece: str, package: Path = PACKAGE) -> str:
     """16 hex digits that change once the piece's code does."""
     file, _, function = piece.partition(":")
-    tree = ast.parse((package / file).read_text(encoding="utf-8"))
+    text = (package / file).read_text(encoding="utf-8")
+    if not file.endswith(".py"):
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+    tree = ast.parse(text)
     nodes: list[ast.stmt] = _used_by(function, tree) if function else tree.body
     return hashlib.sha256(json.dumps(_plain(nodes)).encode()).hexdigest()[:16]
 

@@ -1,4 +1,4 @@
-"""Checks: what must hold before policies are trained, and whether the trade-off moves as the role asks."""
+"""Checks: what must hold before policies are trained, what to know of it, and whether the trade-off moves as asked."""
 
 from typing import Any
 
@@ -29,6 +29,18 @@ def margin_adapter_prefers_chosen(lab: dg.ResourceParam[Lab]) -> dg.AssetCheckRe
     )
 
 
+@dg.asset_check(asset="margin_adapter_quality")
+def margin_adapter_measures_more_than_length(lab: dg.ResourceParam[Lab]) -> dg.AssetCheckResult:
+    """The margin adapter's reward is more than a measure of length. A warning: policies can be trained on either."""
+    quality = _finished(lab, "margin_adapter_quality").manifest["metrics"]
+    return dg.AssetCheckResult(
+        passed=quality["only_length"] is not True,
+        severity=dg.AssetCheckSeverity.WARN,
+        description=quality["sentence"],
+        metadata={"pairs": quality["n"], "prompts": quality["prompts"]},
+    )
+
+
 @dg.asset_check(asset="tradeoff")
 def margin_follows_weight(lab: dg.ResourceParam[Lab]) -> dg.AssetCheckResult:
     """The margin reward moves with w in the direction that the role asks for. A warning: nothing guarantees it."""
@@ -45,7 +57,8 @@ def margin_follows_weight(lab: dg.ResourceParam[Lab]) -> dg.AssetCheckResult:
 
 def build_checks(experiment: Experiment) -> list[dg.AssetChecksDefinition]:
     """The checks of an experiment's graph."""
-    return [*([margin_adapter_prefers_chosen] if experiment.has_margin_adapter else []), margin_follows_weight]
+    of_adapter = [margin_adapter_prefers_chosen, margin_adapter_measures_more_than_length]
+    return [*(of_adapter if experiment.has_margin_adapter else []), margin_follows_weight]
 
 
 def _finished(lab: Lab, asset: str) -> Artifact:

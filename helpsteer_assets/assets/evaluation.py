@@ -1,10 +1,12 @@
-"""Group `evaluation`: what every policy answers, and how it scores.
+"""Group `evaluation`: what every policy answers, how it scores, and how far it is from the SFT model.
 
-generations.parquet and scores.parquet per policy, one row per prompt.
+generations.parquet and scores.parquet per policy, one row per prompt; kl.parquet per weight, one row per prompt and
+sample.
 """
 
-from contextlib import nullcontext
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,10 +18,10 @@ from helpsteer_assets.assets.loading import load_sft_tokenizer, sft_model_on_loa
 from helpsteer_assets.assets.materialization import AssetDeclaration, Inputs, Metrics, StageRun
 from helpsteer_assets.experiment import Experiment, RewardModelSettings
 from helpsteer_assets.modpo.attributes import ATTRIBUTES
+from helpsteer_assets.modpo.diagnostics import kl_by_prompt
+from helpsteer_assets.modpo.kl import kl_estimate, sample_responses
 from helpsteer_assets.modpo.margins import margin, margin_reward
-from helpsteer_assets.modpo.statistics import (
-    PolicyScores,
-)
+from helpsteer_assets.modpo.statistics import PolicyScores, bootstrap_interval
 from helpsteer_assets.resources.artifacts import Artifact
 from helpsteer_assets.stages import fetch
 
@@ -42,6 +44,21 @@ SCORES_SCHEMA = pa.schema(
 )
 """Of scores.parquet. The margin log-ratio is unscaled: the warehouse adds margin_reward."""
 
+KL_SCHEMA = pa.schema(
+    [
+        ("policy", pa.string()),
+        ("w", pa.string()),
+        ("prompt_id", pa.string()),
+        ("sample", pa.int32()),
+        ("log_ratio", pa.float64()),
+        ("response", pa.string()),
+        ("response_tokens", pa.int32()),
+        ("finish_reason", pa.string()),
+        ("token_ids", pa.list_(pa.int32())),
+    ]
+)
+"""Of kl.parquet: by prompt in the order of the prompts, then by sample."""
+
 
 def sft_generations(run: StageRun) -> Metrics:
     """The reference policy's responses to the evaluation prompts."""
@@ -54,14 +71,16 @@ def generations(run: StageRun) -> Metrics:
 
 
 def _generate(run: StageRun, policy: Artifact | None) -> Metrics:
-    from helpsteer_assets.modpo.models import check_lengths
-
-    experiment, settings = run.experiment, run.experiment.generation
-    base = run.input("sft_model").path / "model"
-    needed = settings.max_prompt_length + settings.max_new_tokens
-    check_lengths(experiment.model, base, needed, "generation.max_prompt_length + max_new_tokens")
+    experiment = run.experiment
     prompts = run.table("evaluation_prompts", "prompts.parquet")
-    made = _responses(run, prompts["prompt"].to_pylist(), None if policy is None else policy.path / "adapter")
+    with _answering(run, policy) as answer:
+        made = answer(
+            prompts["prompt"].to_pylist(),
+            experiment.generation,
+            seed=experiment.seed,
+            progress=run.progress,
+            checkpoint=run.checkpoints / "generations.jsonl",
+        )
     columns = {
         "prompt_id": prompts["prompt_id"],
         "prompt": prompts["prompt"],
@@ -80,25 +99,32 @@ def _generate(run: StageRun, policy: Artifact | None) -> Metrics:
     }
 
 
-def _responses(run: StageRun, prompts: list[str], adapter: Path | None) -> "list[Generation]":
+@contextmanager
+def _answering(run: StageRun, policy: Artifact | None) -> "Iterator[Callable[..., list[Generation]]]":
+    """`generate` without its first arguments, model and tokenizer: a policy's, or None for the SFT model's."""
     from helpsteer_assets.modpo.generation import generate, generate_by
     from helpsteer_assets.modpo.lending import merged
+    from helpsteer_assets.modpo.models import check_lengths
 
     experiment, settings = run.experiment, run.experiment.generation
-    tokenizer, checkpoint = load_sft_tokenizer(run), run.checkpoints / "generations.jsonl"
-    how: dict[str, Any] = {"seed": experiment.seed, "progress": run.progress, "checkpoint": checkpoint}
+    base = run.input("sft_model").path / "model"
+    adapter = None if policy is None else policy.path / "adapter"
+    longest = settings.max_prompt_length + settings.max_new_tokens
+    check_lengths(experiment.model, base, longest, "generation.max_prompt_length + max_new_tokens")
+    tokenizer = load_sft_tokenizer(run)
     if settings.engine == "vllm":
         with run.models.vllm_engine(
-            run.input("sft_model").path / "model",
+            base,
             precision=experiment.model.precision,
-            max_length=settings.max_prompt_length + settings.max_new_tokens,
+            max_length=longest,
             lora_rank=experiment.lora.r,
             trust_remote_code=experiment.model.trust_remote_code,
         ) as engine:
-            return generate_by(engine.policy(adapter), tokenizer, prompts, settings, exact=False, **how)
-    with sft_model_on_loan(run) as model:
-        with nullcontext(model) if adapter is None else merged(model, adapter) as policy:
-            return generate(policy, tokenizer, prompts, settings, **how)
+            yield partial(generate_by, engine.policy(adapter), tokenizer, exact=False)
+    else:
+        with sft_model_on_loan(run) as model:
+            with nullcontext(model) if adapter is None else merged(model, adapter) as answering:
+                yield partial(generate, answering, tokenizer)
 
 
 def sft_scores(run: StageRun) -> Metrics:
@@ -166,6 +192,70 @@ def _log_ratios(run: StageRun, rows: list[dict[str, Any]], policy: Artifact | No
     return {name: [a - b for a, b in zip(scored[name], scored[BASE], strict=True)] for name in adapters}
 
 
+def kl_to_sft(run: StageRun) -> Metrics:
+    """How far one policy is from SFT: responses drawn from it as it is, each with its log-ratio to SFT.
+
+    The mean of log p_policy - log p_sft over the policy's own samples is an unbiased estimate of KL(policy || SFT) in
+    nats (k1 of Schulman, "Approximating KL divergence", 2020). Samples end at generation.max_new_tokens: it is the
+    divergence of that many tokens, and of all only where none is capped.
+    """
+    experiment = run.experiment
+    policy, prompts = run.input("modpo_models"), run.table("evaluation_prompts", "prompts.parquet")
+    with _answering(run, policy) as answer:
+        samples = sample_responses(
+            answer,
+            prompts["prompt"].to_pylist(),
+            experiment.generation,
+            experiment.evaluation.kl_samples,
+            seed=experiment.seed,
+            progress=run.progress,
+            checkpoints=run.checkpoints,
+        )
+    rows = [
+        {
+            "prompt_id": prompt_id,
+            "sample": number,
+            "response": sample.response,
+            "finish_reason": sample.finish_reason,
+            "token_ids": sample.token_ids,
+        }
+        for prompt_id, drawn in zip(prompts["prompt_id"].to_pylist(), zip(*samples, strict=True), strict=True)
+        for number, sample in enumerate(drawn)
+    ]
+    return score_samples(run, rows)
+
+
+def score_samples(run: StageRun, rows: list[dict[str, Any]]) -> Metrics:
+    """Write kl.parquet: samples with their log-ratio to SFT.
+
+    Args:
+        run: of `kl_to_sft`.
+        rows: prompt_id, sample, response, finish_reason and token_ids of each sample; by prompt, equally many of each.
+    """
+    prompts = run.table("evaluation_prompts", "prompts.parquet")
+    texts = dict(zip(prompts["prompt_id"].to_pylist(), prompts["prompt"].to_pylist(), strict=True))
+    with_prompts = [{**row, "prompt": texts[row["prompt_id"]]} for row in rows]
+    log_ratios = _log_ratios(run, with_prompts, run.input("modpo_models"))["policy"]
+    columns = {
+        "policy": ["modpo"] * len(rows),
+        "w": [run.partition] * len(rows),
+        "log_ratio": log_ratios,
+        "response_tokens": [len(row["token_ids"]) for row in rows],
+        **{
+            name: [row[name] for row in rows]
+            for name in ("prompt_id", "sample", "response", "finish_reason", "token_ids")
+        },
+    }
+    run.write(pa.table({name: columns[name] for name in KL_SCHEMA.names}, schema=KL_SCHEMA), "kl.parquet")
+    kl, standard_error = kl_estimate(np.reshape(log_ratios, (len({row["prompt_id"] for row in rows}), -1)))
+    return {
+        "samples": len(rows),
+        "capped": sum(row["finish_reason"] == "length" for row in rows),
+        "kl": kl,
+        "kl_standard_error": standard_error,
+    }
+
+
 def _rater(run: StageRun) -> "Rater | None":
     settings = run.experiment.evaluation.rater
     if settings == "none":
@@ -219,6 +309,19 @@ def _describe_scores(artifact: Artifact, inputs: Inputs, experiment: Experiment)
     return {"responses": len(scores.prompt_ids)} | {f"mean_{k}": float(np.mean(v)) for k, v in scores.measures.items()}
 
 
+def _describe_kl(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
+    table, metrics = pq.read_table(artifact.file("kl.parquet")), artifact.manifest["metrics"]
+    capped = [reason == "length" for reason in table["finish_reason"].to_pylist()]
+    estimates = kl_by_prompt(table["prompt_id"].to_pylist(), table["log_ratio"].to_numpy(), capped)
+    kl = bootstrap_interval(estimates.kl, experiment.evaluation.bootstrap_samples, experiment.seed)
+    return {
+        "kl_in_words": f"{kl.mean:.3g} [{kl.low:.3g}, {kl.high:.3g}] nats per response (95% interval over prompts)",
+        **metrics,
+        "capped_share": metrics["capped"] / metrics["samples"],
+        "preview": table_metadata(table.select(["response", "log_ratio", "response_tokens"]).slice(0, 5).to_pylist()),
+    }
+
+
 def _generations_asset(compute: Any) -> AssetDeclaration:
     return AssetDeclaration(
         compute,
@@ -248,4 +351,13 @@ EVALUATION_ASSETS = (
     _generations_asset(generations),
     _scores_asset(sft_scores),
     _scores_asset(scores),
+    AssetDeclaration(
+        kl_to_sft,
+        "evaluation",
+        {"pytorch", "parquet"},
+        describe=_describe_kl,
+        table="kl_to_sft",
+        file="kl.parquet",
+        loads_model=True,
+    ),
 )

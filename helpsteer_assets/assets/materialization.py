@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from helpsteer_assets.assets.display import rounded
 from helpsteer_assets.assets.loading import LoadedModels, release_memory
 from helpsteer_assets.assets.progress import ProgressReporter
+from helpsteer_assets.automation import GROUP, follows_inputs
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment import Experiment
 from helpsteer_assets.partitions import weight_partitions
@@ -287,6 +288,7 @@ def build_asset(declaration: AssetDeclaration, experiment: Experiment) -> dg.Ass
     """The Dagster asset of a declaration."""
     name = declaration.compute.__name__
     stage: Stage = stages(experiment)[name]
+    automated = experiment.run.automation and declaration.group == GROUP
 
     @dg.asset(
         name=name,
@@ -302,6 +304,7 @@ def build_asset(declaration: AssetDeclaration, experiment: Experiment) -> dg.Ass
         pool=GPU_POOL if declaration.loads_model else None,
         # A killed or crashed step goes on from its last checkpoint; a user's mistake is not tried again.
         retry_policy=dg.RetryPolicy(max_retries=1, delay=5) if declaration.loads_model else None,
+        automation_condition=follows_inputs(experiment, stage) if automated else None,
     )
     def _asset(context: dg.AssetExecutionContext, lab: dg.ResourceParam[Lab]) -> dg.MaterializeResult:
         return lab.materialize(declaration, context)

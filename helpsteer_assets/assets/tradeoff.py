@@ -1,10 +1,11 @@
 """Group `evaluation`, after all weights: what is gained and lost as w moves.
 
-score_summary.parquet, one row per policy and measure; tradeoff.json, tradeoff.png and tradeoff.svg.
+score_summary: measures.parquet, one row per policy and prompt; score_summary.parquet, one row per policy and measure.
+tradeoff: tradeoff.json, and each plot as PNG and SVG (front, kl, lengths). tradeoff_report: report.html.
 """
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 import numpy as np
@@ -15,28 +16,37 @@ from helpsteer_assets.assets.display import table_metadata
 from helpsteer_assets.assets.evaluation import policy_scores
 from helpsteer_assets.assets.materialization import AssetDeclaration, Inputs, Metrics, StageRun
 from helpsteer_assets.experiment import Experiment
-from helpsteer_assets.modpo.plots import markdown_image, png_bytes, svg_bytes, tradeoff_plot
-from helpsteer_assets.modpo.statistics import (
-    Interval,
-    hypervolume,
-    margin_follows_weight,
-    paired_difference,
-    pareto_front,
-    summarize,
-)
-from helpsteer_assets.resources.artifacts import Artifact
+from helpsteer_assets.modpo.diagnostics import is_empty, kl_by_prompt, repetition
+from helpsteer_assets.modpo.plots import markdown_image
+from helpsteer_assets.modpo.statistics import PolicyScores, summarize
+from helpsteer_assets.resources.artifacts import ALL, Artifact
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MEASURES = "measures.parquet"
+PLOTS = {
+    "front": "What a policy gains on one axis and loses on the other",
+    "kl": "What a policy gains for how far it has moved from the SFT model",
+    "lengths": "How long the responses are",
+}
 
 
 def score_summary(run: StageRun) -> Metrics:
     """Per policy and measure: mean, spread, 95% interval over prompts, and the paired difference to SFT."""
     experiment = run.experiment
-    samples, seed = experiment.evaluation.bootstrap_samples, experiment.seed
-    policies = [policy_scores(artifact, experiment) for artifact in run.inputs["sft_scores"].values()]
-    policies += [policy_scores(artifact, experiment) for artifact in run.inputs["scores"].values()]
-    run.write(pa.Table.from_pylist(summarize(policies, samples, seed), schema=SUMMARY_SCHEMA), "score_summary.parquet")
-    by_weight = sorted((p for p in policies if p.w is not None), key=lambda p: float(p.w or 0))
-    ends = paired_difference(by_weight[-1], by_weight[0], "margin_reward", samples, seed)
-    return {"policies": len(policies), "margin_reward_ends": vars(ends)}
+    weights = sorted(run.inputs["scores"], key=float)
+    policies = [_measured(run, ALL), *(_measured(run, weight) for weight in weights)]
+    columns = list(policies[0].measures)
+    rows = [
+        {"policy": p.policy, "w": p.w, "prompt_id": prompt_id} | {name: float(p.measures[name][i]) for name in columns}
+        for p in policies
+        for i, prompt_id in enumerate(p.prompt_ids)
+    ]
+    run.write(pa.Table.from_pylist(rows), MEASURES)
+    summary = summarize(policies, experiment.evaluation.bootstrap_samples, experiment.seed)
+    run.write(pa.Table.from_pylist(summary, schema=SUMMARY_SCHEMA), "score_summary.parquet")
+    return {"policies": len(policies), "prompts": len(policies[0].prompt_ids), "measures": columns}
 
 
 SUMMARY_SCHEMA = pa.schema(
@@ -45,63 +55,126 @@ SUMMARY_SCHEMA = pa.schema(
 )
 
 
-def tradeoff(run: StageRun) -> Metrics:
-    """What is gained and lost as w moves: the Pareto front of rated preference against the margin, and its plot."""
-    experiment, objective = run.experiment, run.experiment.objective
-    rows = run.table("score_summary", "score_summary.parquet").to_pylist()
-    ends = Interval(**run.input("score_summary").manifest["metrics"]["margin_reward_ends"])
-    attribute = experiment.data.preference_attribute
-    measured = any(row["measure"] == attribute for row in rows)
-    x_measure = attribute if measured else "log_ratio_to_sft"
-    points = _points(rows, x_measure)
-    coordinates = np.array([[point["x"], point["y"]] for point in points])
-    for point, on_front in zip(points, pareto_front(coordinates, (measured, True)), strict=True):
-        point["on_front"] = bool(on_front)
-    # Both axes as "more is better", from where SFT stands.
-    upward = coordinates * np.array([1.0 if measured else -1.0, 1.0])
-    sft = upward[next(i for i, point in enumerate(points) if point["is_sft"])]
-    x_label = f"rated {attribute} (more is better)" if measured else "log-ratio to SFT, nats (less is better)"
-    note = "" if measured else f"No rater rates {attribute}: preference quality is unmeasured."
-    result = {
-        "axes": {"x": x_measure, "y": "margin", "x_larger_is_better": measured},
-        "preference_measured": measured,
-        "note": note,
-        "points": points,
-        "hypervolume_above_sft": hypervolume(upward, sft),
-        "direction": _finite(margin_follows_weight(rows, ends, objective.margin_sign)),
+def _measured(run: StageRun, partition: str) -> PolicyScores:
+    """All measures of one policy: its scores, what its text looks like, and its divergence from SFT."""
+    is_sft = partition == ALL
+    scores = policy_scores(run.inputs["sft_scores" if is_sft else "scores"][partition], run.experiment)
+    made = run.inputs["sft_generations" if is_sft else "generations"][partition]
+    rows = {row["prompt_id"]: row for row in pq.read_table(made.file("generations.parquet")).to_pylist()}
+    texts = [rows[prompt_id]["response"] for prompt_id in scores.prompt_ids]
+    measures = dict(scores.measures)
+    if "kl_to_sft" in run.inputs:
+        measures["kl_to_sft"] = (
+            np.zeros(len(texts)) if is_sft else _kl(run.inputs["kl_to_sft"][partition], scores.prompt_ids)
+        )
+    measures |= {
+        "repetition": np.array([repetition(text) for text in texts]),
+        "empty": np.array([float(is_empty(text)) for text in texts]),
+        "prompt_truncated": np.array([float(rows[prompt_id]["prompt_truncated"]) for prompt_id in scores.prompt_ids]),
     }
-    figure = tradeoff_plot(points, x_label, _margin_label(experiment), f"Trade-off: {experiment.name}", note)
-    (run.folder / "tradeoff.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    (run.folder / "tradeoff.png").write_bytes(png_bytes(figure))
-    (run.folder / "tradeoff.svg").write_bytes(svg_bytes(figure))
-    return result
+    return PolicyScores(scores.policy, scores.w, scores.prompt_ids, measures)
 
 
-def _points(rows: list[dict[str, Any]], x_measure: str) -> list[dict[str, Any]]:
-    by_policy: dict[tuple[str, str | None], dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        by_policy.setdefault((row["policy"], row["w"]), {})[row["measure"]] = row
+def _kl(artifact: Artifact, prompt_ids: list[str]) -> "np.ndarray[Any, np.dtype[np.float64]]":
+    table = pq.read_table(artifact.file("kl.parquet"), columns=["prompt_id", "log_ratio", "finish_reason"])
+    capped = [reason == "length" for reason in table["finish_reason"].to_pylist()]
+    found = kl_by_prompt(table["prompt_id"].to_pylist(), table["log_ratio"].to_numpy(), capped)
+    by_prompt = dict(zip(found.prompt_ids, found.kl, strict=True))
+    return np.array([by_prompt[prompt_id] for prompt_id in prompt_ids])
+
+
+def read_measures(summary: Artifact) -> list[PolicyScores]:
+    """What `score_summary` measured: the SFT model first, then the weights, ascending."""
+    table = pq.read_table(summary.file(MEASURES))
+    names = [name for name in table.column_names if name not in ("policy", "w", "prompt_id")]
+    policies: dict[tuple[str, str | None], list[int]] = {}
+    for i, key in enumerate(zip(table["policy"].to_pylist(), table["w"].to_pylist(), strict=True)):
+        policies.setdefault(key, []).append(i)
+    prompt_ids = table["prompt_id"].to_pylist()
+    columns = {name: table[name].to_numpy() for name in names}
     return [
-        {"label": "SFT" if w is None else f"w={w}", "w": w, "is_sft": w is None}
-        | {
-            f"{axis}{suffix}": measures[measure][name]
-            for axis, measure in (("x", x_measure), ("y", "margin"))
-            for suffix, name in (("", "mean"), ("_low", "ci_low"), ("_high", "ci_high"))
-        }
-        for (_, w), measures in by_policy.items()
+        PolicyScores(policy, w, [prompt_ids[i] for i in rows], {name: columns[name][rows] for name in names})
+        for (policy, w), rows in policies.items()
     ]
 
 
-def _margin_label(experiment: Experiment) -> str:
-    if not experiment.has_margin_adapter:
-        return "margin m = -penalty * tokens (more is better)"
-    sign = "-" if experiment.objective.margin_sign < 0 else "+"
-    return f"margin m = {sign} {experiment.data.margin_attribute} reward (more is better)"
+def tradeoff(run: StageRun) -> Metrics:
+    """What is gained and lost as w moves: the Pareto front, how sure it is, what differs from SFT, and the plots."""
+    from helpsteer_assets.modpo.plots import png_bytes, svg_bytes
+    from helpsteer_assets.modpo.tradeoff import analyse
+
+    policies = read_measures(run.input("score_summary"))
+    result = analyse(run.experiment, policies)
+    for name, figure in _figures(run.experiment, policies, result).items():
+        (run.folder / f"{name}.png").write_bytes(png_bytes(figure))
+        (run.folder / f"{name}.svg").write_bytes(svg_bytes(figure))
+    (run.folder / "tradeoff.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return result
 
 
-def _finite(result: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN: an undefined number becomes null."""
-    return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in result.items()}
+def _figures(experiment: Experiment, policies: list[PolicyScores], result: dict[str, Any]) -> dict[str, "Figure"]:
+    from helpsteer_assets.modpo.plots import lengths_plot, reward_against_kl_plot, tradeoff_plot
+    from helpsteer_assets.modpo.tradeoff import axis_label, length_points, measures_of, points_on
+
+    samples, seed = experiment.evaluation.bootstrap_samples, experiment.seed
+    measures = measures_of(experiment, list(policies[0].measures))
+    x, note = result["axes"]["x"], result["note"]
+    figures = {
+        "front": tradeoff_plot(
+            result["points"],
+            axis_label(measures[x]),
+            axis_label(measures["margin"]),
+            f"Trade-off: {experiment.name}",
+            note,
+        ),
+        "lengths": lengths_plot(length_points(policies, samples, seed), f"Response length: {experiment.name}"),
+    }
+    if "kl_to_sft" in measures:
+        reward = measures[x if result["preference_measured"] else "margin"]
+        figures["kl"] = reward_against_kl_plot(
+            points_on(policies, "kl_to_sft", reward.name, samples, seed),
+            axis_label(reward),
+            f"Reward against KL: {experiment.name}",
+            note,
+        )
+    return figures
+
+
+def tradeoff_report(run: StageRun) -> Metrics:
+    """The trade-off as one HTML file to look at: the front, the scores, and every response beside its rivals."""
+    from helpsteer_assets.report import render
+    from helpsteer_assets.report.content import report_content
+
+    tradeoff, summary = run.input("tradeoff"), run.input("score_summary")
+    made = [run.inputs["sft_generations"][ALL], *run.inputs["generations"].values()]
+    responses = {
+        artifact.partition if artifact.partition != ALL else None: pq.read_table(artifact.file("generations.parquet"))
+        for artifact in made
+    }
+    svgs = {
+        name: tradeoff.file(f"{name}.svg").read_text(encoding="utf-8")
+        for name in PLOTS
+        if f"{name}.svg" in tradeoff.manifest["files"]
+    }
+    page = render(
+        report_content(
+            run.experiment,
+            read_measures(summary),
+            pq.read_table(summary.file("score_summary.parquet")).to_pylist(),
+            json.loads(tradeoff.file("tradeoff.json").read_text(encoding="utf-8")),
+            responses,
+            {name: (PLOTS[name], svg) for name, svg in svgs.items()},
+            quality=run.input("margin_adapter_quality").manifest["metrics"]
+            if "margin_adapter_quality" in run.inputs
+            else None,
+            kl={w: artifact.manifest["metrics"] for w, artifact in run.inputs.get("kl_to_sft", {}).items()},
+        )
+    )
+    (run.folder / REPORT).write_text(page, encoding="utf-8")
+    return {"bytes": len(page.encode("utf-8")), "prompts": responses[None].num_rows, "policies": len(responses)}
+
+
+REPORT = "report.html"
 
 
 def _describe_summary(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
@@ -122,16 +195,39 @@ def wide_summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _describe_tradeoff(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
     result = json.loads(artifact.file("tradeoff.json").read_text(encoding="utf-8"))
-    front = [point["label"] for point in result["points"] if point["on_front"]]
+    area = result["hypervolume_above_sft"]
+    shown = [name for name in PLOTS if f"{name}.png" in artifact.manifest["files"]]
     return {
-        "plot": dg.MetadataValue.md(markdown_image(artifact.file("tradeoff.png").read_bytes(), "trade-off")),
-        "front": ", ".join(front),
-        "hypervolume_above_sft": result["hypervolume_above_sft"],
+        **{name: _image(artifact, name) for name in shown},
+        "headlines": dg.MetadataValue.md("\n".join(f"- {sentence}" for sentence in result["headlines"])),
+        "front_probabilities": table_metadata(
+            [
+                {"policy": point["label"], "on_front": point["on_front"], "probability": point["front_probability"]}
+                for point in result["points"]
+            ]
+        ),
+        "hypervolume_above_sft": f"{area['mean']:.3g} [{area['low']:.3g}, {area['high']:.3g}]",
         "direction": result["direction"]["sentence"],
         "preference_measured": result["preference_measured"],
         **({"note": result["note"]} if result["note"] else {}),
-        "plot_file": dg.MetadataValue.path(str(artifact.file("tradeoff.png"))),
+        "plot_files": dg.MetadataValue.path(str(artifact.path)),
     }
+
+
+def _describe_report(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
+    (tradeoff,) = inputs["tradeoff"].values()
+    report = artifact.file(REPORT)
+    shown = [name for name in PLOTS if f"{name}.png" in tradeoff.manifest["files"]]
+    return {
+        "report": dg.MetadataValue.path(str(report)),
+        "open_it": dg.MetadataValue.url(report.absolute().as_uri()),
+        **dict(artifact.manifest["metrics"]),
+        **{name: _image(tradeoff, name) for name in shown},
+    }
+
+
+def _image(artifact: Artifact, name: str) -> dg.MarkdownMetadataValue:
+    return dg.MetadataValue.md(markdown_image(artifact.file(f"{name}.png").read_bytes(), PLOTS[name]))
 
 
 TRADEOFF_ASSETS = (
@@ -144,4 +240,5 @@ TRADEOFF_ASSETS = (
         file="score_summary.parquet",
     ),
     AssetDeclaration(tradeoff, "evaluation", {"python"}, describe=_describe_tradeoff),
+    AssetDeclaration(tradeoff_report, "evaluation", {"html"}, describe=_describe_report),
 )

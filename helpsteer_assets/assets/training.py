@@ -2,7 +2,8 @@
 
 sft_model/model/ is a whole model with its tokenizer. margin_adapter/adapter/ and modpo_models/<w>/adapter/ are LoRA
 adapters on it, with a model card; they load with PeftModel.from_pretrained. reference_log_probs/log_probs.parquet and
-margin_rewards/margin_rewards.parquet hold one row per unique (prompt, response), computed once for all weights.
+margin_rewards/margin_rewards.parquet hold one row per unique (prompt, response), computed once for all weights;
+margin_adapter_quality/margin_validation.parquet one row per validation pair of the margin attribute.
 """
 
 from dataclasses import asdict
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from helpsteer_assets.assets.display import table_metadata
@@ -18,6 +20,7 @@ from helpsteer_assets.assets.loading import load_sft_tokenizer, sft_model_on_loa
 from helpsteer_assets.assets.materialization import AssetDeclaration, Inputs, Metrics, StageRun
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment import Experiment
+from helpsteer_assets.modpo import diagnostics
 from helpsteer_assets.modpo.pairs import unique_responses
 from helpsteer_assets.modpo.plots import loss_curve, markdown_image, png_bytes
 from helpsteer_assets.modpo.statistics import judge_margin_adapter
@@ -133,6 +136,40 @@ def margin_adapter(run: StageRun) -> Metrics:
         seed=experiment.seed,
     )
     return _record(run, result) | {"sanity": sanity, "worst_failures": failures}
+
+
+def margin_adapter_quality(run: StageRun) -> Metrics:
+    """What the margin adapter's reward measures on validation pairs: the attribute, or only the length."""
+    from helpsteer_assets.modpo.models import load_adapters
+
+    experiment = run.experiment
+    pairs = run.input("margin_pairs").file("pairs.parquet")
+    attribute = experiment.data.margin_attribute
+    validation = pq.read_table(pairs, filters=[("split", "=", "validation")])
+    encoded = _encode(run, load_sft_tokenizer(run), unique_responses(pairs, splits=("validation",)))
+    with sft_model_on_loan(run) as base:
+        model = load_adapters(base, {"margin": run.input("margin_adapter").path / "adapter"})
+        log_probs = _log_probs(run, model, list(encoded.values()), "margin")
+    reference = _reference(run)
+    log_ratios = {r: log_prob - reference[r] for r, log_prob in zip(encoded, log_probs, strict=True)}
+    ids = {side: validation[f"{side}_id"].to_pylist() for side in ("chosen", "rejected")}
+    gaps = pc.subtract(
+        validation[f"chosen_{attribute}"].cast(pa.int32()), validation[f"rejected_{attribute}"].cast(pa.int32())
+    )
+    columns = {"pair_id": validation["pair_id"], "prompt_id": validation["prompt_id"], "rating_gap": gaps}
+    for side, found in ids.items():
+        # Of what is scored, which may be cut: the length that the reward can depend on.
+        columns[f"{side}_tokens"] = pa.array([len(encoded[r].response_ids) for r in found], pa.int32())
+    for side, found in ids.items():
+        columns[f"{side}_log_ratio"] = pa.array([log_ratios[r] for r in found], pa.float64())
+    table = pa.table(columns)
+    run.write(table, "margin_validation.parquet")
+    return diagnostics.margin_adapter_quality(
+        **{name: table[name].to_numpy() for name in table.column_names if name not in ("pair_id", "prompt_id")},
+        prompt_ids=table["prompt_id"].to_pylist(),
+        samples=SANITY_BOOTSTRAP_SAMPLES,
+        seed=experiment.seed,
+    )
 
 
 def margin_rewards(run: StageRun) -> Metrics:
@@ -320,6 +357,30 @@ def _describe_adapter(artifact: Artifact, inputs: Inputs, experiment: Experiment
     }
 
 
+def _describe_quality(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
+    quality = artifact.manifest["metrics"]
+
+    def shown(share: dict[str, Any]) -> dict[str, Any]:
+        if share["mean"] is None:
+            return {"pairs": 0, "share": ""}
+        return {"pairs": share["n"], "share": f"{share['mean']:.1%} [{share['low']:.1%}, {share['high']:.1%}]"}
+
+    shares = ("accuracy", "longer_wins", "prefers_longer", "length_rule_right", "length_rule_wrong", "gain_over_length")
+    described: dict[str, Any] = {"verdict": quality["sentence"], "pairs": quality["n"], "prompts": quality["prompts"]}
+    for name in ("pearson", "spearman"):
+        if quality[name]["value"] is not None:
+            described[f"{name}_with_length"] = quality[name]["value"]
+    return described | {
+        "shares": table_metadata([{"measure": name} | shown(quality[name]) for name in shares]),
+        "accuracy_by_rating_gap": table_metadata(
+            [{"rating_gap": row["rating_gap"]} | shown(row) for row in quality["by_rating_gap"]]
+        ),
+        "accuracy_by_length": table_metadata(
+            [{"chosen_is": row["chosen_is"]} | shown(row) for row in quality["by_length"]]
+        ),
+    }
+
+
 def _describe_counts(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
     return dict(artifact.manifest["metrics"])
 
@@ -337,6 +398,15 @@ TRAINING_ASSETS = (
     ),
     AssetDeclaration(
         margin_adapter, "training", {"pytorch", "huggingface"}, describe=_describe_adapter, loads_model=True
+    ),
+    AssetDeclaration(
+        margin_adapter_quality,
+        "training",
+        {"pytorch", "parquet"},
+        describe=_describe_quality,
+        table="margin_validation",
+        file="margin_validation.parquet",
+        loads_model=True,
     ),
     AssetDeclaration(
         margin_rewards,

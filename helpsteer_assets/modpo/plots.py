@@ -1,31 +1,64 @@
 """Figures of the training and of the trade-off.
 
 Every figure is a matplotlib Figure of its own: no pyplot, no global state, no display. matplotlib is imported where a
-figure is made, so that importing this module costs nothing.
+figure is made, so that importing this module costs nothing. A policy has the same colour in every figure and in the
+report: `policy_colour` of its weight.
 """
 
 import base64
 import io
 import itertools
 import math
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
+from html import escape, unescape
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.transforms import Bbox
 
+PAPER = "#ffffff"
 INK = "#1f2933"
 MUTED = "#7b8794"
+NOTE = "#52606d"
+"""Of small letters: MUTED is too faint for them."""
 GRID = "#e4e7eb"
 TRAIN = "#829ab1"
 HELD_OUT = "#d55e00"
 """Vermilion of Okabe and Ito's palette, which colour-blind readers tell from the grey-blue beside it."""
 
+TITLE_ID = "figure-title"
+NOTE_ID = "figure-note"
+"""Ids in an SVG of the title and of the note below, so that a page can say them in letters of its own."""
 
-def png_bytes(figure: "Figure", dpi: int = 110) -> bytes:
+_DETAILS = " | "
+"""Between the parts of a point's id, until `svg_bytes` makes attributes of them."""
+
+
+def policy_colour(w: str | None, dark: bool = False, text: bool = False) -> str:
+    """The colour of the policy of weight `w` (None for the SFT model) as `#rrggbb`.
+
+    Viridis, which is even to the eye and to colour-blind readers, from dark (small w) to light; its ends are left out
+    where they are lost on white, or on a `dark` page. `text` gives the variant that can be read as letters.
+    """
+    import matplotlib
+    from matplotlib.colors import to_hex, to_rgb
+
+    if w is None:
+        colour = to_rgb("#a7b3c0" if dark else MUTED)
+    else:
+        start, extent = (0.38, 0.57) if dark else (0.06, 0.8)
+        colour = matplotlib.colormaps["viridis"](start + extent * float(w))[:3]
+    if text:
+        colour = tuple(1 - 0.7 * (1 - part) if dark else 0.56 * part for part in colour)
+    return to_hex(colour)
+
+
+def png_bytes(figure: "Figure", dpi: int = 144) -> bytes:
     """The figure as a PNG file of 256 colours, a third of the size of one of all colours."""
     from PIL import Image
 
@@ -36,13 +69,28 @@ def png_bytes(figure: "Figure", dpi: int = 110) -> bytes:
 
 
 def svg_bytes(figure: "Figure") -> bytes:
-    """The figure as an SVG file; the same figure gives the same bytes."""
+    """The figure as an SVG file; the same figure gives the same bytes.
+
+    Letters stay text: a file is a third of the size, and can be searched and read aloud. A policy's point is
+    `<g class="point" data-policy="w=0.3" data-details="...">` with a `<title>`, which browsers show on hovering.
+    """
     import matplotlib
 
     buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "helpsteer_assets"}):
+    with matplotlib.rc_context({"svg.hashsalt": "helpsteer_assets", "svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
+    return re.sub(r'<g id="point \| ([^"]*)">', _point_group, buffer.getvalue().decode("utf-8")).encode("utf-8")
+
+
+def _point_group(found: re.Match[str]) -> str:
+    policy, *details = unescape(found[1]).split(_DETAILS)
+    policy, lines = escape(policy), escape("; ".join(details))
+    return f'<g class="point" data-policy="{policy}" data-details="{lines}"><title>{policy}: {lines}</title>'
+
+
+def _name_point(artist: "Artist", label: str, *details: str) -> None:
+    """Tell `svg_bytes` what the `artist` shows: the policy's label and a line for each of its numbers."""
+    artist.set_gid(_DETAILS.join(("point", label, *details)))
 
 
 def markdown_image(png: bytes, alt: str) -> str:
@@ -54,29 +102,75 @@ def _figure(width: float, height: float) -> "Figure":
     """An empty white figure, in inches."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor=PAPER)
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
     return figure
-
-
-def _colour(point: Mapping[str, Any], darker: float = 1.0) -> tuple[float, float, float]:
-    """A policy's colour by its weight; `darker` below 1 scales it towards black."""
-    import matplotlib
-    from matplotlib.colors import to_rgb
-
-    # Viridis is even to the eye and to colour-blind readers; its yellow end is lost on white.
-    colour = MUTED if point["is_sft"] else matplotlib.colormaps["viridis"](0.06 + 0.8 * float(point["w"]))
-    red, green, blue = to_rgb(colour)
-    return red * darker, green * darker, blue * darker
 
 
 def _plain_axes(axes: "Axes") -> None:
     axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=MUTED, labelcolor=INK, labelsize=9, length=3)
+    axes.tick_params(colors=MUTED, labelcolor=INK, labelsize=9.5, length=3)
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(MUTED)
+
+
+def _title(axes: "Axes", text: str, pad: float) -> None:
+    axes.set_title(text, loc="left", fontsize=12, fontweight="bold", color=INK, pad=pad, gid=TITLE_ID)
+
+
+def _note(figure: "Figure", text: str) -> None:
+    if text:
+        wrapped = textwrap.fill(text, int(figure.get_figwidth() * 15))
+        figure.supxlabel(wrapped, x=0.015, ha="left", fontsize=8.5, color=NOTE, gid=NOTE_ID)
+
+
+def _legend(axes: "Axes", handles: Sequence[Any]) -> None:
+    axes.legend(
+        handles=handles,
+        loc="lower left",
+        bbox_to_anchor=(-0.015, 1.0),
+        ncols=len(handles),
+        frameon=False,
+        fontsize=9,
+        labelcolor=INK,
+        handletextpad=0.3,
+        columnspacing=1.1,
+        borderaxespad=0.2,
+    )
+
+
+def _key(label: str, marker: str, colour: str, filled: bool = True) -> Any:
+    from matplotlib.lines import Line2D
+
+    face = colour if filled else PAPER
+    return Line2D(
+        [],
+        [],
+        linestyle="none",
+        marker=marker,
+        markersize=8,
+        markerfacecolor=face,
+        markeredgecolor=colour,
+        markeredgewidth=1.6,
+        label=label,
+    )
+
+
+def _interval_key() -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color=MUTED, marker="|", linewidth=1.3, markersize=6, label="95% interval")
+
+
+def _number(value: float) -> str:
+    """Three significant digits, without an exponent where a reader would not expect one."""
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"
+
+
+def _with_interval(point: Mapping[str, Any], axis: str) -> str:
+    return f"{_number(point[axis])} [{_number(point[f'{axis}_low'])}, {_number(point[f'{axis}_high'])}]"
 
 
 def _series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
@@ -123,7 +217,7 @@ def loss_curve(history: Sequence[Mapping[str, Any]], title: str) -> "Figure":
     for axes in grid[:, 0]:
         _plain_axes(axes)
     figure.align_ylabels()
-    loss_axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
+    _title(loss_axes, title, pad=6)
     return figure
 
 
@@ -132,97 +226,221 @@ def tradeoff_plot(
 ) -> "Figure":
     """The policies on the two axes of the trade-off, with their 95% intervals.
 
-    A point is `{label, w, x, x_low, x_high, y, y_low, y_high, on_front, is_sft}`; w (a number or its string, None for
-    the SFT model) colours it from dark (small w) to light. Points on the Pareto front are filled and joined by a line,
-    the others are hollow, the SFT model is a grey diamond. `note` stands below the plot.
+    A point is `{label, w, x, x_low, x_high, y, y_low, y_high, on_front, is_sft}`, and `front_probability` where it is
+    known: the share of resamples in which the policy is on the front, written behind its label. w (a number or its
+    string, None for the SFT model) colours it from dark (small w) to light. Points on the Pareto front are filled and
+    joined by a line, the others are hollow, the SFT model is a diamond. `note` stands below the plot.
     """
-    import matplotlib
-    from matplotlib.lines import Line2D
-
-    figure = _figure(7.6, 5.4)
+    figure = _figure(5.8, 4.7)
     axes = figure.subplots()
-    colours = matplotlib.colormaps["viridis"]
     front = sorted((float(p["x"]), float(p["y"])) for p in points if p["on_front"])
     if len(front) > 1:
         axes.plot(*zip(*front, strict=True), color=MUTED, linewidth=1.3, zorder=1.5)
+    labels = []
     for point in points:
-        colour = _colour(point)
-        x, y = float(point["x"]), float(point["y"])
+        probability = point.get("front_probability")
+        details = [f"{x_label}: {_with_interval(point, 'x')}", f"{y_label}: {_with_interval(point, 'y')}"]
+        label = point["label"]
+        if probability is not None:
+            label = f"{label} ({_percent(probability)})"
+            details.append(f"on the front in {_percent(probability)} of resamples")
+        labels.append(label)
+        _draw_point(axes, point, point["on_front"], details)
+    _plain_axes(axes)
+    axes.margins(0.1)
+    axes.set_xlabel(x_label, color=INK, fontsize=10, labelpad=6)
+    axes.set_ylabel(y_label, color=INK, fontsize=10, labelpad=6)
+    _title(axes, title, pad=28)
+    middle = policy_colour("0.5")
+    keys = [_key("on the Pareto front", "o", middle)]
+    if any(not p["on_front"] and not p["is_sft"] for p in points):
+        keys.append(_key("dominated", "o", middle, filled=False))
+    if any(p["is_sft"] for p in points):
+        keys.append(_key("SFT model", "D", MUTED, filled=any(p["is_sft"] and p["on_front"] for p in points)))
+    _legend(axes, [*keys, _interval_key()])
+    if any(p.get("front_probability") is not None for p in points):
+        note = f"In brackets: the share of resamples in which the policy is on the front. {note}".strip()
+    _note(figure, note)
+    _place_labels(figure, axes, points, labels, front)
+    return figure
+
+
+def _percent(share: float) -> str:
+    """A share as a percentage that says 0 and 100 only where they are exact."""
+    if 0 < share < 0.01:
+        return "<1%"
+    return ">99%" if 0.99 < share < 1 else f"{share:.0%}"
+
+
+def _draw_point(axes: "Axes", point: Mapping[str, Any], filled: bool, details: Sequence[str]) -> None:
+    """A policy's interval on both axes and its marker."""
+    colour = policy_colour(point["w"])
+    x, y = float(point["x"]), float(point["y"])
+    axes.errorbar(
+        x,
+        y,
+        xerr=[[max(0.0, x - point["x_low"])], [max(0.0, point["x_high"] - x)]],
+        yerr=[[max(0.0, y - point["y_low"])], [max(0.0, point["y_high"] - y)]],
+        fmt="none",
+        ecolor=colour,
+        elinewidth=1.3,
+        capsize=2.5,
+        alpha=0.55,
+        zorder=2,
+    )
+    (marker,) = axes.plot(
+        x,
+        y,
+        marker="D" if point["is_sft"] else "o",
+        markersize=8.5 if point["is_sft"] else 10,
+        markerfacecolor=colour if filled else PAPER,
+        markeredgecolor=PAPER if filled else colour,
+        markeredgewidth=1.0 if filled else 2.0,
+        linestyle="none",
+        zorder=3,
+    )
+    _name_point(marker, point["label"], *details)
+
+
+def reward_against_kl_plot(points: Sequence[Mapping[str, Any]], y_label: str, title: str, note: str = "") -> "Figure":
+    """What a policy gains for how far it has moved from the SFT model, with 95% intervals.
+
+    A point is `{label, w, x, x_low, x_high, y, y_low, y_high, is_sft}`; x is KL(policy || SFT) in nats per response,
+    0 for the SFT model. The axis is spaced by the square root of the KL, as Gao et al., "Scaling Laws for Reward Model
+    Overoptimization", 2023, plot it: Bai et al., "Training a Helpful and Harmless Assistant", 2022 (section 4.3) found
+    reward about linear in it. An estimate from samples can fall below 0; there the root is taken of its size.
+    """
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    figure = _figure(5.8, 4.4)
+    axes = figure.subplots()
+    path = [(float(p["x"]), float(p["y"])) for p in sorted(points, key=lambda p: float(p["w"] or 0)) if not p["is_sft"]]
+    if len(path) > 1:
+        axes.plot(*zip(*path, strict=True), color=MUTED, linewidth=1.1, zorder=1.5)
+    for point in points:
+        if point["is_sft"]:
+            axes.axhline(float(point["y"]), color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1.5)
+        details = [f"{y_label}: {_with_interval(point, 'y')}", f"KL to SFT, nats: {_with_interval(point, 'x')}"]
+        _draw_point(axes, point, True, details)
+    _plain_axes(axes)
+    axes.set_xscale("function", functions=(_signed_root, _signed_square))
+    ends = [_signed_root(float(p[name])) for p in points for name in ("x", "x_low", "x_high")]
+    left, right = min([0.0, *ends]), max([0.0, *ends]) or 1.0
+    pad = 0.06 * (right - left)
+    axes.set_xlim(_signed_square(left - pad), _signed_square(right + pad))
+    ticks = {0.0} | {float(f"{_signed_square(right * step / 6):.1g}") for step in range(1, 7)}
+    axes.xaxis.set_major_locator(FixedLocator(sorted(ticks)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
+    axes.margins(y=0.12)
+    axes.set_xlabel("KL to SFT, nats per response (square-root spacing)", color=INK, fontsize=10, labelpad=6)
+    axes.set_ylabel(y_label, color=INK, fontsize=10, labelpad=6)
+    _title(axes, title, pad=28)
+    keys = [_key("policy", "o", policy_colour("0.5"))]
+    if any(p["is_sft"] for p in points):
+        keys.append(_key("SFT model", "D", MUTED))
+    _legend(axes, [*keys, _interval_key()])
+    _note(figure, note)
+    _place_labels(figure, axes, points, [p["label"] for p in points], path)
+    return figure
+
+
+def _signed_root(value: Any) -> Any:
+    import numpy as np
+
+    return np.sign(value) * np.sqrt(np.abs(value))
+
+
+def _signed_square(value: Any) -> Any:
+    import numpy as np
+
+    return np.sign(value) * np.square(value)
+
+
+def lengths_plot(
+    points: Sequence[Mapping[str, Any]], title: str, y_label: str = "response tokens", note: str = ""
+) -> "Figure":
+    """How long the responses of each policy are, beside the SFT model's level.
+
+    A point is `{label, w, mean, mean_low, mean_high, is_sft}` with the mean's 95% interval, and `quartiles` where they
+    are known: the 25th, 50th and 75th percentile over prompts, drawn as a bar with a line at the median. Policies stand
+    at even distances in the given order, whatever their weights.
+    """
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    figure = _figure(5.8, 4.2)
+    axes = figure.subplots()
+    spread = any(point.get("quartiles") is not None for point in points)
+    for position, point in enumerate(points):
+        colour, mean = policy_colour(point["w"]), float(point["mean"])
+        details = [f"mean {y_label}: {_with_interval(point, 'mean')}"]
+        if point["is_sft"]:
+            axes.axhline(mean, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1.5)
+        if point.get("quartiles") is not None:
+            low, median, high = (float(value) for value in point["quartiles"])
+            axes.bar(position, high - low, bottom=low, width=0.46, color=colour, alpha=0.22, linewidth=0, zorder=1.8)
+            axes.hlines(median, position - 0.23, position + 0.23, color=colour, linewidth=1.6, zorder=2)
+            details.append(f"half of the responses: {_number(low)} to {_number(high)}, median {_number(median)}")
         axes.errorbar(
-            x,
-            y,
-            xerr=[[max(0.0, x - point["x_low"])], [max(0.0, point["x_high"] - x)]],
-            yerr=[[max(0.0, y - point["y_low"])], [max(0.0, point["y_high"] - y)]],
+            position,
+            mean,
+            yerr=[[max(0.0, mean - point["mean_low"])], [max(0.0, point["mean_high"] - mean)]],
             fmt="none",
             ecolor=colour,
-            elinewidth=1.3,
-            capsize=2.5,
-            alpha=0.55,
-            zorder=2,
+            elinewidth=1.6,
+            capsize=3.5,
+            zorder=2.5,
         )
-        axes.plot(
-            x,
-            y,
+        (marker,) = axes.plot(
+            position,
+            mean,
             marker="D" if point["is_sft"] else "o",
             markersize=8.5 if point["is_sft"] else 10,
-            markerfacecolor=colour if point["on_front"] else "white",
-            markeredgecolor="white" if point["on_front"] else colour,
-            markeredgewidth=1.0 if point["on_front"] else 2.0,
+            markerfacecolor=colour,
+            markeredgecolor=PAPER,
             linestyle="none",
             zorder=3,
         )
+        _name_point(marker, point["label"], *details)
     _plain_axes(axes)
-    axes.margins(0.1)
-    axes.set_xlabel(x_label, color=INK, fontsize=10.5, labelpad=6)
-    axes.set_ylabel(y_label, color=INK, fontsize=10.5, labelpad=6)
-    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK, pad=30)
-    keys = [("o", colours(0.5), True, "on the Pareto front")]
-    if any(not p["on_front"] and not p["is_sft"] for p in points):
-        keys.append(("o", colours(0.5), False, "dominated"))
-    if any(p["is_sft"] for p in points):
-        keys.append(("D", MUTED, any(p["is_sft"] and p["on_front"] for p in points), "SFT model"))
-    handles = [
-        Line2D(
-            [],
-            [],
-            linestyle="none",
-            marker=marker,
-            markersize=8,
-            markerfacecolor=colour if filled else "white",
-            markeredgecolor=colour,
-            markeredgewidth=1.6,
-            label=text,
-        )
-        for marker, colour, filled, text in keys
-    ]
-    handles.append(Line2D([], [], color=MUTED, marker="|", linewidth=1.3, markersize=6, label="95% interval"))
-    axes.legend(
-        handles=handles,
-        loc="lower left",
-        bbox_to_anchor=(-0.015, 1.0),
-        ncols=len(handles),
-        frameon=False,
-        fontsize=9,
-        labelcolor=INK,
-        handletextpad=0.3,
-        columnspacing=1.4,
-        borderaxespad=0.2,
-    )
-    if note:
-        figure.supxlabel(textwrap.fill(note, 112), x=0.015, ha="left", fontsize=8.5, color=MUTED)
-    _place_labels(figure, axes, points, front)
+    axes.grid(visible=False, axis="x")
+    axes.set_xticks(range(len(points)), [point["label"] for point in points])
+    if len(points) > 9:
+        axes.tick_params(axis="x", rotation=45)
+    axes.set_xlim(-0.6, max(len(points), 1) - 0.4)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel(y_label, color=INK, fontsize=10, labelpad=6)
+    _title(axes, title, pad=28)
+    keys = [_key("mean", "o", policy_colour("0.5")), _interval_key()]
+    if spread:
+        keys.append(Patch(color=MUTED, alpha=0.3, linewidth=0, label="middle half"))
+        keys.append(Line2D([], [], color=MUTED, linewidth=1.6, label="median"))
+    if any(point["is_sft"] for point in points):
+        keys.append(Line2D([], [], color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label="SFT"))
+    _legend(axes, keys)
+    _note(figure, note)
     return figure
 
 
 def _place_labels(
-    figure: "Figure", axes: "Axes", points: Sequence[Mapping[str, Any]], front: Sequence[tuple[float, float]]
+    figure: "Figure",
+    axes: "Axes",
+    points: Sequence[Mapping[str, Any]],
+    labels: Sequence[str],
+    path: Sequence[tuple[float, float]],
 ) -> None:
-    """Write each point's label at the spot around it that covers least of what is drawn already."""
+    """Write each point's label at the spot around it that covers least of what is drawn already.
+
+    Labels never cover each other while there is room; one that had to go far from its point gets a line to it.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.transforms import Bbox
 
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()  # Lays the figure out: only now do data have places on the page.
+    canvas.draw()
+    canvas.draw()  # The first lays the figure out, the second settles it: only now do data have places on the page,
+    figure.set_layout_engine("none")  # and keep them.
     place = axes.transData.transform
     frame = axes.get_window_extent()
     pixels = figure.dpi / 72
@@ -232,48 +450,58 @@ def _place_labels(
         left, low = place((float(point["x_low"]), float(point["y_low"])))
         right, high = place((float(point["x_high"]), float(point["y_high"])))
         reach, line = 6 * pixels, 1.0 * pixels
-        taken.append((Bbox.from_extents(x - reach, y - reach, x + reach, y + reach), 4.0))
+        taken.append((Bbox.from_extents(x - reach, y - reach, x + reach, y + reach), 6.0))
         taken.append((Bbox.from_extents(left, y - line, right, y + line), 1.0))
         taken.append((Bbox.from_extents(x - line, low, x + line, high), 1.0))
     spots = [place((float(point["x"]), float(point["y"]))) for point in points]
-    for start, end in itertools.pairwise(front):
+    for start, end in itertools.pairwise(path):
         (x0, y0), (x1, y1) = place(start), place(end)
         steps = max(1, int(math.hypot(x1 - x0, y1 - y0) / (4 * pixels)))
         for step in range(steps + 1):
             x, y = x0 + (x1 - x0) * step / steps, y0 + (y1 - y0) * step / steps
             taken.append((Bbox.from_extents(x - 2, y - 2, x + 2, y + 2), 1.0))
-    for point in points:
-        x, y = float(point["x"]), float(point["y"])
-        best: tuple[float, Any, Bbox] | None = None
-        for distance in (9, 16, 26):
-            for angle in (45, 135, 315, 225, 20, 160, 340, 200, 70, 110, 290, 250):
-                dx, dy = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-                text = axes.annotate(
-                    point["label"],
-                    (x, y),
-                    xytext=(distance * dx, distance * dy),
-                    textcoords="offset points",
-                    ha="left" if dx > 0 else "right",
-                    va="bottom" if dy > 0 else "top",
-                    fontsize=9,
-                    color=_colour(point, darker=0.7),
-                    fontweight="bold",
-                    annotation_clip=False,
-                    zorder=4,
-                )
-                box = text.get_window_extent(canvas.get_renderer())
-                cost = _covered(box, taken, frame) + 4 * pixels**2 * (distance - 9)
-                middle = ((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2)
-                if math.dist(middle, place((x, y))) > min(math.dist(middle, spot) for spot in spots):
-                    cost += 60 * pixels**2  # It would read as the label of a neighbour.
-                if best is None or cost < best[0]:
-                    if best is not None:
-                        best[1].remove()
-                    best = (cost, text, box)
-                else:
-                    text.remove()
-        if best is not None:
-            taken.append((best[2], 6.0))
+    for point, label, (x, y) in zip(points, labels, spots, strict=True):
+        text = axes.annotate(
+            label,
+            (float(point["x"]), float(point["y"])),
+            xytext=(0, 0),
+            textcoords="offset points",
+            fontsize=9.5,
+            color=policy_colour(point["w"], text=True),
+            fontweight="bold",
+            annotation_clip=False,
+            zorder=4,
+        )
+        drawn = text.get_window_extent(canvas.get_renderer())
+        width, height = drawn.width + 2 * pixels, drawn.height
+        best: tuple[float, float, float, float, Bbox] | None = None
+        for distance, angle in itertools.product((9, 16, 26, 38, 54, 72, 96, 130), range(10, 360, 20)):
+            dx, dy = distance * math.cos(math.radians(angle)), distance * math.sin(math.radians(angle))
+            x0 = x + dx * pixels - (0 if dx > 0 else width)
+            y0 = y + dy * pixels - (0 if dy > 0 else height)
+            box = Bbox.from_extents(x0, y0, x0 + width, y0 + height)
+            cost = _covered(box, taken, frame) + 4 * pixels**2 * (distance - 9)
+            centre = (x0 + width / 2, y0 + height / 2)
+            if math.dist(centre, (x, y)) > min(math.dist(centre, spot) for spot in spots):
+                cost += 60 * pixels**2  # It would read as the label of a neighbour.
+            if best is None or cost < best[0]:
+                best = (cost, distance, dx, dy, box)
+        assert best is not None
+        _, distance, dx, dy, box = best
+        text.xyann = (dx, dy)
+        text.set_ha("left" if dx > 0 else "right")
+        text.set_va("bottom" if dy > 0 else "top")
+        if distance > 26:
+            axes.annotate(
+                "",
+                (float(point["x"]), float(point["y"])),
+                xytext=(dx, dy),
+                textcoords="offset points",
+                annotation_clip=False,
+                zorder=1.4,
+                arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 5},
+            )
+        taken.append((box, 1000.0))
 
 
 def _covered(box: "Bbox", taken: Sequence[tuple["Bbox", float]], frame: "Bbox") -> float:

@@ -8,7 +8,7 @@ independent. One call resamples all its columns by the same draws, so that diffe
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -104,6 +104,45 @@ def bootstrap_interval(values: ArrayLike, samples: int, seed: int, level: float 
     return Interval(float(_means(column)[0]), float(low[0]), float(high[0]))
 
 
+def simultaneous_interval(
+    estimates: Floats, resampled: Floats, rows: int, level: float = LEVEL
+) -> tuple[Floats, Floats, Floats]:
+    """Intervals that hold for all of several estimates at once, and p-values adjusted for their number.
+
+    `estimates` [M] of `rows` resampled rows, `resampled` [samples, M] the same of each resample, by shared draws.
+    Returns the lower ends, the upper ends and the p-values against 0, each [M].
+
+    With se_j the bootstrap standard error, the interval is estimate_j -+ c se_j, c being the `level` quantile of
+    max_j |resampled_j - estimate_j| / se_j, and the p-value the share of resamples in which that maximum reaches
+    |estimate_j| / se_j: the single-step max-|t| method of Westfall and Young, "Resampling-Based Multiple Testing",
+    1993, with the bootstrap as in Romano and Wolf, "Exact and Approximate Stepdown Methods for Multiple Hypothesis
+    Testing", 2005. Drawn jointly, correlated estimates cost less than Bonferroni's rule would. That se_j is itself
+    estimated, the bootstrap does not see: the maxima are stretched from the normal to Student's t distribution with
+    rows - 1 degrees of freedom (Abramowitz and Stegun, "Handbook of Mathematical Functions", 1964, 26.7.5).
+
+    Six independent estimates were simulated: at least one interval missed in 5 to 7% of trials for normal values and 20
+    to 300 rows, in at most 5% for rare values of -1 and 1, and for exponential values in 5 to 9% with 120 rows or more,
+    but in 14 to 18% with 20 to 40: with so few rows a skewed measure is claimed too easily.
+
+    An estimate that no resample moves has an interval of no width and takes no part in the maximum; its p-value is that
+    of M exact sign-flip tests (Bonferroni), min(1, M 2^(1 - rows)), for a few rows that agree prove little.
+    """
+    # The bootstrap divides by rows where an unbiased variance divides by rows - 1.
+    deviations = (resampled - estimates) * math.sqrt(rows / max(rows - 1, 1))
+    errors = np.sqrt((deviations**2).mean(axis=0))
+    moves = errors > 1e-12 * np.abs(estimates)
+    same = np.where(estimates == 0, 1.0, min(1.0, len(estimates) * 2.0 ** (1 - rows)))
+    if not moves.any():
+        return estimates.copy(), estimates.copy(), same
+    z, freedom = (np.abs(deviations[:, moves]) / errors[moves]).max(axis=1), max(rows - 1, 1)
+    largest = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    half = np.where(moves, np.quantile(largest, level) * errors, 0.0)
+    reached = np.abs(estimates[moves]) / errors[moves]
+    p_values = same
+    p_values[moves] = (1 + (largest[:, None] >= reached).sum(axis=0)) / (1 + len(largest))
+    return estimates - half, estimates + half, p_values
+
+
 def _ordered(scores: PolicyScores) -> dict[str, Floats]:
     """The measures in the order of the sorted prompt ids, so that no result depends on the order of rows."""
     for name, values in scores.measures.items():
@@ -113,6 +152,30 @@ def _ordered(scores: PolicyScores) -> dict[str, Floats]:
             )
     order = np.argsort(np.array(scores.prompt_ids))
     return {name: np.asarray(values, dtype=np.float64)[order] for name, values in scores.measures.items()}
+
+
+def reference_and_weights(policies: Sequence[PolicyScores]) -> tuple[PolicyScores, list[PolicyScores]]:
+    """The SFT model's scores, and the others' by ascending weight. Raises HelpsteerError without the SFT model."""
+    reference = next((scores for scores in policies if scores.w is None), None)
+    if reference is None:
+        raise HelpsteerError("there are no scores of the SFT model to compare with; materialize sft_scores")
+    return reference, sorted((s for s in policies if s.w is not None), key=lambda scores: float(scores.w or 0))
+
+
+def score_table(policies: Sequence[PolicyScores], measures: Sequence[str]) -> Floats:
+    """The `measures` of all `policies` on the same prompts, in the order of the sorted prompt ids: [N, P, M].
+
+    Raises HelpsteerError where the prompts differ, there are none, or a measure is missing or has gaps.
+    """
+    for scores in policies:
+        _require_same_prompts(scores, policies[0])
+        _require_measures(scores, measures)
+    if not policies[0].prompt_ids:
+        raise HelpsteerError(
+            f"scores of {policies[0].title}: no prompts; materialize evaluation_prompts and what follows again"
+        )
+    ordered = [_ordered(scores) for scores in policies]
+    return np.stack([np.stack([own[name] for name in measures], axis=1) for own in ordered], axis=1)
 
 
 def _require_same_prompts(scores: PolicyScores, reference: PolicyScores) -> None:
@@ -156,9 +219,7 @@ def summarize(policies: Sequence[PolicyScores], samples: int, seed: int) -> list
     Raises HelpsteerError where the SFT model is missing, where policies were scored on different prompts (naming the
     policy and how many are missing) or by different measures, and where a measure has gaps.
     """
-    reference = next((scores for scores in policies if scores.policy == "sft"), None)
-    if reference is None:
-        raise HelpsteerError("there are no scores of the SFT model to compare with; materialize sft_scores")
+    reference, _ = reference_and_weights(policies)
     if not reference.prompt_ids:
         raise HelpsteerError("scores of sft: no prompts; materialize evaluation_prompts and what follows again")
     measures = list(reference.measures)
@@ -214,42 +275,8 @@ def paired_difference(a: PolicyScores, b: PolicyScores, measure: str, samples: i
     return bootstrap_interval(_ordered(a)[measure] - _ordered(b)[measure], samples, seed)
 
 
-def _checked_points(points: ArrayLike) -> Floats:
-    table = np.asarray(points, dtype=np.float64).reshape(-1, 2)
-    if not np.isfinite(table).all():
-        raise ValueError("a point has a coordinate that is NaN or infinite")
-    return table
-
-
-def pareto_front(points: ArrayLike, larger_is_better: tuple[bool, bool]) -> NDArray[np.bool_]:
-    """Which of `points` [N, 2] no other point dominates: [N].
-
-    A point dominates another if it is at least as good on both axes and better on one, so equal points both stay.
-    """
-    table = _checked_points(points) * np.where(larger_is_better, 1.0, -1.0)
-    at_least = (table[:, None] >= table[None, :]).all(axis=2)
-    better = (table[:, None] > table[None, :]).any(axis=2)
-    return ~(at_least & better).any(axis=0)
-
-
-def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
-    """Area that `points` [N, 2] dominate above `reference` [2], both axes maximised; in the product of their units.
-
-    Zitzler and Thiele, "Multiobjective Evolutionary Algorithms: A Comparative Case Study and the Strength Pareto
-    Approach", 1999. A point that is not above the reference on both axes adds nothing.
-    """
-    extent = _checked_points(points) - _checked_points(reference)
-    extent = extent[(extent > 0).all(axis=1)]
-    area, height = 0.0, 0.0
-    # From right to left, each point adds a slab of its width above what stands already.
-    for x, y in extent[np.argsort(-extent[:, 0], kind="stable")]:
-        if y > height:
-            area += x * (y - height)
-            height = y
-    return float(area)
-
-
-def _average_ranks(values: Floats) -> Floats:
+def average_ranks(values: Floats) -> Floats:
+    """Ranks [N] of `values` [N] from 1 for the smallest; equal values share the mean of their ranks."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
@@ -264,7 +291,7 @@ def rank_correlation(x: ArrayLike, y: ArrayLike) -> float:
         raise ValueError(f"rank_correlation wants two lists of one length, got {list(a.shape)} and {list(b.shape)}")
     if len(a) < 2 or np.isnan(a).any() or np.isnan(b).any():
         return math.nan
-    a, b = _average_ranks(a), _average_ranks(b)
+    a, b = average_ranks(a), average_ranks(b)
     a, b = a - a.mean(), b - b.mean()
     scale = math.sqrt(float(a @ a) * float(b @ b))
     return math.nan if scale == 0 else float(np.clip(a @ b / scale, -1, 1))
@@ -341,66 +368,3 @@ def judge_margin_adapter(metrics: Mapping[str, Any], min_accuracy: float) -> lis
             "longer, or validate on more prompts (data.max_validation_prompts, data.validation_share)"
         )
     return reasons
-
-
-def margin_follows_weight(
-    rows: Sequence[Mapping[str, Any]], ends: Interval, margin_sign: Literal[-1, 1]
-) -> dict[str, Any]:
-    """Does the margin reward move with w in the direction that the role asks for?
-
-    More weight on the preference leaves less for the margin m = `margin_sign` * margin_reward, so m should fall as w
-    rises: margin_reward rises under `cost` (-1) and falls under `reward` and a length penalty (+1). `rows` are
-    `summarize`'s; `ends` is margin_reward at the largest w minus at the smallest, paired by prompt.
-
-    Keys: verdict (True if the rank correlation of w and margin_reward and the whole interval of `ends` point the
-    right way; None with fewer than two weights), rank_correlation (NaN where undefined), expected (`rises` or
-    `falls`), weights, mean_margin_reward, n (prompts), ends_mean, ends_low, ends_high, sentence.
-    """
-    measured = sorted(
-        (float(row["w"]), row["w"], float(row["mean"]), int(row["n"]))
-        for row in rows
-        if row["policy"] == "modpo" and row["measure"] == "margin_reward"
-    )
-    weights = [name for _, name, _, _ in measured]
-    means = [mean for _, _, mean, _ in measured]
-    correlation = rank_correlation([w for w, _, _, _ in measured], means)
-    prompts = min((n for _, _, _, n in measured), default=0)
-    towards = -margin_sign
-    role, expected = ("the role cost", "rises") if margin_sign == -1 else ("an encouraged margin", "falls")
-    result = {
-        "verdict": None,
-        "rank_correlation": correlation,
-        "expected": expected,
-        "weights": weights,
-        "mean_margin_reward": means,
-        "n": prompts,
-        "ends_mean": ends.mean,
-        "ends_low": ends.low,
-        "ends_high": ends.high,
-    }
-    if len(weights) < 2:
-        return result | {"sentence": f"A direction takes at least two weights, and there are {len(weights)}."}
-    ranked = "undefined" if np.isnan(correlation) else f"{correlation:.2f}"
-    numbers = (
-        f"rank correlation {ranked} over {len(weights)} weights; from w={weights[0]} to w={weights[-1]} it changes by "
-        f"{ends.mean:.3g}, 95% interval [{ends.low:.3g}, {ends.high:.3g}], {prompts} prompts"
-    )
-    right_order = towards * correlation > 0
-    right_ends = min(towards * ends.low, towards * ends.high) > 0
-    if right_order and right_ends:
-        sentence = f"The margin reward {expected} with w, as {role} asks ({numbers})."
-        return result | {"verdict": True, "sentence": sentence}
-    wrong_ends = max(towards * ends.low, towards * ends.high) < 0
-    if wrong_ends:
-        seen = "moves against it"
-    elif right_ends:
-        seen = "does so between the ends only, not in order"
-    else:
-        seen = "does not do so clearly"
-    sentence = (
-        f"Under {role} the margin reward {expected} with w where the objective alone decides; here it {seen} "
-        f"({numbers}). What may explain it: the two objectives are strongly correlated, which can turn the slope (the "
-        "role promises a difference to the other role at equal w, no monotone movement with w); too little training "
-        "(modpo.steps or epochs); too few prompts (evaluation.prompts) for the noise."
-    )
-    return result | {"verdict": False, "sentence": sentence}

@@ -18,11 +18,11 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import duckdb
 
@@ -32,6 +32,9 @@ from helpsteer_assets.modpo.digests import file_sha256
 from helpsteer_assets.resources.artifacts import ALL
 from helpsteer_assets.resources.files import checked_name, readable_os_errors, sync, write_atomically
 from helpsteer_assets.resources.locks import exclusive_lock
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 logger = logging.getLogger(__name__)
 
@@ -158,6 +161,39 @@ _DECLARED = (
         ),
     ),
     Table(
+        "margin_validation",
+        "One row per validation pair of the margin attribute: what the margin adapter makes of both responses",
+        ("margin_adapter_quality",),
+        ("experiment", "pair_id"),
+        (
+            EXPERIMENT,
+            Column("pair_id", "VARCHAR", _PAIR_ID),
+            Column("prompt_id", "VARCHAR", _PROMPT_ID),
+            Column(
+                "rating_gap",
+                "INTEGER",
+                "the margin attribute's rating of the chosen minus that of the rejected response",
+            ),
+            *(
+                Column(
+                    f"{side}_tokens",
+                    "INTEGER",
+                    f"tokens of the {side} response that its log-ratio sums over, cut or not",
+                )
+                for side in ("chosen", "rejected")
+            ),
+            *(
+                Column(
+                    f"{side}_log_ratio",
+                    "DOUBLE",
+                    f"log p_adapter - log p_sft of the {side} response, in nats, unscaled",
+                )
+                for side in ("chosen", "rejected")
+            ),
+            *LINEAGE,
+        ),
+    ),
+    Table(
         "generations",
         "One row per policy and evaluation prompt: the response it generated",
         ("sft_generations", "generations"),
@@ -205,6 +241,25 @@ _DECLARED = (
                 Column(name, "DOUBLE", f"{name} by the configured rater, on its scale; null without a rater")
                 for name in ATTRIBUTES
             ),
+            *LINEAGE,
+        ),
+    ),
+    Table(
+        "kl_to_sft",
+        "One row per policy, evaluation prompt and sample: a response drawn at temperature 1, unaltered; the "
+        "mean of log_ratio estimates the policy's KL divergence to the SFT model",
+        ("kl_to_sft",),
+        ("experiment", "policy", "w", "prompt_id", "sample"),
+        (
+            EXPERIMENT,
+            Column("policy", "VARCHAR", "'modpo': SFT's divergence from itself is 0"),
+            Column("w", "DOUBLE", _W),
+            Column("prompt_id", "VARCHAR", _PROMPT_ID),
+            Column("sample", "INTEGER", "number of the sample of this prompt, from 0"),
+            Column("log_ratio", "DOUBLE", "log p_policy - log p_sft of the response, in nats"),
+            Column("response", "VARCHAR", "sampled response"),
+            Column("response_tokens", "INTEGER", _TOKENS),
+            Column("finish_reason", "VARCHAR", _FINISH),
             *LINEAGE,
         ),
     ),
@@ -446,6 +501,25 @@ class Warehouse:
             raise HelpsteerError(f"the query is not valid Unicode: {error}") from error
         with _temporary_folder() as folder:
             return _run(self._connect(folder), sql, self.path)
+
+    def read(self, table: str, experiment: str | None = None) -> "pa.Table":
+        """A published table as Arrow, its rows in the order of their key: of one experiment, or (None) of all.
+
+        As free of locks as `query`, and without its limit on rows. Raises HelpsteerError for a table that does not
+        exist, where nothing is published yet, and where the database is damaged.
+        """
+        if table not in TABLES:
+            raise HelpsteerError(f"there is no table {table!r}; there are {', '.join(TABLES)}")
+        if not self.path.exists():
+            raise HelpsteerError(f"{self.path} does not exist: nothing materialized yet; run `helpsteer run`")
+        chosen, values = ("", []) if experiment is None else ("WHERE experiment = ?", [experiment])
+        key = ", ".join(_identifier(column) for column in TABLES[table].key)
+        with _temporary_folder() as folder, closing(self._connect(folder)) as connection:
+            try:
+                sql = f"SELECT * FROM {_identifier(table)} {chosen} ORDER BY {key}"
+                return connection.sql(sql, params=values).to_arrow_table()
+            except duckdb.Error as error:
+                raise HelpsteerError(_explained(error, self.path)) from error
 
     def _connect(self, folder: Path) -> duckdb.DuckDBPyConnection:
         """The published database, ready for SQL from a person, with `folder` for temporary files."""

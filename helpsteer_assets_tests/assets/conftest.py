@@ -17,7 +17,7 @@ QUICK: dict[str, Any] = {
     "sft": {"steps": 6},
     "margin_adapter": {"steps": 12},
     "modpo": {"steps": 6, "evaluate_every": 2},
-    "evaluation": {"prompts": 8, "bootstrap_samples": 200},
+    "evaluation": {"prompts": 8, "kl_samples": 1, "bootstrap_samples": 200},
 }
 """The demo, cut down: the whole graph in a few seconds, too short to show a trade-off."""
 

@@ -6,17 +6,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import dagster as dg
+import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
 from helpsteer_assets.home import dagster_home
-from helpsteer_assets.resources.artifacts import ALL, ArtifactStore
+from helpsteer_assets.resources.artifacts import ALL, Artifact, ArtifactStore
 from helpsteer_assets.resources.warehouse import Warehouse
 from helpsteer_assets.stages import fingerprints, local_path, stages
 from helpsteer_assets.status import status
 from helpsteer_assets_tests.assets.conftest import Finished
 
-BELOW_MODPO = {"modpo_models", "generations", "scores", "score_summary", "tradeoff"}
+SUMMARY = {"score_summary", "tradeoff", "tradeoff_report"}
+BELOW_MODPO = {"modpo_models", "generations", "scores", "kl_to_sft", *SUMMARY}
 
 
 def reused(run: Finished) -> dict[str, set[bool]]:
@@ -81,6 +84,74 @@ def test_pairs_recur_in_the_table_of_reference_log_probs_once_each(quick: Finish
     assert query(quick, f"SELECT count(*) = (SELECT count(*) FROM ({both})) FROM reference_log_probs") == [(True,)]
 
 
+def artifact_of(run: Finished, asset: str, partition: str = ALL) -> Artifact:
+    found = ArtifactStore(run.home).get(asset, partition, fingerprints(run.experiment)[asset, partition].value)
+    assert found is not None
+    return found
+
+
+def test_every_prompt_has_its_samples_and_the_manifest_their_mean(copied: Callable[..., Finished]) -> None:
+    run = copied(evaluation={"kl_samples": 3})
+    assert run.run(select='key:"kl_to_sft"')
+    for w in (0.1, 0.9):
+        rows = query(run, f"SELECT prompt_id, sample, log_ratio, finish_reason FROM kl_to_sft WHERE w = {w}")
+        prompts = {prompt for prompt, _, _, _ in rows}
+        assert len(prompts) == 8
+        assert {(p, s) for p, s, _, _ in rows} == {(p, s) for p in prompts for s in range(3)} and len(rows) == 24
+        metrics = artifact_of(run, "kl_to_sft", f"{w}").manifest["metrics"]
+        assert metrics["samples"] == 24 and metrics["capped"] == sum(reason == "length" for *_, reason in rows)
+        assert metrics["kl"] == pytest.approx(np.mean([ratio for _, _, ratio, _ in rows]))
+        means = [np.mean([ratio for p, _, ratio, _ in rows if p == prompt]) for prompt in prompts]
+        assert metrics["kl_standard_error"] == pytest.approx(np.std(means, ddof=1) / np.sqrt(8))
+        assert all(ratio != 0 for _, _, ratio, _ in rows)
+
+
+def test_the_first_samples_stay_where_more_are_drawn_and_are_not_the_answers(
+    quick: Finished, copied: Callable[..., Finished]
+) -> None:
+    run = copied(evaluation={"kl_samples": 2})
+    assert run.run(select='key:"kl_to_sft"', weights=["0.1"])
+    first = pq.read_table(artifact_of(quick, "kl_to_sft", "0.1").file("kl.parquet"))
+    both = pq.read_table(artifact_of(run, "kl_to_sft", "0.1").file("kl.parquet"))
+    kept, more = (both.filter(pc.equal(both["sample"], number)) for number in (0, 1))
+    assert kept["token_ids"] == first["token_ids"] and kept["prompt_id"] == first["prompt_id"]
+    assert kept["log_ratio"].to_pylist() == pytest.approx(first["log_ratio"].to_pylist(), abs=1e-4)
+    answers = pq.read_table(artifact_of(quick, "generations", "0.1").file("generations.parquet"))
+    assert answers["prompt_id"] == first["prompt_id"]
+    for one, other in ((kept, more), (first, answers)):
+        same = [a == b for a, b in zip(one["token_ids"].to_pylist(), other["token_ids"].to_pylist(), strict=True)]
+        assert sum(same) < 4, "some answers are two words long"
+
+
+def test_the_kl_divergence_can_be_left_out(copied: Callable[..., Finished]) -> None:
+    without = copied(evaluation={"kl_samples": 0})
+    assert without.run()
+    assert "kl_to_sft" not in {s.asset for s in status(without.experiment, without.home)}
+    assert query(without, "SELECT count(*) FROM kl_to_sft") == [(0,)]
+    assert recomputed(without) == SUMMARY
+
+
+def test_the_quality_of_the_margin_adapter_is_that_of_the_rewards_it_was_judged_by(quick: Finished) -> None:
+    """Same pairs, same order of the two responses, and the same share of pairs ranked right as the adapter's check."""
+    rows = query(
+        quick,
+        "SELECT v.*, p.chosen_verbosity - p.rejected_verbosity AS gap, c.response_tokens, r.response_tokens "
+        "FROM (SELECT pair_id, rating_gap, chosen_tokens, rejected_tokens, chosen_log_ratio - rejected_log_ratio AS d "
+        "FROM margin_validation) v JOIN margin_pairs p USING (pair_id) "
+        "JOIN reference_log_probs c ON c.response_id = p.chosen_id "
+        "JOIN reference_log_probs r ON r.response_id = p.rejected_id WHERE p.split = 'validation'",
+    )
+    sanity = artifact_of(quick, "margin_adapter").manifest["metrics"]["sanity"]
+    metrics = artifact_of(quick, "margin_adapter_quality").manifest["metrics"]
+    assert query(quick, "SELECT count(*) FROM margin_validation") == [(len(rows),)]
+    assert len(rows) == sanity["n"] == metrics["n"]
+    assert all((gap, chosen, rejected) == row[-3:] for row in rows for _, gap, chosen, rejected in [row[:4]])
+    beta = quick.experiment.margin_adapter.beta
+    assert beta * np.mean([row[4] for row in rows]) == pytest.approx(sanity["mean_margin"], abs=1e-4)
+    assert metrics["accuracy"]["mean"] == pytest.approx(sanity["accuracy"], abs=0.01)
+    assert metrics["only_length"] in (True, False, None) and "margin adapter" in metrics["sentence"]
+
+
 def test_every_row_leads_back_to_its_run_and_its_artifact(quick: Finished) -> None:
     store = ArtifactStore(quick.home)
     with dg.DagsterInstance.from_config(str(dagster_home(quick.home, "quick"))) as instance:
@@ -109,6 +180,7 @@ def test_checks_were_evaluated(quick: Finished) -> None:
     with dg.DagsterInstance.from_config(str(dagster_home(quick.home, "quick"))) as instance:
         for asset, check in (
             ("margin_adapter", "margin_adapter_prefers_chosen"),
+            ("margin_adapter_quality", "margin_adapter_measures_more_than_length"),
             ("tradeoff", "margin_follows_weight"),
         ):
             key = dg.AssetCheckKey(dg.AssetKey(asset), check)
@@ -180,8 +252,8 @@ def test_a_changed_evaluation_size_leaves_training_alone(copied: Callable[..., F
         "generations",
         "sft_scores",
         "scores",
-        "score_summary",
-        "tradeoff",
+        "kl_to_sft",
+        *SUMMARY,
     }
     assert query(changed, "SELECT count(*) FROM scores") == [(18,)]
 
@@ -204,7 +276,8 @@ def test_an_experiment_with_a_length_penalty_has_no_margin_adapter_and_runs(copi
     }
     penalized = copied(objective=objective)
     assert penalized.run()
-    assert not {"margin_pairs", "margin_adapter"} & set(stages(penalized.experiment))
+    of_adapter = {"margin_pairs", "margin_adapter", "margin_adapter_quality"}
+    assert of_adapter.isdisjoint(stages(penalized.experiment))
     ((difference,),) = query(
         penalized, "SELECT max(abs(margin_reward + 0.01 * response_tokens)) FROM scores WHERE w = 0.5"
     )

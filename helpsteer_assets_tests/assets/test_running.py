@@ -82,14 +82,14 @@ def test_long_lines_are_folded_to_a_terminal() -> None:
 def test_a_first_run_says_what_it_computes_and_the_disk_it_needs(quick: Finished) -> None:
     said = plan(quick)
     assert said.startswith("to compute: helpsteer_ratings; preference_pairs; ")
-    assert "modpo_models w=0.1, 0.9" in said and "to reuse" not in said
+    assert "modpo_models w=0.1, 0.9" in " ".join(said.split()) and "to reuse" not in said
     assert "disk: about " in said and "3 adapters" in said and " free in " in said
 
 
 def test_a_second_run_only_reuses_and_asks_for_no_disk(copied: Callable[..., Finished]) -> None:
     again = copied()
     assert again.run()
-    assert plan(again) == "to reuse:   18 (helpsteer_ratings, preference_pairs, margin_pairs, ...)"
+    assert plan(again) == "to reuse:   22 (helpsteer_ratings, preference_pairs, margin_pairs, ...)"
 
 
 REUSE = """
@@ -186,7 +186,7 @@ def test_a_run_that_fails_says_what_failed_what_is_kept_and_how_to_go_on(copied:
     assert not broken.run(weights=["0.9"])
     last = " ".join(broken.announced[-1].split())
     assert last == (
-        "failed: modpo_models w=0.9. 10 of 13 assets and weights are finished and kept. When the cause is mended, run "
+        "failed: modpo_models w=0.9. 11 of 15 assets and weights are finished and kept. When the cause is mended, run "
         "the same command again: it reuses them, and a training goes on from its last checkpoint."
     )
     assert any("training w=0.9: " in line and "lower learning_rate" in line for line in broken.announced)

@@ -149,7 +149,7 @@ def test_what_is_not_ours_is_noted_and_what_a_lost_input_made_stays_whole(copied
         ("DELETE FROM scores WHERE w = 0.1", "table scores: 0 rows are in no artifact, 8 of artifacts are missing"),
         ("UPDATE scores SET verbosity = 5 WHERE w = 0.1", "table scores: 8 rows are in no artifact, 8 of artifacts"),
         ("INSERT INTO scores FROM scores WHERE w = 0.1", "table scores: 8 rows are there twice, by experiment, policy"),
-        ("UPDATE materializations SET run_id = 'mine'", "table materializations: 18 rows are in no artifact"),
+        ("UPDATE materializations SET run_id = 'mine'", "table materializations: 22 rows are in no artifact"),
         ("DROP TABLE scores", "its tables are those of another version"),
     ],
 )
@@ -200,14 +200,14 @@ def test_results_that_are_computed_again_agree(copied: Copied) -> None:
         policies = [
             "sft_generations",
             "sft_scores",
-            *(f"{a} w={w}" for a in ("generations", "scores") for w in weights),
+            *(f"{a} w={w}" for a in ("generations", "scores", "kl_to_sft") for w in weights),
         ]
+        pairwise = {"margin_adapter_quality"} if finished is greedy else set()
         assert {subject: compared.pop(subject) for subject in policies} == dict.fromkeys(policies, 3)
-        assert (
-            set(compared) == {"reference_log_probs", "margin_rewards", "score_summary"} and min(compared.values()) >= 3
-        )
-        largest = [done.largest for done in report.recomputed if done.subject.startswith(("reference", "scores"))]
-        assert len(largest) == 1 + len(weights) and max(largest) < 1e-3
+        assert set(compared) == {"reference_log_probs", "margin_rewards", "score_summary", *pairwise}
+        assert min(compared.values()) >= 3
+        largest = [done.largest for done in report.recomputed if done.subject.startswith(("reference", "scores", "kl"))]
+        assert len(largest) == 1 + 2 * len(weights) and max(largest) < 1e-3
 
 
 def test_a_changed_result_is_found_though_every_digest_fits(copied: Copied) -> None:
@@ -221,6 +221,10 @@ def test_a_changed_result_is_found_though_every_digest_fits(copied: Copied) -> N
     )
     change_column(folder(finished, "generations", "0.9"), "generations.parquet", "response", lambda c: ["No."] * len(c))
     change_column(folder(finished, "score_summary"), "score_summary.parquet", "mean", add(0.001))
+    change_column(folder(finished, "kl_to_sft", "0.1"), "kl.parquet", "log_ratio", add(0.02))
+    change_column(folder(finished, "kl_to_sft", "0.9"), "kl.parquet", "response", lambda c: ["No."] * len(c))
+    quality = folder(finished, "margin_adapter_quality")
+    change_column(quality, "margin_validation.parquet", "rating_gap", lambda c: [9] * len(c))
     Warehouse(finished.home).publish()
     assert check(finished).problems == []
 
@@ -237,6 +241,10 @@ def test_a_changed_result_is_found_though_every_digest_fits(copied: Copied) -> N
     assert "response_words of prompt_id " in found["scores w=0.9"], "it is scored from a changed response"
     assert "response_tokens of prompt_id " in found["sft_scores"]
     assert "response of prompt_id " in found["generations w=0.9"] and "'No.'" in found["generations w=0.9"]
+    assert "log_ratio of sample 0 prompt_id " in found["kl_to_sft w=0.1"]
+    assert "response of sample 0 prompt_id " in found["kl_to_sft w=0.9"]
+    assert "rating_gap of pair_id " in found["margin_adapter_quality"]
+    assert "chosen_log_ratio of pair_id " in found["margin_adapter_quality"], "it is the difference to a changed value"
     assert "mean of policy " in found["score_summary"] and "more values differ" in found["score_summary"]
     assert "sft_generations" not in found and "generations w=0.1" not in found
     assert "result: scores w=0.1: margin_log_ratio of prompt_id " in "\n".join(lines(report))
@@ -294,7 +302,7 @@ def test_the_command_exits_with_0_or_1_and_a_last_line_in_words(
     finished = copied()
     result = command(finished)
     assert result.exit_code == 0, result.output
-    assert result.stdout.splitlines()[-1].startswith("whole: 18 artifacts (") and "verify: 18 of 18" in result.stderr
+    assert result.stdout.splitlines()[-1].startswith("whole: 22 artifacts (") and "verify: 22 of 22" in result.stderr
     (folder(finished, "tradeoff") / "tradeoff.svg").unlink()
     result = command(finished, "--json")
     assert result.exit_code == 1

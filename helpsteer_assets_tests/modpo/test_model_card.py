@@ -1,8 +1,11 @@
+from typing import ClassVar
+
 import pytest
 import yaml
+from huggingface_hub import ModelCardData
 
 from helpsteer_assets.experiment import Experiment, load_experiment
-from helpsteer_assets.modpo.model_card import model_card, role_in_words
+from helpsteer_assets.modpo.model_card import BaseModel, export_card, model_card, role_in_words
 from helpsteer_assets.modpo.training import TrainingResult
 
 RESULT = TrainingResult(
@@ -122,3 +125,92 @@ def test_card_of_the_embedded_data_names_no_data_set_of_the_hub():
     )
     assert "datasets" not in front
     assert "license" not in front
+
+
+class TestExport:
+    LLAMA = BaseModel("meta-llama/Llama-2-7b-hf", "llama2")
+    SCORES: ClassVar[list[dict]] = [
+        {
+            "measure": "helpfulness",
+            "n": 300,
+            "mean": 2.5,
+            "ci_low": 2.41,
+            "ci_high": 2.59,
+            "delta": -0.2,
+            "delta_low": -0.3,
+            "delta_high": -0.1,
+        }
+    ]
+
+    def card(self, experiment: Experiment, base: BaseModel = LLAMA, **changes) -> str:
+        known = {"w": "0.2", "merged": True, "scores": self.SCORES, "fingerprint": "f00d", "prompt_template": None}
+        return export_card(experiment, base, **(known | changes), transformers_version="5.23.0")
+
+    def front(self, *arguments, **changes) -> dict:
+        return yaml.safe_load(self.card(*arguments, **changes).split("---")[1])
+
+    def test_the_hub_reads_base_data_licence_and_library(self, helpsteer):
+        front = {
+            "license": "llama2",
+            "base_model": "meta-llama/Llama-2-7b-hf",
+            "base_model_relation": "finetune",
+            "library_name": "transformers",
+            "pipeline_tag": "text-generation",
+            "tags": ["modpo", "dpo", "lora", "alignment"],
+            "datasets": ["nvidia/HelpSteer"],
+        }
+        assert self.front(helpsteer) == front
+        data = ModelCardData(**self.front(helpsteer, merged=False))
+        assert (data.library_name, data.base_model_relation) == ("peft", "adapter")
+        assert "modpo" not in self.front(helpsteer, w=None)["tags"]
+
+    def test_unknown_origins_are_left_out_where_the_hub_reads_them(self):
+        front = self.front(load_experiment("smollm2"), BaseModel(None, None))
+        assert not {"license", "base_model", "datasets"} & front.keys()
+
+    def test_licences_are_named_and_helpsteer_is_attributed(self, helpsteer):
+        card = self.card(helpsteer)
+        assert "Made from meta-llama/Llama-2-7b-hf: llama2. Llama 2 is licensed under the LLAMA 2 Community" in card
+        assert "https://huggingface.co/datasets/nvidia/HelpSteer) by NVIDIA (Wang et al., HelpSteer:" in card
+        assert "https://creativecommons.org/licenses/by/4.0/" in card and "Changed:" in card
+
+    def test_other_data_is_left_to_its_owner_and_no_path_is_named(self, helpsteer):
+        local = changed(
+            helpsteer,
+            data={"source": "/home/alice/ratings", "revision": None},
+            model={"base": "/home/alice/model", "revision": None},
+        )
+        card = self.card(local, BaseModel(None, None))
+        assert "alice" not in card
+        assert "Made from a local model: its own licence holds" in card
+        assert "Trained on local data: its terms may bind" in card
+
+    def test_scores_stand_there_with_intervals_or_their_absence_does(self, helpsteer):
+        card = self.card(helpsteer)
+        assert "| helpfulness | 2.5 [2.41, 2.59] | -0.2 [-0.3, -0.1] |" in card and "300 held-out prompts" in card
+        sft = [self.SCORES[0] | {"delta": None, "delta_low": None, "delta_high": None}]
+        assert "| helpfulness | 2.5 [2.41, 2.59] |  |" in self.card(helpsteer, w=None, scores=sft)
+        assert "Not scored" in self.card(helpsteer, scores=[])
+
+    def test_the_settings_that_no_file_can_hold_are_said(self, helpsteer):
+        card = self.card(helpsteer)
+        assert "greedy (vLLM reads no such setting from the file: ask it for `temperature=0`)" in card
+        assert f"the last {helpsteer.generation.max_prompt_length} tokens" in card
+        sampled = changed(helpsteer, generation={"do_sample": True, "temperature": 0.7, "no_repeat_ngram_size": 3})
+        assert "sampled at temperature 0.7, top_p 1.0, no_repeat_ngram_size 3, at most" in self.card(sampled)
+
+    def test_prompts_without_a_chat_template_are_put_into_the_plain_one(self, helpsteer):
+        card = self.card(helpsteer, prompt_template="Q: {prompt}\n")
+        assert r"""tokenizer('Q: {prompt}\n'.format(prompt="..."), return_tensors="pt")""" in card
+        assert "there is no chat template" in card and "apply_chat_template" not in card
+
+    @pytest.mark.parametrize(("r", "rank"), [(4, 8), (16, 16), (20, 32)])
+    def test_vllm_gets_a_rank_that_it_has_kernels_for(self, helpsteer, r, rank):
+        card = self.card(changed(helpsteer, lora={"r": r}), merged=False)
+        assert f"--enable-lora --max-lora-rank {rank} --lora-modules w0.2=<this folder>" in card
+        assert "--enable-lora" not in self.card(helpsteer)
+
+    def test_a_length_penalty_and_a_base_that_was_not_fine_tuned_are_said(self, length_penalty):
+        assert "penalty 0.01. w=0.3: 0.7 of the weight encourages shorter" in self.card(length_penalty, w="0.3")
+        plain = changed(length_penalty, sft={"enabled": False})
+        assert "The base model, as it is: the reference policy" in self.card(plain, w=None)

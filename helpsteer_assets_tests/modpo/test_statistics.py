@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo import statistics
 from helpsteer_assets.modpo.statistics import Interval, PolicyScores
 
 small = st.integers(-4, 4)
-"""Few values, so that ties and duplicates happen."""
-point_lists = st.lists(st.tuples(small, small), min_size=1, max_size=12)
+"""Few values, so that ties happen."""
 
 
 def policy(w: str | None, **measures: list[float]) -> PolicyScores:
@@ -155,45 +155,98 @@ def test_scores_that_cannot_be_compared_are_refused_by_name() -> None:
         statistics.paired_difference(twice, sft, "m", 100, 0)
 
 
-# Pareto front, hypervolume, rank correlation
+# Several policies
 
 
-@settings(deadline=None)
-@given(point_lists, st.tuples(st.booleans(), st.booleans()))
-def test_the_front_is_what_nothing_dominates(points: list[tuple[int, int]], larger: tuple[bool, bool]) -> None:
-    def goodness(point: tuple[int, int]) -> tuple[int, int]:
-        return tuple(v if up else -v for v, up in zip(point, larger, strict=True))  # type: ignore[return-value]
-
-    expected = []
-    for point in points:
-        x, y = goodness(point)
-        expected.append(not any(a >= x and b >= y and (a > x or b > y) for a, b in map(goodness, points)))
-    assert statistics.pareto_front(points, larger).tolist() == expected
+def test_a_score_table_pairs_policies_by_prompt_id() -> None:
+    sft, other = policy(None, m=[1.0, 2.0], k=[5.0, 6.0]), policy("0.2", m=[3.0, 4.0], k=[7.0, 8.0])
+    turned = PolicyScores("modpo", "0.2", other.prompt_ids[::-1], {n: v[::-1] for n, v in other.measures.items()})
+    table = statistics.score_table([sft, turned], ["k", "m"])
+    assert table.tolist() == [[[5, 1], [7, 3]], [[6, 2], [8, 4]]]
+    with pytest.raises(HelpsteerError, match="lack other"):
+        statistics.score_table([sft, turned], ["other"])
+    with pytest.raises(HelpsteerError, match="no prompts"):
+        statistics.score_table([PolicyScores("sft", None, [], {"m": np.zeros(0)})], ["m"])
 
 
-def test_equal_points_both_stay_on_the_front() -> None:
-    assert statistics.pareto_front([[1, 1], [1, 1], [0, 1]], (True, True)).tolist() == [True, True, False]
-    assert statistics.pareto_front([[1, 1], [1, 1], [0, 1]], (False, True)).tolist() == [False, False, True]
+def test_the_reference_is_told_from_the_weights_which_ascend_as_numbers() -> None:
+    policies = [policy("0.9", m=[1.0]), policy("1", m=[1.0]), policy(None, m=[1.0]), policy("0.25", m=[1.0])]
+    reference, compared = statistics.reference_and_weights(policies)
+    assert reference.w is None and [scores.w for scores in compared] == ["0.25", "0.9", "1"]
 
 
-@settings(deadline=None)
-@given(point_lists, st.tuples(small, small))
-def test_the_hypervolume_counts_the_dominated_unit_squares(
-    points: list[tuple[int, int]], reference: tuple[int, int]
-) -> None:
-    squares = {
-        (x, y) for px, py in points for x, y in itertools.product(range(reference[0], px), range(reference[1], py))
-    }
-    assert statistics.hypervolume(points, reference) == len(squares)
+# Simultaneous intervals
 
 
-def test_the_hypervolume_agrees_with_monte_carlo() -> None:
-    rng = np.random.default_rng(11)
-    points, darts = rng.random((6, 2)), rng.random((100_000, 2))
-    hit = (darts[:, None] <= points[None]).all(axis=2).any(axis=1).mean()
-    assert statistics.hypervolume(points, [0, 0]) == pytest.approx(hit, abs=0.01)
-    with pytest.raises(ValueError, match="NaN"):
-        statistics.hypervolume([[0.1, math.nan]], [0, 0])
+def simultaneous(values: np.ndarray, samples: int = 1000, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    means = statistics.bootstrap_means(values, samples, seed)
+    return statistics.simultaneous_interval(values.mean(axis=0), means, len(values))
+
+
+def test_simultaneous_intervals_hold_together_as_often_as_they_say_and_pointwise_ones_do_not() -> None:
+    rng = np.random.default_rng(20)
+    together = pointwise = 0
+    for trial in range(300):
+        shared = rng.normal(size=(60, 1))
+        values = 0.6 * shared + rng.normal(size=(60, 6)) ** 3 / 4
+        low, high, _ = simultaneous(values, 400, trial)
+        together += bool(((low <= 0) & (high >= 0)).all())
+        low, high = statistics.percentile_interval(statistics.bootstrap_means(values, 400, trial))
+        pointwise += bool(((low <= 0) & (high >= 0)).all())
+    assert 0.90 <= together / 300 <= 0.99
+    assert pointwise / 300 < 0.86
+
+
+def test_one_simultaneous_interval_is_an_ordinary_one_and_agrees_with_scipys_t_interval() -> None:
+    values = np.random.default_rng(21).normal(1.0, 2.0, size=(200, 1))
+    low, high, p_value = simultaneous(values, 20_000)
+    expected = stats.ttest_1samp(values[:, 0], 0.0)
+    interval = expected.confidence_interval()
+    assert low[0] == pytest.approx(interval.low, abs=0.03)
+    assert high[0] == pytest.approx(interval.high, abs=0.03)
+    assert p_value[0] == pytest.approx(expected.pvalue, abs=0.01)
+
+
+def test_the_same_column_again_costs_nothing_and_an_independent_one_widens() -> None:
+    rng = np.random.default_rng(22)
+    column, other = rng.normal(size=(80, 1)), rng.normal(size=(80, 1))
+    alone = simultaneous(column)
+    copies = simultaneous(np.repeat(column, 5, axis=1))
+    assert copies[0] == pytest.approx(np.repeat(alone[0], 5)) and copies[2] == pytest.approx(np.repeat(alone[2], 5))
+    beside = simultaneous(np.hstack([column, other]))
+    assert beside[1][0] - beside[0][0] > alone[1][0] - alone[0][0]
+    assert beside[2][0] >= alone[2][0]
+
+
+def test_adjusted_p_values_are_those_of_a_loop_over_resamples() -> None:
+    values = np.random.default_rng(23).normal(0.2, 1.0, size=(40, 3))
+    low, high, p_values = simultaneous(values, 300, 7)
+    means = statistics.bootstrap_means(values, 300, 7)
+    mean, error = (
+        values.mean(axis=0),
+        [math.sqrt(sum((m - values[:, j].mean()) ** 2 for m in means[:, j]) / 300) for j in range(3)],
+    )
+    largest = [max(abs(row[j] - mean[j]) / error[j] for j in range(3)) for row in means]
+    largest = stats.t.ppf(stats.norm.cdf(largest), 39)  # up to the expansion's third order
+    scale = math.sqrt(40 / 39)
+    for j in range(3):
+        reached = sum(t >= abs(mean[j]) / (error[j] * scale) for t in largest)
+        assert p_values[j] == pytest.approx((1 + reached) / 301)
+        half = np.quantile(largest, 0.95) * error[j] * scale
+        assert (low[j], high[j]) == pytest.approx((mean[j] - half, mean[j] + half), abs=1e-3)
+
+
+def test_a_column_that_never_moves_has_no_width_and_counts_as_agreeing_prompts() -> None:
+    values = np.column_stack([np.full(8, 0.3), np.zeros(8), np.random.default_rng(24).normal(size=8)])
+    low, high, p_values = simultaneous(values)
+    assert (low[0], high[0], low[1], high[1]) == pytest.approx((0.3, 0.3, 0, 0))
+    assert p_values[0] == pytest.approx(3 * stats.binomtest(8, 8).pvalue) and p_values[1] == 1
+    moving = simultaneous(values[:, 2:])
+    assert (low[2], high[2], p_values[2]) == pytest.approx((moving[0][0], moving[1][0], moving[2][0]))
+    assert simultaneous(np.full((3, 2), 0.3))[2].tolist() == [0.5, 0.5]
+
+
+# Rank correlation
 
 
 @settings(deadline=None)
@@ -208,6 +261,15 @@ def test_the_rank_correlation_is_pearsons_of_ranks_counted_by_hand(pairs: list[t
         assert math.isnan(found)
     else:
         assert found == pytest.approx(np.corrcoef(ranks(x), ranks(y))[0, 1])
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(small, small), min_size=3, max_size=12))
+def test_the_rank_correlation_is_scipys(pairs: list[tuple[int, int]]) -> None:
+    x, y = [a for a, _ in pairs], [b for _, b in pairs]
+    if len(set(x)) > 1 and len(set(y)) > 1:
+        assert statistics.rank_correlation(x, y) == pytest.approx(stats.spearmanr(x, y).statistic)
+    assert statistics.average_ranks(np.array(x, dtype=float)).tolist() == stats.rankdata(x).tolist()
 
 
 def test_the_rank_correlation_is_one_for_any_rising_curve_and_undefined_with_a_gap() -> None:
@@ -272,42 +334,3 @@ def test_a_good_adapter_passes_and_a_bad_one_is_told_why() -> None:
     assert "mean margin is 0.5 with the 95% interval [-" in reason
     with pytest.raises(HelpsteerError, match="margin of 1 of 2 validation pairs is NaN"):
         statistics.sanity_metrics([1.0, math.nan], 100, 0)
-
-
-# Direction
-
-
-def rows_of(**mean_by_weight: float) -> list[dict]:
-    rows = [{"policy": "sft", "w": None, "measure": "margin_reward", "mean": 9.0, "n": 40}]
-    for name, mean in mean_by_weight.items():
-        row = {"policy": "modpo", "w": name.replace("w", "0."), "n": 40, "mean": mean}
-        rows += [row | {"measure": "margin_reward"}, row | {"measure": "response_words", "mean": -mean}]
-    return rows
-
-
-def test_under_cost_the_margin_reward_rises_with_w_and_under_reward_it_falls() -> None:
-    rows = rows_of(w9=-0.5, w1=-2.0, w5=-1.0)
-    rising = statistics.margin_follows_weight(rows, Interval(1.5, 1.0, 2.0), -1)
-    assert rising["verdict"] is True and rising["rank_correlation"] == 1
-    assert rising["weights"] == ["0.1", "0.5", "0.9"] and rising["mean_margin_reward"] == [-2.0, -1.0, -0.5]
-    assert "rises with w, as the role cost asks" in rising["sentence"] and "40 prompts" in rising["sentence"]
-    against = statistics.margin_follows_weight(rows, Interval(1.5, 1.0, 2.0), 1)
-    assert against["verdict"] is False and "moves against it" in against["sentence"]
-    for explanation in ("correlated", "training", "prompts"):
-        assert explanation in against["sentence"]
-    falling = statistics.margin_follows_weight(rows_of(w1=2.0, w9=1.0), Interval(-1, -1.5, -0.5), 1)
-    assert falling["verdict"] is True and falling["expected"] == "falls"
-
-
-def test_an_unclear_movement_does_not_pass() -> None:
-    unclear = statistics.margin_follows_weight(rows_of(w1=0.0, w9=0.1), Interval(0.1, -0.2, 0.4), -1)
-    assert unclear["verdict"] is False and "not do so clearly" in unclear["sentence"]
-    only_ends = statistics.margin_follows_weight(
-        rows_of(w1=0.0, w2=4.0, w3=3.0, w8=-2.0, w9=1.0), Interval(1, 0.5, 1.5), -1
-    )
-    assert only_ends["verdict"] is False and "between the ends only" in only_ends["sentence"]
-
-
-def test_one_weight_has_no_direction() -> None:
-    single = statistics.margin_follows_weight(rows_of(w1=0.0), Interval(0, 0, 0), -1)
-    assert single["verdict"] is None and "at least two weights" in single["sentence"]

@@ -160,17 +160,23 @@ def test_every_other_table_takes_its_asset_s_file(warehouse: Warehouse) -> None:
         "reference_log_probs": "SELECT 'p' AS prompt_id, 'c' AS response_id, -9.5 AS log_prob, 4 AS response_tokens, "
         "true AS truncated",
         "margin_rewards": "SELECT 'p' AS prompt_id, 'c' AS response_id, 0.5 AS log_ratio, 4 AS response_tokens",
+        "margin_validation": "SELECT 'i' AS pair_id, 'p' AS prompt_id, 2 AS rating_gap, 9 AS chosen_tokens, "
+        "4 AS rejected_tokens, 0.5 AS chosen_log_ratio, -0.5 AS rejected_log_ratio",
+        "kl_to_sft": "SELECT 'modpo' AS policy, '0.1' AS w, 'p' AS prompt_id, 3 AS sample, -0.25 AS log_ratio, "
+        "'hi' AS response, 2 AS response_tokens, 'eos' AS finish_reason, [1, 2] AS token_ids",
         "score_summary": "SELECT 'modpo' AS policy, '0.1' AS w, 'margin_reward' AS measure, 40 AS n, 1.5 AS mean, "
         "0.1 AS sd, 1.4 AS ci_low, 1.6 AS ci_high, 0.2 AS delta, 0.1 AS delta_low, 0.3 AS delta_high",
     }
+    asset_of = {"margin_validation": "margin_adapter_quality"}
     for name, sql in files.items():
-        record_model(warehouse, asset=name, table=name, parquet=write_parquet(warehouse.home / f"{name}.parquet", sql))
+        asset = asset_of.get(name, name)
+        record_model(warehouse, asset=asset, table=name, parquet=write_parquet(warehouse.home / f"{name}.parquet", sql))
     parquet = write_parquet(warehouse.home / "generations.parquet", generations)
     sft, modpo = {"policy": "sft", "w": None}, {"policy": "modpo", "w": "0.1"}
     record_model(warehouse, asset="sft_generations", table="generations", parquet=parquet, constants=sft)
     record_model(warehouse, asset="generations", partition="0.1", table="generations", parquet=parquet, constants=modpo)
 
-    assert counts(warehouse) == {**dict.fromkeys(files, 1), "generations": 2, "scores": 0, "materializations": 7}
+    assert counts(warehouse) == {**dict.fromkeys(files, 1), "generations": 2, "scores": 0, "materializations": 9}
     assert warehouse.query("SELECT prompt, chosen_verbosity, fingerprint, run_id FROM margin_pairs")[1] == [
         ("it's", 2, "f", "run-1")
     ]
@@ -179,6 +185,8 @@ def test_every_other_table_takes_its_asset_s_file(warehouse: Warehouse) -> None:
         ("sft", None, "hi"),
     ]
     assert warehouse.query("SELECT w, n, mean FROM score_summary")[1] == [(0.1, 40, 1.5)]
+    assert warehouse.query("SELECT w, sample, log_ratio FROM kl_to_sft")[1] == [(0.1, 3, -0.25)]
+    assert warehouse.query("SELECT rating_gap, rejected_log_ratio FROM margin_validation")[1] == [(2, -0.5)]
 
 
 def test_materializations_tell_the_latest_of_each_experiment_asset_and_partition(warehouse: Warehouse) -> None:
@@ -252,7 +260,7 @@ def test_names_that_leave_the_registry_are_refused(warehouse: Warehouse, name: s
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"table": "score"}, "there is no table 'score'; there are preference_pairs, .*scores, score_summary$"),
+        ({"table": "score"}, "no table 'score'; there are preference_pairs, .*scores, kl_to_sft, score_summary$"),
         ({"table": "materializations"}, "there is no table 'materializations'"),
         ({"table": None}, "a table needs a Parquet file"),
         ({"constants": {}}, r"table scores takes the constants \['margin_beta'\] or \['penalty'\], got \[\]"),

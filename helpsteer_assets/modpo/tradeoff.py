@@ -1,0 +1,181 @@
+"""What is gained and lost as w moves: the analysis behind the trade-off's numbers, sentences and plots.
+
+It brings the statistics together; each of them stands in `fronts`, `comparisons` and `diagnostics`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from helpsteer_assets.modpo.attributes import ATTRIBUTES, OVERALL
+from helpsteer_assets.modpo.comparisons import Measure, differences_to_sft, headlines, statements
+from helpsteer_assets.modpo.diagnostics import at_equal_length
+from helpsteer_assets.modpo.fronts import front_with_uncertainty, margin_follows_weight, monotonicity
+from helpsteer_assets.modpo.statistics import PolicyScores, paired_difference, score_table, summarize
+
+if TYPE_CHECKING:
+    from helpsteer_assets.experiment import Experiment
+
+
+def measures_of(experiment: "Experiment", names: Sequence[str]) -> dict[str, Measure]:
+    """How the experiment's measures called `names` are spoken of, in the order in which they matter."""
+    objective, data = experiment.objective, experiment.data
+    scale = "0 to 4" if experiment.evaluation.rater == "embedded" else ""
+    margin_attribute = [data.margin_attribute] if experiment.has_margin_adapter else []
+    rated = [data.preference_attribute, *margin_attribute, *ATTRIBUTES, OVERALL]
+    drawn = "sampled" if experiment.generation.do_sample else "greedy"
+    if objective.margin == "length_penalty":
+        margin, reward = "margin (fewer tokens)", "length penalty"
+    else:
+        wanted = "less" if objective.margin_sign < 0 else "more"
+        margin, reward = f"margin (for {wanted} {data.margin_attribute})", "margin reward"
+    known = [
+        *(Measure(name, f"rated {name}", "" if name == OVERALL else scale, "higher") for name in dict.fromkeys(rated)),
+        Measure("margin", margin, "", "higher"),
+        Measure("margin_reward", reward, "", "higher" if objective.margin_sign > 0 else "lower"),
+        Measure("response_tokens", "response length", "tokens", None, ("longer", "shorter")),
+        Measure("response_words", "response length in words", "words"),
+        Measure("kl_to_sft", "KL to SFT", "nats", "lower", to_sft=True),
+        Measure("log_ratio_to_sft", f"log-ratio to SFT of the {drawn} response", "nats", "lower", to_sft=True),
+        Measure("capped", "share of responses cut at the limit", "share", "lower"),
+        Measure("repetition", "share of repeated 4-grams", "share", "lower"),
+        Measure("empty", "share of empty responses", "share", "lower"),
+        Measure("prompt_truncated", "share of prompts cut", "share"),
+    ]
+    return {measure.name: measure for measure in known if measure.name in names}
+
+
+def analyse(experiment: "Experiment", policies: Sequence[PolicyScores]) -> dict[str, Any]:
+    """The trade-off of an experiment as JSON-able numbers and sentences.
+
+    `policies` are the SFT model's scores and those of the weights, ascending, on the same prompts. Without ratings of
+    the preference attribute, the horizontal axis is the distance from SFT: the KL divergence, or where that was not
+    estimated the log-ratio of the responses.
+
+    Keys: axes {x, y (measures), x_larger_is_better}, preference_measured, note, points (of `plots.tradeoff_plot`),
+    hypervolume_above_sft {mean, low, high}, direction (`margin_follows_weight`), movement (`monotonicity` by measure),
+    differences (weight -> measure -> `Difference`), headlines, statements (weight -> sentences), equal_length (list of
+    `EqualLength`).
+    """
+    samples, seed = experiment.evaluation.bootstrap_samples, experiment.seed
+    preference = experiment.data.preference_attribute
+    names = list(policies[0].measures)
+    measures = measures_of(experiment, names)
+    measured = preference in measures
+    x = preference if measured else "kl_to_sft" if "kl_to_sft" in measures else "log_ratio_to_sft"
+    table = score_table(policies, [x, "margin"])
+    front = front_with_uncertainty(table[:, :, 0], table[:, :, 1], 0, (measured, True), samples, seed)
+    rows = summarize(policies, samples, seed)
+    weighted = [scores for scores in policies if scores.w is not None]
+    differences = differences_to_sft(policies, list(measures), samples, seed)
+    moving = [name for name in dict.fromkeys((x, "margin_reward", "response_tokens", "kl_to_sft")) if name in measures]
+    seen = [name for name in ("capped", "repetition", "empty") if any(own.measures[name].any() for own in policies)]
+    ends = paired_difference(weighted[-1], weighted[0], "margin_reward", samples, seed)
+    # A length penalty is the length; at equal length it cannot differ.
+    rewarded = ("margin_reward", experiment.data.margin_attribute) if experiment.has_margin_adapter else ()
+    beyond_length = [name for name in dict.fromkeys((preference, *rewarded)) if name in measures]
+    return {
+        "axes": {"x": x, "y": "margin", "x_larger_is_better": measured},
+        "preference_measured": measured,
+        "note": "" if measured else f"No rater rates {preference}: preference quality is unmeasured.",
+        "points": [
+            {
+                "label": label_of(scores),
+                "w": scores.w,
+                "is_sft": scores.w is None,
+                "on_front": bool(front.on_front[i]),
+                "front_probability": float(front.probability[i]),
+                **_coordinates(rows, scores, x=x, y="margin"),
+            }
+            for i, scores in enumerate(policies)
+        ],
+        "hypervolume_above_sft": asdict(front.hypervolume),
+        "direction": _finite(margin_follows_weight(rows, ends, experiment.objective.margin_sign)),
+        "movement": _movement(weighted, moving, samples, seed),
+        "differences": {w: {m: vars(found) for m, found in own.items()} for w, own in differences.items()},
+        "headlines": headlines(
+            differences,
+            measures[x] if measured else None,
+            measures["margin"],
+            [measures["response_tokens"], *([] if measured else [measures[x]])],
+            front if measured else None,
+        ),
+        "statements": statements(differences, [measures[name] for name in (*moving, *seen)]),
+        "equal_length": [
+            asdict(found)
+            for name in beyond_length
+            for found in at_equal_length(policies, measures[name], samples, seed)
+        ],
+    }
+
+
+def label_of(scores: PolicyScores) -> str:
+    """The policy as plots and tables name it."""
+    return "SFT" if scores.w is None else f"w={scores.w}"
+
+
+def axis_label(measure: Measure) -> str:
+    """A measure as the label of an axis."""
+    label = f"{measure.title}, {measure.unit}" if measure.unit else measure.title
+    if measure.better is None:
+        return label
+    better = f"{'more' if measure.better == 'higher' else 'less'} is better)"
+    return f"{label[:-1]}; {better}" if label.endswith(")") else f"{label} ({better}"
+
+
+def points_on(policies: Sequence[PolicyScores], x: str, y: str, samples: int, seed: int) -> list[dict[str, Any]]:
+    """The policies as points on two measures, with the ends of their 95% intervals."""
+    rows = summarize(policies, samples, seed)
+    return [
+        {"label": label_of(scores), "w": scores.w, "is_sft": scores.w is None, **_coordinates(rows, scores, x=x, y=y)}
+        for scores in policies
+    ]
+
+
+def length_points(policies: Sequence[PolicyScores], samples: int, seed: int) -> list[dict[str, Any]]:
+    """The policies' response lengths in tokens: mean with its 95% interval, and quartiles over prompts."""
+    rows = summarize(policies, samples, seed)
+    return [
+        {
+            "label": label_of(scores),
+            "w": scores.w,
+            "is_sft": scores.w is None,
+            "quartiles": np.quantile(scores.measures["response_tokens"], [0.25, 0.5, 0.75]).tolist(),
+            **_coordinates(rows, scores, mean="response_tokens"),
+        }
+        for scores in policies
+    ]
+
+
+def _coordinates(rows: list[dict[str, Any]], scores: PolicyScores, **axes: str) -> dict[str, float]:
+    own = {row["measure"]: row for row in rows if row["policy"] == scores.policy and row["w"] == scores.w}
+    return {
+        f"{axis}{suffix}": own[measure][name]
+        for axis, measure in axes.items()
+        for suffix, name in (("", "mean"), ("_low", "ci_low"), ("_high", "ci_high"))
+    }
+
+
+def _movement(
+    weighted: Sequence[PolicyScores], names: Sequence[str], samples: int, seed: int
+) -> dict[str, dict[str, Any]]:
+    if len(weighted) < 2:
+        return {}
+    table, weights = score_table(weighted, names), [float(scores.w or 0) for scores in weighted]
+    moved = {name: monotonicity(weights, table[:, :, i], samples, seed) for i, name in enumerate(names)}
+    return {
+        name: {
+            "rank_correlation": _finite(vars(found.rank_correlation)),
+            "slope": vars(found.slope),
+            "share_of_resamples_monotone": found.share_of_resamples_monotone,
+        }
+        for name, found in moved.items()
+    }
+
+
+def _finite(result: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN: an undefined number becomes null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in result.items()}

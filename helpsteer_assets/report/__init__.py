@@ -1,0 +1,241 @@
+"""The report: one HTML file that needs nothing but itself, made for choosing a weight.
+
+report.html (Jinja2) lays out what does not change, report.css dresses it, report.js sorts tables and shows the
+responses. Whatever comes from models and data is data: titles and sentences are escaped by the template, prompts and
+responses stand in the page as JSON and are shown as text only. The page's policy for its contents
+(Content-Security-Policy) lets no other script run, whatever the text holds, and nothing be fetched.
+"""
+
+import base64
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from helpsteer_assets.modpo.plots import policy_colour
+from helpsteer_assets.report.figures import inline_figure
+
+ROLES = {
+    "preference": "Preference",
+    "margin": "Margin",
+    "length": "Length",
+    "kl": "Distance to SFT",
+    "rating": "Other ratings",
+    "diagnostic": "Diagnostics",
+}
+"""Groups of measures, in the order in which they matter to the choice of a weight."""
+
+DASH = "\u2013"
+"""In place of a number that is not there."""
+
+_UNWRITABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
+"""What HTML cannot hold as text: control characters, and halves of surrogate pairs, which UTF-8 does not have."""
+
+
+def render(data: Mapping[str, Any]) -> str:
+    """The report on `data` as the text of one HTML file, to be written in UTF-8; the same data give the same text.
+
+    Keys of `data`: title, experiment, description (str); facts ([label, value] pairs); headlines and notes (whole
+    sentences); policies ({label, w, on_front, front_probability, statements}, the SFT model first, in the order used
+    everywhere); measures ({name, title, unit, better, role}); summary ({measure: {policy label: {mean, low, high,
+    delta, delta_low, delta_high, verdict}}}); plots ({id, title, caption, svg}); tables ({title, caption, columns,
+    rows}); prompts ({id, prompt, truncated, responses}, a response {text, finish, tokens, words, scores, disagreement},
+    in the order of the policies). A number may be null or NaN, and a measure may lack policies: a dash stands there.
+    """
+    measures = sorted(data["measures"], key=lambda measure: list(ROLES).index(measure["role"]))
+    policies = [
+        {**policy, "number": number, "probability": _finite(policy["front_probability"])}
+        for number, policy in enumerate(data["policies"])
+    ]
+    colours = {policy["label"]: policy["w"] for policy in policies}
+    script, style = _part("report.js"), _part("report.css")
+    return (
+        _environment()
+        .from_string(_part("report.html"))
+        .render(
+            data=data,
+            policies=policies,
+            by_label={policy["label"]: policy for policy in policies},
+            groups=_groups(measures),
+            scores=_score_rows(policies, measures, data["summary"]),
+            tables=[_table(table) for table in data["tables"]],
+            figures=[inline_figure(plot, colours) for plot in data["plots"]],
+            style=Markup(_colour_rules(policies) + style),
+            script=Markup(script),
+            script_hash=base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii"),
+            payload=Markup(_script_json(_responses(data, measures))),
+        )
+    )
+
+
+def _part(name: str) -> str:
+    return resources.files(__name__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _environment() -> Environment:
+    return Environment(
+        autoescape=True, undefined=StrictUndefined, finalize=_writable, trim_blocks=True, lstrip_blocks=True
+    )
+
+
+def _writable(value: Any) -> Any:
+    """Text without what HTML cannot hold; the parts of the page made here are as they should be."""
+    if isinstance(value, Markup) or not isinstance(value, str):
+        return value
+    return _UNWRITABLE.sub("\ufffd", value)
+
+
+def _colour_rules(policies: Sequence[Mapping[str, Any]]) -> str:
+    """Custom properties --p0, --p1, ... (marks) and --p0t, ... (letters) for a light and a dark page."""
+    root, rules = [], []
+    for policy in policies:
+        n, w = policy["number"], policy["w"]
+        for suffix, text in (("", False), ("t", True)):
+            light, dark = policy_colour(w, text=text), policy_colour(w, dark=True, text=text)
+            root.append(f"--p{n}{suffix}:light-dark({light},{dark})")
+        rules.append(f".p{n}{{--c:var(--p{n});--ct:var(--p{n}t)}}")
+    root.append(f"--middle:light-dark({policy_colour('0.5')},{policy_colour('0.5', dark=True)})")
+    return f":root{{{';'.join(root)}}}\n{''.join(rules)}\n"
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _groups(measures: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The measures' groups that are there: role, title, measures."""
+    return [
+        {"role": role, "title": title, "measures": found}
+        for role, title in ROLES.items()
+        if (found := [measure for measure in measures if measure["role"] == role])
+    ]
+
+
+def _score_rows(
+    policies: Sequence[Mapping[str, Any]], measures: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """One row per policy with a cell per measure: its numbers, how they are written, and what they say against SFT."""
+    rows = []
+    for policy in policies:
+        cells = []
+        for measure in measures:
+            entries = summary.get(measure["name"], {})
+            entry = entries.get(policy["label"], {})
+            percent = measure["unit"] == "share"
+            decimals = _decimals([e.get("mean") for e in entries.values()], percent)
+            cells.append(
+                {
+                    "role": measure["role"],
+                    "mean": _finite(entry.get("mean")),
+                    "delta": _finite(entry.get("delta")),
+                    "mean_text": _fixed(entry.get("mean"), decimals, percent),
+                    "mean_interval": _range(entry.get("low"), entry.get("high"), decimals, percent),
+                    "delta_text": _fixed(entry.get("delta"), decimals, percent, sign=True),
+                    "delta_interval": _range(entry.get("delta_low"), entry.get("delta_high"), decimals, percent),
+                    **_verdict(entry.get("verdict"), measure["better"]),
+                }
+            )
+        rows.append({"policy": policy, "cells": cells})
+    return rows
+
+
+def _verdict(verdict: str | None, better: str | None) -> dict[str, str]:
+    """Sign, class and words of a verdict; the sign's shape says what its colour says."""
+    if verdict not in ("higher", "lower"):
+        return {"mark": "", "kind": "", "words": "no difference to SFT shown" if verdict == "undecided" else ""}
+    good = None if better is None else verdict == better
+    filled = good is not False
+    mark = ("▲" if filled else "△") if verdict == "higher" else ("▼" if filled else "▽")
+    kind, words = {None: ("neutral", ""), True: ("good", ", which is better"), False: ("bad", ", which is worse")}[good]
+    return {"mark": mark, "kind": kind, "words": f"{verdict} than SFT{words}"}
+
+
+def _decimals(values: Sequence[float | None], percent: bool) -> int:
+    """Decimals that show three significant digits of the largest of `values`, one rule for a whole column."""
+    largest = max((abs(v) * (100 if percent else 1) for v in values if _finite(v) is not None), default=0.0)
+    if percent:
+        return 1
+    return 2 if largest == 0 else min(4, max(0, 2 - math.floor(math.log10(largest))))
+
+
+def _fixed(value: float | None, decimals: int, percent: bool, sign: bool = False) -> str:
+    if _finite(value) is None:
+        return DASH
+    scaled = round(value * (100 if percent else 1), decimals) + 0.0
+    text = f"{scaled:{'+' if sign and scaled else ''}.{decimals}f}{'%' if percent else ''}"
+    return text.replace("-", "\u2212")
+
+
+def _range(low: float | None, high: float | None, decimals: int, percent: bool) -> str:
+    if _finite(low) is None or _finite(high) is None:
+        return ""
+    return f"[{_fixed(low, decimals, percent)}, {_fixed(high, decimals, percent)}]"
+
+
+def _table(table: Mapping[str, Any]) -> dict[str, Any]:
+    """A table whose numbers are written alike within a column: whole ones whole, others as `_decimals` says."""
+    columns, by_column = [], []
+    for index, title in enumerate(table["columns"]):
+        values = [row[index] for row in table["rows"]]
+        numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+        whole = all(float(value).is_integer() for value in numbers if _finite(value) is not None)
+        decimals = 0 if whole else _decimals(numbers, percent=False)
+        columns.append({"title": title, "numeric": bool(numbers)})
+        by_column.append([_table_cell(value, decimals) for value in values])
+    return {**table, "columns": columns, "rows": list(zip(*by_column, strict=True))}
+
+
+def _table_cell(value: Any, decimals: int) -> dict[str, Any]:
+    if isinstance(value, str | bool):
+        return {"number": False, "text": str(value)}
+    finite = _finite(value)
+    return {"number": True, "value": "" if finite is None else finite, "text": _fixed(finite, decimals, percent=False)}
+
+
+def _responses(data: Mapping[str, Any], measures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the response browser shows, in lists by position rather than by name: a third smaller."""
+    names = [measure["name"] for measure in measures]
+    return {
+        "policies": [policy["label"] for policy in data["policies"]],
+        "measures": [{"title": m["title"], "unit": m["unit"], "better": m["better"]} for m in measures],
+        "prompts": [
+            [
+                prompt["id"],
+                prompt["prompt"],
+                int(prompt["truncated"]),
+                [
+                    [
+                        response["text"],
+                        int(response["finish"] == "length"),
+                        response["tokens"],
+                        response["words"],
+                        response["disagreement"],
+                        [response["scores"].get(name) for name in names],
+                    ]
+                    for response in prompt["responses"]
+                ],
+            ]
+            for prompt in data["prompts"]
+        ],
+    }
+
+
+def _rounded(value: Any) -> Any:
+    """JSON has no NaN and no infinity; five significant digits are more than a page shows."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _rounded(part) for key, part in value.items()}
+    return [_rounded(part) for part in value] if isinstance(value, list) else value
+
+
+def _script_json(value: Any) -> str:
+    """JSON that can stand inside a script element: nothing in it ends the element, and UTF-8 can hold all of it."""
+    text = json.dumps(_rounded(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return re.sub("[<>&\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff]", lambda found: f"\\u{ord(found[0]):04x}", text)

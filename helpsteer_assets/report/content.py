@@ -1,0 +1,334 @@
+"""What the report says: the analysis, the scores and the responses of an experiment, as `render` takes them."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from helpsteer_assets.modpo.attributes import ATTRIBUTES, OVERALL
+from helpsteer_assets.modpo.comparisons import Measure, number
+from helpsteer_assets.modpo.statistics import Floats, PolicyScores
+from helpsteer_assets.modpo.tradeoff import label_of, measures_of
+
+if TYPE_CHECKING:
+    from helpsteer_assets.experiment import Experiment
+
+Rows = Sequence[Mapping[str, Any]]
+CAPTIONS = {
+    "front": "Each policy's mean with its 95% interval. A policy below and to the left of another is worse on both "
+    "axes. Filled points are on the Pareto front of the means.",
+    "kl": "How far a policy has moved from the SFT model, estimated from its own samples at temperature 1, and what it "
+    "gained by it. Of two policies at one height, the one further left paid less.",
+    "lengths": "Mean with its 95% interval over prompts; the bar holds the middle half of the responses, its line is "
+    "the median.",
+}
+
+
+def report_content(
+    experiment: "Experiment",
+    policies: Sequence[PolicyScores],
+    summary: Rows,
+    result: Mapping[str, Any],
+    responses: Mapping[str | None, pa.Table],
+    plots: Mapping[str, tuple[str, str]],
+    *,
+    quality: Mapping[str, Any] | None,
+    kl: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    """The report's data.
+
+    Args:
+        experiment: the experiment.
+        policies: all measures of the SFT model, then of the weights, ascending.
+        summary: rows of score_summary.
+        result: of `modpo.tradeoff.analyse`.
+        responses: generations by weight, None for the SFT model.
+        plots: title and SVG by name.
+        quality: of `diagnostics.margin_adapter_quality`; None without a margin adapter.
+        kl: by weight, the counts of its KL samples.
+    """
+    measures = measures_of(experiment, list(policies[0].measures))
+    return {
+        "title": f"Trade-off: {experiment.name}",
+        "experiment": experiment.name,
+        "description": experiment.description,
+        "facts": _facts(experiment, len(policies[0].prompt_ids)),
+        "headlines": result["headlines"],
+        "notes": _notes(result, quality),
+        "policies": [
+            {
+                "label": point["label"],
+                "w": point["w"],
+                "on_front": point["on_front"],
+                "front_probability": point["front_probability"],
+                "statements": result["statements"].get(point["w"], []),
+            }
+            for point in result["points"]
+        ],
+        "measures": [
+            {"name": m.name, "title": m.title, "unit": m.unit, "better": m.better, "role": _role(experiment, m.name)}
+            for m in measures.values()
+        ],
+        "summary": _summary(summary, result["differences"]),
+        "plots": [
+            {"id": name, "title": title, "caption": CAPTIONS[name], "svg": svg} for name, (title, svg) in plots.items()
+        ],
+        "tables": [
+            *_equal_length(result["equal_length"], measures),
+            *_movement(result["movement"], measures),
+            *_kl(kl),
+            *_quality(quality, experiment.data.margin_attribute),
+        ],
+        "prompts": _prompts(experiment, policies, responses),
+    }
+
+
+def _facts(experiment: "Experiment", prompts: int) -> list[list[str]]:
+    objective, data, generation = experiment.objective, experiment.data, experiment.generation
+    if objective.margin == "length_penalty":
+        margin = f"length penalty of {objective.penalty:g} per token"
+    else:
+        wanted = "discouraged" if objective.margin_sign < 0 else "encouraged"
+        margin = f"{data.margin_attribute}, {wanted} ({objective.margin_role}), margin_beta {objective.margin_beta:g}"
+    how = f"temperature {generation.temperature:g}" if generation.do_sample else "greedy"
+    rater = experiment.evaluation.rater
+    return [
+        ["ratings", data.source],
+        ["base model", experiment.model.base],
+        ["preference", data.preference_attribute],
+        ["margin", margin],
+        ["beta", f"{objective.beta:g}"],
+        ["weights", ", ".join(objective.weights)],
+        ["evaluation", f"{prompts} held-out prompts, {how}, up to {generation.max_new_tokens} tokens"],
+        ["rater", rater if isinstance(rater, str) else rater.model],
+        ["intervals", f"95%, {experiment.evaluation.bootstrap_samples} bootstrap resamples of the prompts"],
+        ["seed", str(experiment.seed)],
+    ]
+
+
+def _notes(result: Mapping[str, Any], quality: Mapping[str, Any] | None) -> list[str]:
+    notes = [result["note"]] if result["note"] else []
+    notes.append(result["direction"]["sentence"])
+    if quality is not None:
+        notes.append(quality["sentence"])
+    return notes
+
+
+def _role(experiment: "Experiment", name: str) -> str:
+    if name == experiment.data.preference_attribute:
+        return "preference"
+    if name in ("margin", "margin_reward") or (
+        experiment.has_margin_adapter and name == experiment.data.margin_attribute
+    ):
+        return "margin"
+    if name in (*ATTRIBUTES, OVERALL):
+        return "rating"
+    if name in ("response_tokens", "response_words"):
+        return "length"
+    return "kl" if name in ("kl_to_sft", "log_ratio_to_sft") else "diagnostic"
+
+
+def _summary(rows: Rows, differences: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """By measure and policy: mean and interval, and the difference to SFT that holds for all weights at once."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        against = differences.get(row["w"], {}).get(row["measure"]) if row["w"] is not None else None
+        found.setdefault(row["measure"], {})["SFT" if row["w"] is None else f"w={row['w']}"] = {
+            "mean": row["mean"],
+            "low": row["ci_low"],
+            "high": row["ci_high"],
+            "delta": against and against["mean"],
+            "delta_low": against and against["low"],
+            "delta_high": against and against["high"],
+            "verdict": against and against["verdict"],
+        }
+    return found
+
+
+def _equal_length(found: Rows, measures: Mapping[str, Measure]) -> list[dict[str, Any]]:
+    if not found:
+        return []
+    rows = []
+    for item in found:
+        title = measures[item["measure"]].title
+        adjusted, close = item["adjusted"], item["close"]
+        rows.append(
+            [
+                title,
+                f"w={item['w']}",
+                _rounded(item["raw"]),
+                _interval(adjusted),
+                "yes" if item["extrapolated"] else "no",
+                _interval(close),
+                item["close_prompts"],
+            ]
+        )
+    return [
+        {
+            "title": "At equal length",
+            "caption": "Difference to SFT as the lengths are, and what is left of it when length is held fixed: by a "
+            "line within prompts (interval for all weights at once; extrapolated where hardly any response changed its "
+            "length the other way), and among the prompts whose two responses are of about equal length.",
+            "columns": [
+                "measure",
+                "policy",
+                "as it is",
+                "at equal length",
+                "extrapolated",
+                "similar lengths",
+                "prompts",
+            ],
+            "rows": rows,
+        }
+    ]
+
+
+def _movement(found: Mapping[str, Mapping[str, Any]], measures: Mapping[str, Measure]) -> list[dict[str, Any]]:
+    if not found:
+        return []
+    rows = [
+        [
+            measures[name].title,
+            _interval(moved["rank_correlation"]),
+            _interval(moved["slope"]),
+            f"{moved['share_of_resamples_monotone']:.0%}",
+        ]
+        for name, moved in found.items()
+    ]
+    return [
+        {
+            "title": "Movement with w",
+            "caption": "Rank correlation of w and the mean, the change per unit of w (least squares), and the share of "
+            "resamples in which every step of w moves the mean the same way. 95% intervals.",
+            "columns": ["measure", "rank correlation", "change per unit of w", "monotone resamples"],
+            "rows": rows,
+        }
+    ]
+
+
+def _kl(found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    if not found:
+        return []
+    rows = [
+        [
+            f"w={w}",
+            _rounded(m["kl"]),
+            _rounded(m["kl_standard_error"]),
+            m["samples"],
+            f"{m['capped'] / m['samples']:.1%}",
+        ]
+        for w, m in sorted(found.items(), key=lambda item: float(item[0]))
+    ]
+    return [
+        {
+            "title": "KL to SFT",
+            "caption": "Mean log-ratio of the policy's own samples at temperature 1 and top-p 1, in nats per response. "
+            "Where samples are cut at the limit, it is the divergence of the tokens up to there: a lower bound of all.",
+            "columns": ["policy", "KL, nats", "standard error", "samples", "cut at the limit"],
+            "rows": rows,
+        }
+    ]
+
+
+def _quality(found: Mapping[str, Any] | None, attribute: str) -> list[dict[str, Any]]:
+    if found is None or not found["n"]:
+        return []
+
+    def rows(parts: Rows, key: str) -> list[list[Any]]:
+        return [[str(part[key]), part["n"], _percent(part)] for part in parts if part["n"]]
+
+    return [
+        {
+            "title": f"What the margin adapter measures: by the gap in {attribute}",
+            "caption": "Share of validation pairs in which it rewards the chosen response more, by how far the ratings "
+            "are apart. 95% intervals, resampling prompts.",
+            "columns": ["rating gap", "pairs", "ranked right"],
+            "rows": rows(found["by_rating_gap"], "rating_gap"),
+        },
+        {
+            "title": "What the margin adapter measures: by length",
+            "caption": f"{found['sentence']} Much shorter (longer): less than half (more than twice) the length.",
+            "columns": ["the chosen response is", "pairs", "ranked right"],
+            "rows": rows(found["by_length"], "chosen_is"),
+        },
+    ]
+
+
+def _prompts(
+    experiment: "Experiment", policies: Sequence[PolicyScores], responses: Mapping[str | None, pa.Table]
+) -> list[dict[str, Any]]:
+    made = {w: {row["prompt_id"]: row for row in table.to_pylist()} for w, table in responses.items()}
+    order = {scores.w: {p: i for i, p in enumerate(scores.prompt_ids)} for scores in policies}
+    disagreements = _disagreements(experiment, policies)
+    shown = [*ATTRIBUTES, OVERALL, "margin_reward", "log_ratio_to_sft", "repetition"]
+    found = []
+    for prompt_id, row in made[None].items():
+        of_policies = []
+        for scores in policies:
+            i, own = order[scores.w][prompt_id], made[scores.w][prompt_id]
+            of_policies.append(
+                {
+                    "text": own["response"],
+                    "finish": own["finish_reason"],
+                    "tokens": own["response_tokens"],
+                    "words": len(own["response"].split()),
+                    "scores": {
+                        # As many digits as anybody reads: the tables have all of them.
+                        name: float(f"{scores.measures[name][i]:.4g}")
+                        for name in shown
+                        if name in scores.measures
+                    },
+                    "disagreement": float(f"{disagreements[label_of(scores)][prompt_id]:.3g}"),
+                }
+            )
+        found.append(
+            {"id": prompt_id, "prompt": row["prompt"], "truncated": row["prompt_truncated"], "responses": of_policies}
+        )
+    return found
+
+
+def _disagreements(experiment: "Experiment", policies: Sequence[PolicyScores]) -> dict[str, dict[str, float]]:
+    """How strongly rater and margin reward contradict each other about the margin attribute, by policy and prompt.
+
+    Both are differences to SFT's response to the same prompt, in their standard deviations over all responses. Where
+    they point in opposite directions, the geometric mean of their sizes; else 0. Without a rating of the margin
+    attribute, or without an adapter, nothing contradicts.
+    """
+    attribute = experiment.data.margin_attribute
+    reference = policies[0]
+    if not experiment.has_margin_adapter or attribute not in reference.measures:
+        return {label_of(scores): dict.fromkeys(scores.prompt_ids, 0.0) for scores in policies}
+
+    def changes(measure: str) -> list[Floats]:
+        base = dict(zip(reference.prompt_ids, reference.measures[measure], strict=True))
+        return [
+            scores.measures[measure] - np.array([base[prompt_id] for prompt_id in scores.prompt_ids])
+            for scores in policies
+        ]
+
+    rated, rewarded = changes(attribute), changes("margin_reward")
+    scale = float(np.concatenate(rated).std() * np.concatenate(rewarded).std()) or 1.0
+    return {
+        label_of(scores): dict(zip(scores.prompt_ids, np.sqrt(np.maximum(-a * b, 0) / scale).tolist(), strict=True))
+        for scores, a, b in zip(policies, rated, rewarded, strict=True)
+    }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.3g}")
+
+
+def _interval(found: Mapping[str, float] | None) -> str | None:
+    """`0.12 [0.03, 0.21]`, with the digits that the interval's width has; the mean alone where it has no ends."""
+    if found is None or found["mean"] is None:
+        return None
+    if found["low"] is None:
+        return f"{found['mean']:.3g}"
+    width = found["high"] - found["low"]
+    mean, low, high = (number(found[name], width, Measure("", "")) for name in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def _percent(share: Mapping[str, float]) -> str:
+    return f"{share['mean']:.0%} [{share['low']:.0%}, {share['high']:.0%}]"

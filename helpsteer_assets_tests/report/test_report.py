@@ -1,0 +1,242 @@
+"""The report as a file: nothing in it is run or fetched, everything given is in it, the same input gives it again."""
+
+import base64
+import hashlib
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from helpsteer_assets.modpo.plots import policy_colour
+from helpsteer_assets.report import render
+from helpsteer_assets.report.figures import inline_figure
+from helpsteer_assets_tests.browser.report_data import HOSTILE, SCRIPT, hostile_data, report_data
+
+VOID = {"meta", "link", "input", "br", "img"}
+
+
+class Page(HTMLParser):
+    """The elements of a page in order, their texts, and whether every one was closed."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.text: list[str] = []
+        self.open: list[str] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "script":
+            self.scripts.append(data)
+        else:
+            self.text.append(data)
+
+    def values(self, attribute: str) -> list[str]:
+        return [value for _, attributes in self.elements if (value := attributes.get(attribute)) is not None]
+
+
+@pytest.fixture(scope="module")
+def html() -> str:
+    return render(report_data())
+
+
+@pytest.fixture(scope="module")
+def hostile() -> str:
+    return render(hostile_data())
+
+
+def test_every_element_is_closed_and_every_id_is_unique(html: str, hostile: str) -> None:
+    for text in (html, hostile):
+        page = Page(text)
+        assert page.open == []
+        ids = page.values("id")
+        assert len(ids) == len(set(ids)) > 20
+
+
+def test_ids_that_elements_refer_to_exist(html: str) -> None:
+    page = Page(html)
+    ids = set(page.values("id"))
+    wanted = {name for value in page.values("aria-labelledby") for name in value.split()} | set(page.values("for"))
+    wanted |= {value[1:] for value in page.values("href") if len(value) > 1 and value.startswith("#")}
+    wanted |= {name for value in page.values("clip-path") for name in re.findall(r"#([^)]+)", value)}
+    assert len(wanted) > 10
+    assert wanted <= ids
+
+
+def test_the_page_allows_its_own_script_alone(html: str) -> None:
+    page = Page(html)
+    policy = next(a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
+    scripts = [attributes for tag, attributes in page.elements if tag == "script"]
+    assert [attributes.get("type") for attributes in scripts] == ["application/json", None]
+    digest = base64.b64encode(hashlib.sha256(page.scripts[1].encode()).digest()).decode()
+    assert policy is not None
+    assert policy.split("; ")[:4] == [
+        "default-src 'none'",
+        "img-src data:",
+        "style-src 'unsafe-inline'",
+        f"script-src 'sha256-{digest}'",
+    ]
+    assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
+
+
+def test_nothing_is_fetched(html: str) -> None:
+    page = Page(html)
+    assert not page.values("src")
+    assert all(value.startswith(("#", "data:")) for value in page.values("href"))
+    assert not re.search(r"url\((?!#)|@import", html)
+
+
+def test_hostile_text_makes_no_element_and_stays_readable(hostile: str) -> None:
+    page = Page(hostile)
+    assert sum(tag == "script" for tag, _ in page.elements) == 2
+    assert not any(tag in ("img", "b") and attributes for tag, attributes in page.elements)
+    assert sum(SCRIPT in text for text in page.text) >= 6
+
+
+def test_prompts_and_responses_come_back_as_they_were(hostile: str) -> None:
+    read = json.loads(Page(hostile).scripts[0])
+    assert {prompt[0]: prompt[1] for prompt in read["prompts"]} == HOSTILE
+    assert [response[0] for response in read["prompts"][0][3]] == [HOSTILE["script"]] * 4
+
+
+def test_data_hold_nothing_that_ends_a_script_or_cannot_be_written(hostile: str) -> None:
+    payload = Page(hostile).scripts[0]
+    assert not re.search("[<>&\u2028\u2029\x00-\x1f\ud800-\udfff]", payload)
+    hostile.encode("utf-8")
+
+
+def test_nan_and_null_are_dashes_and_no_json_is_invalid(hostile: str) -> None:
+    payload = Page(hostile).scripts[0]
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    read = json.loads(payload, parse_constant=refuse)
+    assert read["prompts"][0][3][0][5] == [None] * 5
+    assert "nan" not in " ".join(Page(hostile).text).lower().split()
+
+
+def test_scores_of_a_response_stand_in_the_order_of_the_measures(html: str) -> None:
+    read = json.loads(Page(html).scripts[0])
+    titles = [measure["title"] for measure in read["measures"]]
+    assert titles == ["rated helpfulness", "margin", "length", "KL to SFT", "capped"]
+    assert read["prompts"][0][3][2][5] == [2.5, -0.16667, 40.0, None, None]
+
+
+def test_the_same_input_gives_the_same_bytes(html: str) -> None:
+    assert render(report_data()).encode() == html.encode()
+
+
+def test_300_prompts_and_7_policies_stay_below_10_megabytes() -> None:
+    html = render(report_data(prompts=300, weights=("0.1", "0.2", "0.3", "0.5", "0.7", "0.9"), words=600))
+    assert 3_000_000 < len(html.encode()) < 10_000_000
+    assert html.count("Question 17: how?") == 1
+
+
+@pytest.mark.parametrize("empty", ["prompts", "plots", "tables", "headlines", "notes", "facts", "measures"])
+def test_a_part_may_be_empty(empty: str) -> None:
+    page = Page(render(report_data() | {empty: []}))
+    ids = set(page.values("id"))
+    assert {value[1:] for value in page.values("href") if len(value) > 1 and value.startswith("#")} <= ids
+
+
+def test_a_report_on_sft_alone_can_be_made() -> None:
+    page = Page(render(report_data(weights=())))
+    assert "w=0.1" not in " ".join(page.text)
+
+
+def test_verdicts_are_told_by_sign_and_words_beside_colour(html: str) -> None:
+    rows = re.findall(r'<tr class="p(\d)"><th scope="row" data-value.*?</tr>', html, re.DOTALL)
+    assert rows == ["0", "1", "2", "3"]
+    table = html[html.index('id="score-table"') :]
+    assert "higher than SFT, which is better" in table
+    assert "lower than SFT, which is worse" in table
+    assert "lower than SFT, which is better" in table  # capped
+    assert "higher than SFT</span>" in table  # length: neither
+    assert {"▲", "△", "▼", "▽"} <= set(table)
+
+
+def test_numbers_of_a_measure_have_the_same_decimals_and_shares_are_percentages(html: str) -> None:
+    texts = re.findall(r'<span class="mean"><b>([^<]*)</b>', html)
+    by_column = [texts[column::5] for column in range(5)]
+    assert by_column[0] == ["2.00", "2.10", "2.50", "2.90"]
+    assert by_column[4] == ["0.0%", "1.0%", "5.0%", "9.0%"]
+
+
+def test_numbers_of_a_table_column_are_written_alike_and_policies_have_their_colour() -> None:
+    rows = [["w=0.5", 0.61234, 3, -1200.0, 0.0], ["other", 0.7, math.nan, 5, None]]
+    table = {"title": "t", "caption": "c", "columns": ["policy", "a", "b", "c", "d"], "rows": rows}
+    html = render(report_data() | {"tables": [table]})
+    shown = html[html.index('id="tables"') : html.index('id="browser"')]
+    assert '<span class="policy p2">' in shown and "<td>other</td>" in shown
+    cells = re.findall(r'<td class="number" data-value="([^"]*)">([^<]*)</td>', shown)
+    assert cells == [
+        ("0.61234", "0.612"),
+        ("3", "3"),
+        ("-1200.0", "\u22121200"),
+        ("0.0", "0"),
+        ("0.7", "0.700"),
+        ("", "\u2013"),
+        ("5", "5"),
+        ("", "\u2013"),
+    ]
+    assert shown.count('class="number"') == 4 + len(cells)
+
+
+def test_figures_take_the_colours_of_the_page_and_names_of_their_own(html: str) -> None:
+    drawn = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
+    assert len(drawn) == 2
+    for svg, name in zip(drawn, ("front", "kl"), strict=True):
+        assert all(value.startswith(f"{name}-") for value in re.findall(r'\bid="([^"]+)"', svg))
+        assert "var(--ink)" in svg and "var(--paper)" in svg and "var(--p3t)" in svg
+        for hex_colour in ("#ffffff", "#1f2933", policy_colour("0.9")):
+            assert hex_colour not in svg
+        assert "<style" not in svg and "metadata" not in svg
+        assert f'<title id="{name}-title">Figure {name}</title>' in svg
+        drawing = svg[svg.index("</desc>") :]
+        assert "A title of its own" not in svg and "A note." not in drawing
+        assert f"What {name} shows. {' '.join(['A note.'] * 16)}</figcaption>" in html
+        assert re.findall(r'aria-label="([^:]+): rated helpfulness: ', svg) == ["SFT", "w=0.1", "w=0.5", "w=0.9"]
+
+
+def test_an_svg_brings_neither_script_nor_address() -> None:
+    svg = (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 9 9">'
+        '<script>attack()</script><foreignObject/><g onclick="attack()"><use xlink:href="https://example.org#a"/></g>'
+        '<image href="https://example.org/a.png"/><path id="a" d="M 0 0"/><use xlink:href="#a"/></svg>'
+    )
+    kept = str(inline_figure({"id": "x y", "title": "<t>", "caption": "", "svg": svg}, {})["svg"])
+    assert "attack" not in kept and "example" not in kept and "image" not in kept and "foreign" not in kept
+    assert '<path id="x-y-a"' in kept and 'href="#x-y-a"' in kept
+    assert "&lt;t&gt;" in kept and 'role="img"' in kept
+
+
+def test_colours_of_policies_can_be_told_from_the_page_in_light_and_dark() -> None:
+    def luminance(colour: str) -> float:  # WCAG 2.2, relative luminance
+        parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    def contrast(a: str, b: str) -> float:
+        high, low = sorted((luminance(a), luminance(b)), reverse=True)
+        return (high + 0.05) / (low + 0.05)
+
+    for w in (None, "0.01", "0.1", "0.25", "0.5", "0.75", "1"):
+        assert contrast(policy_colour(w, text=True), "#ffffff") >= 4.5, w
+        assert contrast(policy_colour(w, dark=True, text=True), "#1c2127") >= 4.5, w
+        assert contrast(policy_colour(w, dark=True), "#1c2127") >= 3, w
