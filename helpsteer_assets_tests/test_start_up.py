@@ -141,9 +141,9 @@ import torch
 torch.cuda.is_available = torch.cuda.device_count = torch.cuda._lazy_init = touched
 print(threads, import_all({MODEL_MODULES}))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
+    # The threads of a BLAS are none of ours, and it makes them anew after a fork; numpy and scipy bring one each.
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     before, after = done.stdout.split()
     assert before == after

@@ -72,7 +72,8 @@ def analyse(experiment: "Experiment", policies: Sequence[PolicyScores]) -> dict[
     weighted = [scores for scores in policies if scores.w is not None]
     differences = differences_to_sft(policies, list(measures), samples, seed)
     moving = [name for name in dict.fromkeys((x, "margin_reward", "response_tokens", "kl_to_sft")) if name in measures]
-    seen = [name for name in ("capped", "repetition", "empty") if any(own.measures[name].any() for own in policies)]
+    flaws = ("capped", "repetition", "empty")
+    shown = [name for name in flaws if any(own[name].verdict != "undecided" for own in differences.values())]
     ends = paired_difference(weighted[-1], weighted[0], "margin_reward", samples, seed)
     # A length penalty is the length; at equal length it cannot differ.
     rewarded = ("margin_reward", experiment.data.margin_attribute) if experiment.has_margin_adapter else ()
@@ -103,7 +104,7 @@ def analyse(experiment: "Experiment", policies: Sequence[PolicyScores]) -> dict[
             [measures["response_tokens"], *([] if measured else [measures[x]])],
             front if measured else None,
         ),
-        "statements": statements(differences, [measures[name] for name in (*moving, *seen)]),
+        "statements": statements(differences, [measures[name] for name in (*moving, *shown)]),
         "equal_length": [
             asdict(found)
             for name in beyond_length

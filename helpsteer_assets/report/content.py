@@ -1,11 +1,13 @@
 """What the report says: the analysis, the scores and the responses of an experiment, as `render` takes them."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
+from helpsteer_assets.experiment import is_hub_id
 from helpsteer_assets.modpo.attributes import ATTRIBUTES, OVERALL
 from helpsteer_assets.modpo.comparisons import Measure, number
 from helpsteer_assets.modpo.statistics import Floats, PolicyScores
@@ -94,17 +96,22 @@ def _facts(experiment: "Experiment", prompts: int) -> list[list[str]]:
     how = f"temperature {generation.temperature:g}" if generation.do_sample else "greedy"
     rater = experiment.evaluation.rater
     return [
-        ["ratings", data.source],
-        ["base model", experiment.model.base],
+        ["ratings", _named(data.source)],
+        ["base model", _named(experiment.model.base)],
         ["preference", data.preference_attribute],
         ["margin", margin],
         ["beta", f"{objective.beta:g}"],
         ["weights", ", ".join(objective.weights)],
         ["evaluation", f"{prompts} held-out prompts, {how}, up to {generation.max_new_tokens} tokens"],
-        ["rater", rater if isinstance(rater, str) else rater.model],
+        ["rater", rater if isinstance(rater, str) else _named(rater.model)],
         ["intervals", f"95%, {experiment.evaluation.bootstrap_samples} bootstrap resamples of the prompts"],
         ["seed", str(experiment.seed)],
     ]
+
+
+def _named(source: str) -> str:
+    """A source without the folders that lead to it: the report is sent to people who have other ones."""
+    return source if is_hub_id(source) else Path(source).name
 
 
 def _notes(result: Mapping[str, Any], quality: Mapping[str, Any] | None) -> list[str]:

@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,10 @@ def newcomer(quick: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished demo, a folder of ratings and a model."""
     folder = tmp_path_factory.mktemp("newcomer")
     shutil.copytree(quick.home, folder / ".helpsteer")
-    demo = QUICK | {"name": "demo", "objective": {"weights": [0.1, 0.5, 0.9]}}
+    demo = yaml.safe_load(resources.files("helpsteer_assets").joinpath("experiments/demo.yaml").read_text("utf-8"))
+    for section in ("sft", "margin_adapter", "modpo", "evaluation"):
+        demo[section] |= QUICK[section]
+    demo["objective"]["weights"] = [0.1, 0.5, 0.9]
     (folder / "demo.yaml").write_text(yaml.safe_dump(demo), encoding="utf-8")
     for name in ("my-instruct-model", "smollm2-135m-instruct"):
         shutil.copytree(local_path("model.base", "embedded"), folder / "models" / name)

@@ -192,8 +192,8 @@ def test_the_run_announces_progress_and_where_to_look(quick: Finished) -> None:
     text = "\n".join(quick.announced)
     for expected in (
         "modpo_models w=0.1: 6 of 6, loss",
-        "Pareto front:",
-        "tradeoff.png",
+        "- Against SFT, rated helpfulness is",
+        "report.html",
         "helpsteer query",
         "helpsteer ui",
     ):
@@ -207,8 +207,8 @@ def test_the_tradeoff_is_kept_as_numbers_and_pictures(quick: Finished) -> None:
     result = json.loads(artifact.file("tradeoff.json").read_text())
     assert [point["label"] for point in result["points"]] == ["SFT", "w=0.1", "w=0.9"]
     assert result["preference_measured"] and result["axes"]["x"] == "helpfulness"
-    assert artifact.file("tradeoff.png").read_bytes().startswith(b"\x89PNG")
-    assert b"<svg" in artifact.file("tradeoff.svg").read_bytes()
+    assert artifact.file("front.png").read_bytes().startswith(b"\x89PNG")
+    assert b"<svg" in artifact.file("front.svg").read_bytes()
 
 
 def test_a_second_run_reuses_everything(copied: Callable[..., Finished]) -> None:
@@ -292,7 +292,7 @@ def test_without_a_rater_preference_quality_is_said_to_be_unmeasured(copied: Cal
     artifact = ArtifactStore(unrated.home).get("tradeoff", ALL, found.value)
     assert artifact is not None
     result = json.loads(artifact.file("tradeoff.json").read_text())
-    assert result["axes"] == {"x": "log_ratio_to_sft", "y": "margin", "x_larger_is_better": False}
+    assert result["axes"] == {"x": "kl_to_sft", "y": "margin", "x_larger_is_better": False}
     assert "unmeasured" in result["note"]
     assert result["note"] in unrated.announced
 

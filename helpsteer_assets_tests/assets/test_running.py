@@ -80,9 +80,9 @@ def test_long_lines_are_folded_to_a_terminal() -> None:
 
 
 def test_a_first_run_says_what_it_computes_and_the_disk_it_needs(quick: Finished) -> None:
-    said = plan(quick)
+    said = " ".join(plan(quick).split())
     assert said.startswith("to compute: helpsteer_ratings; preference_pairs; ")
-    assert "modpo_models w=0.1, 0.9" in " ".join(said.split()) and "to reuse" not in said
+    assert "modpo_models w=0.1, 0.9" in said and "to reuse" not in said
     assert "disk: about " in said and "3 adapters" in said and " free in " in said
 
 

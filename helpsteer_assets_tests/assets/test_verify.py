@@ -105,7 +105,7 @@ def test_a_flipped_bit_is_found_and_the_next_run_mends_it(copied: Copied) -> Non
         (lambda path: (path / MANIFEST).unlink(), "damaged", "manifest.json is missing"),
         (lambda path: (path / MANIFEST).write_text("[]"), "damaged", "manifest.json is unreadable"),
         (lambda path: change_manifest(path, fingerprint="0" * 32), "damaged", "that of another artifact"),
-        (lambda path: (path / "tradeoff.svg").unlink(), "damaged", "tradeoff.svg is missing"),
+        (lambda path: (path / "front.svg").unlink(), "damaged", "front.svg is missing"),
         (lambda path: change_manifest(path, settings={"seed": 7}), "damaged", "not those that its fingerprint"),
         (lambda path: change_manifest(path, schema_version=99), "alien", "written by a newer helpsteer_assets"),
         (shutil.rmtree, "missing", "experiment quick materialized it, and it is gone from "),
@@ -303,11 +303,11 @@ def test_the_command_exits_with_0_or_1_and_a_last_line_in_words(
     result = command(finished)
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[-1].startswith("whole: 22 artifacts (") and "verify: 22 of 22" in result.stderr
-    (folder(finished, "tradeoff") / "tradeoff.svg").unlink()
+    (folder(finished, "tradeoff") / "front.svg").unlink()
     result = command(finished, "--json")
     assert result.exit_code == 1
     told = json.loads(result.stdout)
-    assert told["whole"] is False and told["problems"][0]["what"] == "tradeoff.svg is missing"
+    assert told["whole"] is False and told["problems"][0]["what"] == "front.svg is missing"
     shutil.rmtree(finished.home)
     result = command(finished)
     assert result.exit_code == 2 and "nothing materialized yet" in result.stderr

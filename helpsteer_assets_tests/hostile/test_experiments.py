@@ -268,4 +268,8 @@ def test_free_texts_are_data_and_nothing_else(file: Path, text: str) -> None:
         return
     assert isinstance(loaded, Experiment)
     assert loaded.description == text
-    assert fingerprints(loaded) == fingerprints(Experiment.model_validate(VALID))
+    # It stands in the report, as text, and touches nothing else.
+    plain, described = fingerprints(Experiment.model_validate(VALID)), fingerprints(loaded)
+    assert {asset for asset, partition in plain if plain[asset, partition] != described[asset, partition]} <= {
+        "tradeoff_report"
+    }
