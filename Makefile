@@ -14,7 +14,7 @@ demo: $(READY)
 	HELPSTEER_EXPERIMENT=demo $(BIN)/helpsteer run
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The Dagster UI and the report in a real browser, which has to be installed: chromium or chrome.
 test-ui: $(READY)

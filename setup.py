@@ -49,6 +49,7 @@ setup(
             "playwright>=1.55",
             "pytest>=9",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.8",
             "ruff>=0.14",
             "scipy>=1.15",
         ],

@@ -216,11 +216,11 @@ def _describe_tradeoff(artifact: Artifact, inputs: Inputs, experiment: Experimen
 
 def _describe_report(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
     (tradeoff,) = inputs["tradeoff"].values()
-    report = artifact.file(REPORT)
     shown = [name for name in PLOTS if f"{name}.png" in tradeoff.manifest["files"]]
     return {
-        "report": dg.MetadataValue.path(str(report)),
-        "open_it": dg.MetadataValue.url(report.absolute().as_uri()),
+        # No link: browsers follow none from here to a file.
+        "report": dg.MetadataValue.path(str(artifact.file(REPORT))),
+        "open_it_by": "helpsteer report --open",
         **dict(artifact.manifest["metrics"]),
         **{name: _image(tradeoff, name) for name in shown},
     }

@@ -210,7 +210,7 @@ def test_no_automation_is_there_unless_it_is_switched_on(ui: Ui, page: Page) -> 
 
 
 def test_two_weights_are_backfilled_by_the_job_and_taken_from_the_store(ui: Ui, page: Page) -> None:
-    scores = "SELECT * FROM scores WHERE policy = 'modpo' ORDER BY w, prompt_id"
+    scores = "SELECT * EXCLUDE (run_id) FROM scores WHERE policy = 'modpo' ORDER BY w, prompt_id"
     before, grid = ui.query(scores), phases(load_experiment(str(ui.path)))["tradeoff_grid"]
     page.goto(f"{ui.url}/locations/helpsteer_assets.definitions/jobs/tradeoff_grid")
     backfill = launch_backfill(ui, page, "Materialize all")
