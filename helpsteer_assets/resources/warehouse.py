@@ -273,7 +273,11 @@ _DECLARED = (
             Column("policy", "VARCHAR", _POLICY),
             Column("w", "DOUBLE", _W),
             Column(
-                "measure", "VARCHAR", "column of scores that is summarized, or the share of responses cut at the limit"
+                "measure",
+                "VARCHAR",
+                "a column of scores; overall (sum of the ratings), margin (margin_reward with the role's sign, more is "
+                "better), kl_to_sft (nats), repetition (share of repeated word 4-grams); or the share of responses "
+                "that are capped or empty, or whose prompt was cut (prompt_truncated)",
             ),
             Column("n", "INTEGER", "evaluation prompts"),
             Column("mean", "DOUBLE", "mean, in the measure's unit"),
