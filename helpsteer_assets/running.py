@@ -329,6 +329,8 @@ def _announce_results(lab: Lab, announce: Callable[[str], None]) -> None:
     tradeoff = json.loads(finished("tradeoff").file("tradeoff.json").read_text(encoding="utf-8"))
     if tradeoff["note"]:
         announce(tradeoff["note"])
+    for sentence in tradeoff["caveats"]:
+        announce(f"note: {sentence}")
     for sentence in tradeoff["headlines"]:
         announce(f"- {sentence}")
     named = os.environ.get("HELPSTEER_EXPERIMENT", "demo")

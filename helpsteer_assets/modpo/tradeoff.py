@@ -12,7 +12,7 @@ import numpy as np
 
 from helpsteer_assets.modpo.attributes import ATTRIBUTES, OVERALL
 from helpsteer_assets.modpo.comparisons import Measure, differences_to_sft, headlines, statements
-from helpsteer_assets.modpo.diagnostics import at_equal_length
+from helpsteer_assets.modpo.diagnostics import REPETITION_LIMIT, at_equal_length
 from helpsteer_assets.modpo.fronts import front_with_uncertainty, margin_follows_weight, monotonicity
 from helpsteer_assets.modpo.statistics import PolicyScores, paired_difference, score_table, summarize
 
@@ -55,10 +55,10 @@ def analyse(experiment: "Experiment", policies: Sequence[PolicyScores]) -> dict[
     the preference attribute, the horizontal axis is the distance from SFT: the KL divergence, or where that was not
     estimated the log-ratio of the responses.
 
-    Keys: axes {x, y (measures), x_larger_is_better}, preference_measured, note, points (of `plots.tradeoff_plot`),
-    hypervolume_above_sft {mean, low, high}, direction (`margin_follows_weight`), movement (`monotonicity` by measure),
-    differences (weight -> measure -> `Difference`), headlines, statements (weight -> sentences), equal_length (list of
-    `EqualLength`).
+    Keys: axes {x, y (measures), x_larger_is_better}, preference_measured, note, caveats (`caveats`), points (of
+    `plots.tradeoff_plot`), hypervolume_above_sft {mean, low, high}, direction (`margin_follows_weight`), movement
+    (`monotonicity` by measure), differences (weight -> measure -> `Difference`), headlines, statements (weight ->
+    sentences), equal_length (list of `EqualLength`).
     """
     samples, seed = experiment.evaluation.bootstrap_samples, experiment.seed
     preference = experiment.data.preference_attribute
@@ -82,6 +82,7 @@ def analyse(experiment: "Experiment", policies: Sequence[PolicyScores]) -> dict[
         "axes": {"x": x, "y": "margin", "x_larger_is_better": measured},
         "preference_measured": measured,
         "note": "" if measured else f"No rater rates {preference}: preference quality is unmeasured.",
+        "caveats": caveats(experiment, policies),
         "points": [
             {
                 "label": label_of(scores),
@@ -111,6 +112,48 @@ def analyse(experiment: "Experiment", policies: Sequence[PolicyScores]) -> dict[
             for found in at_equal_length(policies, measures[name], samples, seed)
         ],
     }
+
+
+FEW_PROMPTS = 50
+"""Below, a bootstrap over prompts gives intervals that are noticeably too narrow (see `simultaneous_interval`)."""
+_MANY = 0.05
+
+
+def caveats(experiment: "Experiment", policies: Sequence[PolicyScores]) -> list[str]:
+    """What in the responses and their number makes the comparison less than it looks, in sentences with what to do."""
+    found, limits = [], experiment.generation
+    prompts = len(policies[0].prompt_ids)
+    if prompts < FEW_PROMPTS:
+        found.append(f"{prompts} prompts are few: intervals are too narrow for so few. Raise evaluation.prompts.")
+
+    def told(shares: dict[str, float], least: float, sentence: str) -> None:
+        worst = max(shares, key=lambda label: shares[label])
+        if shares[worst] > least:
+            much = "below 1%" if shares[worst] < 0.01 else f"{shares[worst]:.0%}"
+            found.append(sentence.format(share=much, policy=worst))
+
+    def share(name: str, above: float = 0.0) -> dict[str, float]:
+        return {label_of(scores): float((scores.measures[name] > above).mean()) for scores in policies}
+
+    told(
+        share("capped"),
+        _MANY,
+        f"Up to {{share}} of the responses ({{policy}}) are cut at {limits.max_new_tokens} tokens: lengths differ by "
+        "more than is seen, and raters see unfinished text. Raise generation.max_new_tokens.",
+    )
+    told(
+        share("prompt_truncated"),
+        _MANY,
+        f"{{share}} of the prompts are cut to their last {limits.max_prompt_length} tokens. Raise "
+        "generation.max_prompt_length.",
+    )
+    told(share("empty"), 0.0, "Up to {share} of the responses ({policy}) are empty.")
+    told(
+        share("repetition", REPETITION_LIMIT),
+        0.01,
+        "Up to {share} of the responses ({policy}) mostly repeat themselves. Read some in the response browser.",
+    )
+    return found
 
 
 def label_of(scores: PolicyScores) -> str:

@@ -57,7 +57,7 @@ def report_content(
         "description": experiment.description,
         "facts": _facts(experiment, len(policies[0].prompt_ids)),
         "headlines": result["headlines"],
-        "notes": _notes(result, quality),
+        "notes": _notes(result, quality, kl),
         "policies": [
             {
                 "label": point["label"],
@@ -114,8 +114,14 @@ def _named(source: str) -> str:
     return source if is_hub_id(source) else Path(source).name
 
 
-def _notes(result: Mapping[str, Any], quality: Mapping[str, Any] | None) -> list[str]:
+def _notes(
+    result: Mapping[str, Any], quality: Mapping[str, Any] | None, kl: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
     notes = [result["note"]] if result["note"] else []
+    notes += result["caveats"]
+    cut = max((counts["capped"] / counts["samples"] for counts in kl.values()), default=0.0)
+    if cut > 0.05:
+        notes.append(f"Up to {cut:.0%} of the samples behind the KL are cut at the limit: it is a lower bound.")
     notes.append(result["direction"]["sentence"])
     if quality is not None:
         notes.append(quality["sentence"])

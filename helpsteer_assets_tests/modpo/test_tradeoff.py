@@ -10,7 +10,15 @@ import pytest
 
 from helpsteer_assets.experiment import Experiment
 from helpsteer_assets.modpo.statistics import PolicyScores
-from helpsteer_assets.modpo.tradeoff import analyse, axis_label, length_points, measures_of, points_on
+from helpsteer_assets.modpo.tradeoff import (
+    FEW_PROMPTS,
+    analyse,
+    axis_label,
+    caveats,
+    length_points,
+    measures_of,
+    points_on,
+)
 from helpsteer_assets_tests.assets.conftest import quick_experiment
 
 PROMPTS = 80
@@ -26,6 +34,7 @@ def policies(rated: bool = True, **shifts: dict[str, float]) -> list[PolicyScore
         "kl_to_sft": np.zeros(PROMPTS),
         "log_ratio_to_sft": np.zeros(PROMPTS),
         "capped": np.zeros(PROMPTS),
+        "prompt_truncated": np.zeros(PROMPTS),
         "repetition": np.zeros(PROMPTS),
         "empty": np.zeros(PROMPTS),
     }
@@ -131,6 +140,43 @@ def test_points_of_plots_are_the_means_with_their_intervals(experiment: Experime
         assert point["y_low"] <= point["y"] <= point["y_high"]
     for point, scores in zip(length_points(found, 300, 0), found, strict=True):
         assert point["quartiles"] == pytest.approx(np.quantile(scores.measures["response_tokens"], [0.25, 0.5, 0.75]))
+
+
+def flawed(**flaws: float) -> list[PolicyScores]:
+    """Policies of which w=0.9 has a measure at 1 in this share of the responses."""
+    found = policies()
+    for scores in found:
+        for name in ("capped", "prompt_truncated", "empty", "repetition"):
+            share = flaws.get(name, 0.0) if scores.w == "0.9" else 0.0
+            scores.measures[name] = (np.arange(PROMPTS) < share * PROMPTS).astype(float)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("flaw", "share", "said"),
+    [
+        ("capped", 0.5, r"Up to 50% of the responses \(w=0.9\) are cut at 96 tokens.* generation.max_new_tokens"),
+        ("prompt_truncated", 0.1, "10% of the prompts are cut .* generation.max_prompt_length"),
+        ("empty", 0.0125, r"Up to 1% of the responses \(w=0.9\) are empty"),
+        ("repetition", 0.05, r"Up to 5% of the responses \(w=0.9\) mostly repeat themselves"),
+    ],
+)
+def test_flaws_of_the_responses_are_said_with_what_to_do(
+    experiment: Experiment, flaw: str, share: float, said: str
+) -> None:
+    assert caveats(experiment, flawed()) == []
+    (sentence,) = caveats(experiment, flawed(**{flaw: share}))
+    assert re.match(said, sentence)
+
+
+def test_few_prompts_are_said_to_be_few(experiment: Experiment) -> None:
+    few = [
+        PolicyScores(s.policy, s.w, s.prompt_ids[:10], {name: values[:10] for name, values in s.measures.items()})
+        for s in flawed()
+    ]
+    assert FEW_PROMPTS > 10
+    (sentence,) = caveats(experiment, few)
+    assert "10 prompts are few" in sentence and "evaluation.prompts" in sentence
 
 
 def test_measures_say_which_way_is_better_in_the_role_s_sense(tmp_path: Path) -> None:
