@@ -23,6 +23,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests fork
 # In the background of a script Ctrl-C is ignored; Dagster would make that of SIGTERM, and children inherit both.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+
+@pytest.fixture(autouse=True, scope="module")
+def _environment() -> Iterator[None]:
+    """What a module's tests, or the programs they run in this process, set in the environment ends with the module."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 SENTENCES = (
     "How do I fold a shirt?",
     "Lay it flat, fold the sleeves to the back, then fold it in half.",
