@@ -376,6 +376,19 @@ class EvaluationSettings(Section):
         "responses that are evaluated. 0: no estimate.",
     )
     bootstrap_samples: int = Field(2000, ge=100, description="Resamples of the prompts behind every interval.")
+    shards: int = Field(
+        1,
+        ge=1,
+        le=256,
+        description="Steps among which a policy's responses are divided, for several GPUs or machines to make at the "
+        "same time. In fp32 the responses are the same for any number.",
+    )
+
+    @model_validator(mode="after")
+    def _shards_have_prompts(self) -> "EvaluationSettings":
+        if self.shards > self.prompts:
+            raise ValueError(f"shards ({self.shards}) must not be more than prompts ({self.prompts})")
+        return self
 
 
 class CheckSettings(Section):

@@ -249,8 +249,9 @@ def _leftovers(home: Path, remaining: set[ArtifactName]) -> Iterator[Garbage]:
     """Locks of artifacts that are gone, and what processes left that were killed."""
     locks = home / "locks"
     for asset, partition, path in _nested(locks, files=True):
-        is_lock = path.suffix in (".lock", ".lease") and FOLDER.fullmatch(path.stem)
-        if is_lock and (asset, partition, path.stem) not in remaining:
+        fingerprint = path.name.partition(".")[0]  # a lock of one of its shards bears more
+        is_lock = path.suffix in (".lock", ".lease") and FOLDER.fullmatch(fingerprint)
+        if is_lock and (asset, partition, fingerprint) not in remaining:
             yield Garbage(path, _size(path), "lock of an artifact that is gone", path.with_suffix(".lock"))
     for path in left_behind(home):
         yield Garbage(path, _size(path), "left by a process that was killed")

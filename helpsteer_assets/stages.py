@@ -139,10 +139,11 @@ def stages(experiment: Experiment) -> dict[str, Stage]:
     model = ("model.base", "model.precision", "model.trust_remote_code")
     # In fp32 the batch that a response was made in does not change it; in bf16 it may.
     batch = () if experiment.model.precision == "fp32" else ("generation.max_batch_tokens",)
+    shards = ("evaluation.shards",) if batch and experiment.evaluation.shards > 1 else ()
     generation = tuple(
         f"generation.{key}" for key in type(experiment.generation).model_fields if key != "max_batch_tokens"
     )
-    generation += (*batch, *(("seed",) if experiment.generation.do_sample else ()))
+    generation += (*batch, *shards, *(("seed",) if experiment.generation.do_sample else ()))
     sft = experiment.sft.enabled
     generating = ("modpo/generation.py", "modpo/decoding.py", *_SFT, "modpo/batching.py", "modpo/tokenization.py")
     if experiment.generation.engine == "vllm":

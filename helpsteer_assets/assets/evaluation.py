@@ -62,25 +62,16 @@ KL_SCHEMA = pa.schema(
 
 def sft_generations(run: StageRun) -> Metrics:
     """The reference policy's responses to the evaluation prompts."""
-    return _generate(run, None)
+    return _generate(run)
 
 
 def generations(run: StageRun) -> Metrics:
     """One policy's responses to the evaluation prompts."""
-    return _generate(run, run.input("modpo_models"))
+    return _generate(run)
 
 
-def _generate(run: StageRun, policy: Artifact | None) -> Metrics:
-    experiment = run.experiment
-    prompts = run.table("evaluation_prompts", "prompts.parquet")
-    with _answering(run, policy) as answer:
-        made = answer(
-            prompts["prompt"].to_pylist(),
-            experiment.generation,
-            seed=experiment.seed,
-            progress=run.progress,
-            checkpoint=run.checkpoints / "generations.jsonl",
-        )
+def _generate(run: StageRun) -> Metrics:
+    prompts, made = run.table("evaluation_prompts", "prompts.parquet"), _responses(run)
     columns = {
         "prompt_id": prompts["prompt_id"],
         "prompt": prompts["prompt"],
@@ -97,6 +88,21 @@ def _generate(run: StageRun, policy: Artifact | None) -> Metrics:
         "capped": sum(g.finish_reason == "length" for g in made),
         "prompts_truncated": sum(g.prompt_truncated for g in made),
     }
+
+
+def _responses(run: StageRun, shard: int | None = None) -> "list[Generation]":
+    """The policy's responses to the prompts of one shard, or of all; those in the checkpoints are not made again."""
+    experiment = run.experiment
+    with _answering(run, run.input("modpo_models") if "modpo_models" in run.inputs else None) as answer:
+        return answer(
+            run.table("evaluation_prompts", "prompts.parquet")["prompt"].to_pylist(),
+            experiment.generation,
+            seed=experiment.seed,
+            progress=run.progress,
+            checkpoint=run.checkpoints / "generations.jsonl",
+            shards=experiment.evaluation.shards,
+            shard=shard,
+        )
 
 
 @contextmanager
@@ -331,6 +337,7 @@ def _generations_asset(compute: Any) -> AssetDeclaration:
         table="generations",
         file="generations.parquet",
         loads_model=True,
+        shard=_responses,
     )
 
 

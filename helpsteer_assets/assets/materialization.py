@@ -6,7 +6,8 @@ store (reuse, wait, resume or compute), the warehouse, Dagster's record.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +93,25 @@ class AssetDeclaration:
     file: str | None = None
     """Parquet file of those rows."""
     loads_model: bool = False
+    shard: Callable[[StageRun, int], object] | None = None
+    """Does the work of one of `evaluation.shards` parts ahead, and keeps it in the checkpoints of the whole."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What a step of an asset works with."""
+
+    present: Mapping[tuple[str, str], Fingerprint]
+    """Of every asset and partition."""
+    fingerprint: Fingerprint
+    inputs: Inputs
+    label: str
+    """Asset, weight and shard, for people."""
+    log: Callable[[str], None]
+
+    def say(self, message: str) -> None:
+        """Log what happens to it."""
+        self.log(f"{self.label}: {message}")
 
 
 class Lab:
@@ -129,9 +149,58 @@ class Lab:
 
     def materialize(self, declaration: AssetDeclaration, context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         """Reuse or compute one asset (of one weight), and record it in warehouse and Dagster."""
+        with self._step(declaration, context) as step:
+            fingerprint, inputs = step.fingerprint, step.inputs
+            artifact, reused = self._make(declaration, step)
+            step.say(f"{'reused' if reused else 'finished'} ({artifact.path})")
+            self.warehouse.forget_others(self.experiment.name, set(step.present))
+            self.warehouse.record(
+                experiment=self.experiment.name,
+                asset=fingerprint.asset,
+                partition=fingerprint.partition,
+                fingerprint=fingerprint.value,
+                path=artifact.path,
+                run_id=context.run_id,
+                reused=reused,
+                table=declaration.table,
+                parquet=artifact.file(declaration.file) if declaration.file else None,
+                constants=self._constants(declaration.table, fingerprint.partition),
+                publish=self._publish_reused or not reused,
+            )
+        return dg.MaterializeResult(
+            data_version=dg.DataVersion(fingerprint.value),
+            metadata={
+                **rounded(declaration.describe(artifact, inputs, self.experiment)),
+                **self._table_metadata(declaration, artifact),
+                "fingerprint": fingerprint.value,
+                "reused": reused,
+                "duration_s": artifact.manifest["duration_s"],
+                "path": dg.MetadataValue.path(str(artifact.path)),
+            },
+        )
+
+    def make_shard(self, declaration: AssetDeclaration, context: dg.OpExecutionContext, number: int) -> None:
+        """Do one shard's part of an asset (of one weight), unless the asset is finished."""
+        shard = declaration.shard
+        assert shard is not None  # the asset would have no such step
+        with self._step(declaration, context, f" shard {number + 1} of {self.experiment.evaluation.shards}") as step:
+            fingerprint = step.fingerprint
+            was_needed = self.store.contribute(
+                fingerprint.asset,
+                fingerprint.partition,
+                fingerprint.value,
+                f"shard-{number + 1}",
+                compute=lambda folder: self._compute(lambda run: shard(run, number), step, folder),
+                on_wait=step.say,
+            )
+            step.say("done" if was_needed else "the whole is finished already")
+
+    @contextmanager
+    def _step(self, declaration: AssetDeclaration, context: dg.OpExecutionContext, suffix: str = "") -> Iterator[_Step]:
+        """What a step of an asset needs; a user's mistake within ends it without another try."""
         name = declaration.compute.__name__
         partition = context.partition_key if context.has_partition_key else ALL
-        label = name if partition == ALL else f"{name} w={partition}"
+        label = (name if partition == ALL else f"{name} w={partition}") + suffix
 
         def log(message: str) -> None:
             context.log.info(message)
@@ -146,65 +215,13 @@ class Lab:
                     inputs = self._inputs(fingerprint, label)
                     if declaration.gate is not None:
                         declaration.gate(self.experiment, inputs)
-                    artifact, reused = self._make(declaration, fingerprint, inputs, label, log)
-                    log(f"{label}: {'reused' if reused else 'finished'} ({artifact.path})")
-                    self.warehouse.forget_others(self.experiment.name, set(present))
-                    self.warehouse.record(
-                        experiment=self.experiment.name,
-                        asset=name,
-                        partition=partition,
-                        fingerprint=fingerprint.value,
-                        path=artifact.path,
-                        run_id=context.run_id,
-                        reused=reused,
-                        table=declaration.table,
-                        parquet=artifact.file(declaration.file) if declaration.file else None,
-                        constants=self._constants(declaration.table, partition),
-                        publish=self._publish_reused or not reused,
-                    )
+                    yield _Step(present, fingerprint, inputs, label, log)
         except HelpsteerError as error:
             # The user has to change something first: trying again would end the same way.
             raise dg.Failure(description=str(error), allow_retries=False) from error
-        return dg.MaterializeResult(
-            data_version=dg.DataVersion(fingerprint.value),
-            metadata={
-                **rounded(declaration.describe(artifact, inputs, self.experiment)),
-                **self._table_metadata(declaration, artifact),
-                "fingerprint": fingerprint.value,
-                "reused": reused,
-                "duration_s": artifact.manifest["duration_s"],
-                "path": dg.MetadataValue.path(str(artifact.path)),
-            },
-        )
 
-    def _make(
-        self,
-        declaration: AssetDeclaration,
-        fingerprint: Fingerprint,
-        inputs: Inputs,
-        label: str,
-        log: Callable[[str], None],
-    ) -> tuple[Artifact, bool]:
-        def compute(folder: Path) -> Metrics:
-            begun = partial_progress(folder / CHECKPOINTS)
-            log(f"{label}: computing" + (f", going on from {begun}" if begun else ""))
-            with ProgressReporter(label, log, self._terminal) as progress:
-                run = StageRun(
-                    self.experiment,
-                    fingerprint.asset,
-                    fingerprint.partition,
-                    fingerprint.value,
-                    folder,
-                    inputs,
-                    progress,
-                    log,
-                    self.models,
-                )
-                try:
-                    return declaration.compute(run)
-                finally:
-                    release_memory()
-
+    def _make(self, declaration: AssetDeclaration, step: _Step) -> tuple[Artifact, bool]:
+        fingerprint = step.fingerprint
         return self.store.build(
             fingerprint.asset,
             fingerprint.partition,
@@ -217,9 +234,30 @@ class Lab:
                 "seed": self.experiment.seed,
                 "run": self.experiment.run.model_dump(mode="json"),
             },
-            compute=compute,
-            on_wait=lambda message: log(f"{label}: {message}"),
+            compute=lambda folder: self._compute(declaration.compute, step, folder),
+            on_wait=step.say,
         )
+
+    def _compute(self, compute: Callable[[StageRun], Any], step: _Step, folder: Path) -> Any:
+        """What `compute` returns of a partial folder."""
+        begun = partial_progress(folder / CHECKPOINTS)
+        step.say("computing" + (f", going on from {begun}" if begun else ""))
+        with ProgressReporter(step.label, step.log, self._terminal) as progress:
+            run = StageRun(
+                self.experiment,
+                step.fingerprint.asset,
+                step.fingerprint.partition,
+                step.fingerprint.value,
+                folder,
+                step.inputs,
+                progress,
+                step.log,
+                self.models,
+            )
+            try:
+                return compute(run)
+            finally:
+                release_memory()
 
     def _inputs(self, fingerprint: Fingerprint, label: str) -> dict[str, dict[str, Artifact]]:
         found: dict[str, dict[str, Artifact]] = {}
@@ -289,27 +327,72 @@ def build_asset(declaration: AssetDeclaration, experiment: Experiment) -> dg.Ass
     name = declaration.compute.__name__
     stage: Stage = stages(experiment)[name]
     automated = experiment.run.automation and declaration.group == GROUP
-
-    @dg.asset(
-        name=name,
-        deps=list(stage.inputs),
-        group_name=declaration.group,
-        kinds=declaration.kinds,
-        description=declaration.compute.__doc__,
-        owners=["team:helpsteer_assets"],
-        tags={"experiment": experiment.name},
-        code_version=code_version(stage, experiment),
-        partitions_def=weight_partitions(experiment) if stage.partitioned else None,
-        metadata=_definition_metadata(declaration),
-        pool=GPU_POOL if declaration.loads_model else None,
-        # A killed or crashed step goes on from its last checkpoint; a user's mistake is not tried again.
-        retry_policy=dg.RetryPolicy(max_retries=1, delay=5) if declaration.loads_model else None,
-        automation_condition=follows_inputs(experiment, stage) if automated else None,
+    # A killed or crashed step goes on from its last checkpoint; a user's mistake is not tried again.
+    runs: dict[str, Any] = (
+        {"pool": GPU_POOL, "retry_policy": dg.RetryPolicy(max_retries=1, delay=5)} if declaration.loads_model else {}
     )
+    shown: dict[str, Any] = {
+        "name": name,
+        "group_name": declaration.group,
+        "kinds": declaration.kinds,
+        "description": declaration.compute.__doc__,
+        "owners": ["team:helpsteer_assets"],
+        "tags": {"experiment": experiment.name},
+        "code_version": code_version(stage, experiment),
+        "partitions_def": weight_partitions(experiment) if stage.partitioned else None,
+        "metadata": _definition_metadata(declaration),
+        "automation_condition": follows_inputs(experiment, stage) if automated else None,
+    }
+    if declaration.shard is not None and experiment.evaluation.shards > 1:
+        return _sharded_asset(declaration, experiment.evaluation.shards, stage.inputs, shown, runs)
+
+    @dg.asset(deps=list(stage.inputs), **shown, **runs)
     def _asset(context: dg.AssetExecutionContext, lab: dg.ResourceParam[Lab]) -> dg.MaterializeResult:
         return lab.materialize(declaration, context)
 
     return _asset
+
+
+def _sharded_asset(
+    declaration: AssetDeclaration, shards: int, inputs: Sequence[str], shown: dict[str, Any], runs: dict[str, Any]
+) -> dg.AssetsDefinition:
+    """An asset of several steps: one for each shard, which may run at the same time, and one that puts them together.
+
+    The last one makes what a shard left undone, so that it needs a place in the pool as well.
+    """
+
+    def step(number: int) -> dg.OpDefinition:
+        @dg.op(
+            name=f"{shown['name']}_shard_{number + 1}_of_{shards}",
+            ins={name: dg.In(dg.Nothing) for name in inputs},
+            out=dg.Out(dg.Nothing),
+            **runs,
+        )
+        def _shard(context: dg.OpExecutionContext, lab: dg.ResourceParam[Lab]) -> None:
+            lab.make_shard(declaration, context, number)
+
+        return _shard
+
+    steps = {f"shard_{number}": step(number) for number in range(shards)}
+
+    @dg.op(
+        name=f"{shown['name']}_from_shards",
+        ins={name: dg.In(dg.Nothing) for name in steps},
+        out=dg.Out(dg.Nothing),
+        code_version=shown["code_version"],
+        **runs,
+    )
+    def _whole(context: dg.OpExecutionContext, lab: dg.ResourceParam[Lab]) -> dg.Output[None]:
+        made = lab.materialize(declaration, context)
+        with warnings.catch_warnings():
+            # Else every run says that an op's data version is beta. Versions of Dagster are pinned.
+            warnings.simplefilter("ignore", dg.BetaWarning)
+            return dg.Output(None, data_version=made.data_version, metadata=made.metadata)
+
+    def compose(**read: Any) -> Any:
+        return _whole(**{name: shard(**read) for name, shard in steps.items()})
+
+    return dg.graph_asset(ins={name: dg.AssetIn(dagster_type=dg.Nothing) for name in inputs}, **shown)(compose)
 
 
 def _definition_metadata(declaration: AssetDeclaration) -> dict[str, Any]:

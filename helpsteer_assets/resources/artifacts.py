@@ -188,6 +188,36 @@ class ArtifactStore:
                 write_atomically(partial / MANIFEST, text)
             return self._finish(asset, partition, fingerprint, json.loads(text)), False
 
+    def contribute(
+        self,
+        asset: str,
+        partition: str,
+        fingerprint: str,
+        part: str,
+        *,
+        compute: Callable[[Path], None],
+        on_wait: Callable[[str], None],
+    ) -> bool:
+        """Does a part of an artifact's work before it is built; returns whether there was something to do.
+
+        `compute` gets the partial folder, and keeps what it made in its `checkpoints/`, where `build` goes on from it.
+        Parts of other names may be worked on at the same time; one process works on one part.
+        """
+        lock = self.lock(asset, partition, f"{fingerprint}.{part}")
+        with exclusive_lock(lock, lambda holder: on_wait(f"{holder}, which is making {part} of {asset}")) as lease:
+            if self.find(asset, partition, fingerprint) is not None:
+                return False
+            partial = self.partial(asset, partition, fingerprint)
+            try:
+                with readable_library_errors(partial):
+                    compute(partial)
+            except (HelpsteerError, OSError):
+                # Another run may have built the whole meanwhile, and removed the folder.
+                if self.find(asset, partition, fingerprint) is None:
+                    raise
+            lease.check()
+            return True
+
     def _prepare(self, partial: Path) -> bool:
         """Readies the partial folder for an attempt; True if it holds checkpoints of an earlier one."""
         with readable_os_errors("write", partial):
