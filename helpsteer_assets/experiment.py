@@ -468,6 +468,11 @@ class Experiment(Section):
                     "choose two attributes to trade against each other"
                 )
         for key, source, revision in self.hub_references().values():
+            if "://" in source:
+                raise ValueError(
+                    f"{key}: {source} is a URL; what is read is a folder, a file or a repository of the hub. Copy it "
+                    "to a folder, and give the path of that"
+                )
             key = key.rpartition(".")[0]
             if is_hub_id(source):
                 if revision is None or not re.fullmatch(r"[0-9a-f]{40}", revision):

@@ -7,6 +7,7 @@
 """
 
 import os
+import re
 from pathlib import Path
 
 from helpsteer_assets.errors import HelpsteerError
@@ -33,9 +34,15 @@ nux:
 def home_path() -> Path:
     """`HELPSTEER_HOME`, else `.helpsteer` in the working directory; absolute.
 
-    Raises HelpsteerError for a path that SQLite or DuckDB would read as another one, and write to that.
+    Raises HelpsteerError for a URL, and for a path that SQLite or DuckDB would read as another one, and write to that.
     """
-    home = Path(os.path.expanduser(os.environ.get("HELPSTEER_HOME") or ".helpsteer")).absolute()  # noqa: PTH111
+    named = os.environ.get("HELPSTEER_HOME") or ".helpsteer"
+    if re.match(r"[a-z][a-z0-9+.-]*:/", named, re.IGNORECASE):  # `--home` makes one slash of two
+        raise HelpsteerError(
+            f"the home {named} is a URL, and a home is a folder: it rests on locks and renames, which object stores do "
+            "not have. Set HELPSTEER_HOME to a folder, on a disk or a file system that machines share"
+        )
+    home = Path(os.path.expanduser(named)).absolute()  # noqa: PTH111
     try:
         str(home).encode()
     except UnicodeEncodeError:

@@ -18,6 +18,7 @@ from pathlib import Path
 import dagster as dg
 
 from helpsteer_assets.home import dagster_home
+from helpsteer_assets.records import claim, names_storage, readable_database_errors, readable_mistakes
 from helpsteer_assets.resources.files import readable_os_errors
 from helpsteer_assets.resources.locks import exclusive_lock, lock_if_free
 from helpsteer_assets.resources.uses import bury_dead
@@ -40,21 +41,32 @@ def make_dagster_home(home: Path, experiment: str) -> Path:
     """DAGSTER_HOME of an experiment, with Dagster's databases.
 
     Two processes that make them at once fail, and one that dies halfway leaves some that nobody can open: so they are
-    made beside their place, by one process, and `history` is moved there last.
+    made beside their place, by one process, and `history` is moved there last. Where dagster.yaml names a database
+    elsewhere, its tables are made there, by one process too.
+
+    Raises HelpsteerError for a dagster.yaml or a database that cannot be used, and for one that holds other records.
     """
     folder = dagster_home(home, experiment)
-    with exclusive_lock(home / "locks" / "dagster" / f"{experiment}.lock"), readable_os_errors("write", folder):
-        if not (folder / "history").exists():
+    config = folder / "dagster.yaml"
+    with (
+        exclusive_lock(home / "locks" / "dagster" / f"{experiment}.lock"),
+        readable_os_errors("write", folder),
+        readable_mistakes(config),
+        readable_database_errors(config),
+    ):
+        if names_storage(config):
+            with dg.DagsterInstance.from_config(str(folder)) as instance:
+                claim(instance, folder)
+        elif not (folder / "history").exists():
             for leftover in folder.glob(".new-*"):
                 shutil.rmtree(leftover)
             new = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
-            shutil.copy(folder / "dagster.yaml", new)
+            shutil.copy(config, new)
             with dg.DagsterInstance.from_config(str(new)):
                 pass
-            for name in ("schedules", "history"):  # elsewhere, if dagster.yaml says so
-                if (new / name).exists():
-                    shutil.rmtree(folder / name, ignore_errors=True)
-                    (new / name).rename(folder / name)
+            for name in ("schedules", "history"):
+                shutil.rmtree(folder / name, ignore_errors=True)
+                (new / name).rename(folder / name)
             shutil.rmtree(new)
     return folder
 

@@ -28,8 +28,10 @@ from helpsteer_assets.disk import (
 )
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment import Experiment
+from helpsteer_assets.home import dagster_home
 from helpsteer_assets.interrupts import ends_on_signal
 from helpsteer_assets.jobs import build_jobs, phases
+from helpsteer_assets.records import readable_database_errors
 from helpsteer_assets.recovery import alive, cancel_runs, make_dagster_home, recovering
 from helpsteer_assets.resources.artifacts import ALL, Artifact
 from helpsteer_assets.resources.files import readable_library_errors, readable_os_errors
@@ -91,6 +93,7 @@ def run_experiment(
         with (
             _kept_streams(),
             readable_library_errors(home),
+            readable_database_errors(dagster_home(home, experiment.name) / "dagster.yaml"),
             dg.DagsterInstance.from_config(str(make_dagster_home(home, experiment.name))) as instance,
             alive(home) as tags,
             ends_on_signal(leave),
@@ -127,8 +130,8 @@ def _leave(
     for item in status(lab.experiment, lab.warehouse.home):
         if item.state == "partial":
             announce(f"to resume:  {label(item.asset, item.partition)} ({item.detail})")
-    cancel_runs(instance, tags)
     lab.warehouse.publish()
+    cancel_runs(instance, tags)
 
 
 def _materialize_phases(

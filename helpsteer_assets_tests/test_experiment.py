@@ -433,6 +433,8 @@ OTHER_RATER = "`embedded` rates answers to the embedded data's prompts only; use
         (HUB, "If nvidia/HelpSteer is meant to be a path, write ./nvidia/HelpSteer"),
         ({**HUB, "data.revision": "main"}, "data.revision: got 'main'; nvidia/HelpSteer comes from the hub"),
         ({**HUB, "data.revision": COMMIT[:12]}, f"data.revision: got '{COMMIT[:12]}'"),
+        ({"data.source": "s3://bucket/ratings"}, "data.source: s3://bucket/ratings is a URL"),
+        ({"model.base": "https://host/model"}, "model.base: https://host/model is a URL"),
         ({"model.base": "meta/llama"}, "model.revision: missing; meta/llama comes from the hub"),
         ({"evaluation.rater": {**RATER, "model": "a/rater"}}, "evaluation.rater.revision: missing; a/rater comes from"),
         ({"data.source": "./x", "data.revision": COMMIT}, "data.revision: goes with an id on the hub only"),

@@ -166,6 +166,16 @@ def test_a_home_whose_path_a_database_reads_as_another_is_refused(
         home_path()
 
 
+@pytest.mark.parametrize("name", ["s3://bucket/home", "s3:/bucket/home", "gs://bucket", "file:///tmp/home"])
+def test_a_home_that_is_a_url_is_no_folder_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HELPSTEER_HOME", name)
+    with pytest.raises(HelpsteerError, match="is a URL, and a home is a folder"):
+        home_path()
+
+
 @pytest.mark.parametrize("linked", ["partial", "checkpoints"])
 def test_a_link_out_of_the_home_is_not_followed(tmp_path: Path, linked: str) -> None:
     outside = tmp_path / "outside"
