@@ -1,0 +1,312 @@
+"""Dagster's records in Postgres: a run, its death and what follows, as the manual's page says it."""
+
+import json
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.context import ForkProcess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import dagster as dg
+import pytest
+import yaml
+
+from helpsteer_assets.assets.materialization import GPU_POOL
+from helpsteer_assets.errors import HelpsteerError
+from helpsteer_assets.experiment import Experiment
+from helpsteer_assets.home import DAGSTER_YAML, dagster_home
+from helpsteer_assets.recovery import make_dagster_home
+from helpsteer_assets.resources.artifacts import ArtifactStore
+from helpsteer_assets.running import run_experiment
+from helpsteer_assets.stages import fingerprints
+from helpsteer_assets.status import status
+from helpsteer_assets_tests.assets.conftest import quick_experiment
+from helpsteer_assets_tests.faults.ui_faults import descendants
+from helpsteer_assets_tests.postgres.conftest import Server
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "how-to" / "postgres.md"
+SMALL: dict[str, Any] = {
+    "data": {"max_train_prompts": 40},
+    "objective": {
+        "weights": [0.5],
+        "margin": "length_penalty",
+        "penalty": 0.01,
+        "margin_role": None,
+        "margin_beta": None,
+    },
+    "sft": {"enabled": False},
+    "margin_adapter": None,
+    "modpo": {"steps": 12, "evaluate_every": 2},
+    "evaluation": {"prompts": 4, "kl_samples": 0},
+}
+"""One weight, and one training."""
+TRAINED = "modpo_models w=0.5: computing"
+
+
+class Started(NamedTuple):
+    """A run that was started, and the file of what it announces."""
+
+    process: ForkProcess
+    log: Path
+
+    def wait(self) -> list[str]:
+        """What it announced, once it has ended well."""
+        self.process.join(600)
+        said = self.log.read_text(encoding="utf-8").splitlines()
+        assert self.process.exitcode == 0, said
+        return said
+
+
+class Home:
+    """A home whose records are in a database, and its experiment."""
+
+    def __init__(self, folder: Path, server: Server, database: str, **connection: Any) -> None:
+        self.folder = folder
+        self.path = folder / "home"
+        self.experiment = self.change()
+        config = self.path / "dagster" / self.experiment.name / "dagster.yaml"
+        config.parent.mkdir(parents=True)
+        # As the manual's page has it, but for the server.
+        storage = yaml.safe_load(
+            re.findall(r"^```yaml\n(.*?)^```", PAGE.read_text("utf-8"), re.DOTALL | re.MULTILINE)[0]
+        )
+        there = {"hostname": "127.0.0.1", "port": server.port, "db_name": database}
+        storage["storage"]["postgres"]["postgres_db"] |= there | connection
+        config.write_text(DAGSTER_YAML.format(pool_limit=1) + yaml.safe_dump(storage), encoding="utf-8")
+
+    def change(self, **changes: Any) -> Experiment:
+        """Write the experiment anew."""
+        sections = {key: SMALL[key] | changes.get(key, {}) if SMALL.get(key) else changes.get(key) for key in SMALL}
+        self.experiment = quick_experiment(self.folder, **sections)
+        return self.experiment
+
+    def run(self, announce: Callable[[str], None] = lambda message: None, **options: Any) -> list[str]:
+        """What a run that went well announced."""
+        said: list[str] = []
+
+        def say(message: str) -> None:
+            said.append(message)
+            announce(message)
+
+        assert run_experiment(self.experiment, self.path, announce=say, **options), said
+        return said
+
+    def start(self) -> Started:
+        """A run in a process of its own, which is a fork of this one: imports would take it longer than the run."""
+        log = Path(tempfile.mkdtemp(dir=self.folder)) / "said"
+
+        def work() -> None:
+            with log.open("w", encoding="utf-8") as file:
+                complete = run_experiment(
+                    self.experiment, self.path, announce=lambda message: print(message, file=file, flush=True)
+                )
+            os._exit(int(not complete))
+
+        process = multiprocessing.get_context("fork").Process(target=work)
+        process.start()
+        return Started(process, log)
+
+    @contextmanager
+    def records(self) -> Iterator[dg.DagsterInstance]:
+        with dg.DagsterInstance.from_config(str(dagster_home(self.path, self.experiment.name))) as instance:
+            yield instance
+
+    def statuses(self) -> list[str]:
+        """Of Dagster's runs, the latest first."""
+        with self.records() as instance:
+            return [run.status.value for run in instance.get_runs()]
+
+
+@pytest.fixture(scope="module")
+def home(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Home:
+    """One home for a story: each test goes on where the last ended."""
+    server.create_database("story")
+    return Home(tmp_path_factory.mktemp("story"), server, "story")
+
+
+def test_a_run_that_is_killed_is_ended_and_gone_on_from_and_all_is_reused_then(home: Home, server: Server) -> None:
+    present = fingerprints(home.experiment)["modpo_models", "0.5"].value
+    training = ArtifactStore(home.path).partial("modpo_models", "0.5", present)
+    started = home.start()
+    while not list(training.glob("checkpoints/checkpoint-*/complete.json")):
+        assert started.process.is_alive(), started.log.read_text()
+        time.sleep(0.01)
+    started.process.kill()
+    started.process.join()
+    assert home.statuses()[0] == "STARTED"
+    with home.records() as records:
+        assert len(records.event_log_storage.get_concurrency_info(GPU_POOL).active_run_ids) == 1
+
+    said = home.run()
+
+    assert any(line.endswith("its checkpoints are gone on from") for line in said)
+    artifact = ArtifactStore(home.path).find("modpo_models", "0.5", present)
+    assert artifact is not None and artifact.manifest["metrics"]["resumed_from"] >= 2
+    assert sorted(home.statuses()) == ["FAILURE", "SUCCESS", "SUCCESS", "SUCCESS", "SUCCESS"]
+    with home.records() as records:
+        assert not records.event_log_storage.get_concurrency_info(GPU_POOL).active_run_ids
+        event = records.get_latest_materialization_event(dg.AssetKey("modpo_models"))
+        assert event is not None and event.asset_materialization is not None
+        assert event.asset_materialization.tags["dagster/data_version"] == present
+    assert server.query("story", "SELECT count(*) FROM runs") == [(5,)]
+
+    again = home.run()
+
+    assert not [line for line in again if line.endswith(": computing")]
+    assert len([line for line in again if ": reused (" in line]) == len(fingerprints(home.experiment))
+    beside = {path.name for path in dagster_home(home.path, "quick").iterdir()}
+    assert beside == {"dagster.yaml", "records_id", "storage"}, "logs of steps, and no database"
+
+
+def test_two_runs_at_once_keep_to_the_pool_and_one_of_them_trains(home: Home) -> None:
+    home.change(objective={"beta": 0.3})
+    said = [line for started in [home.start(), home.start()] for line in started.wait()]
+    assert said.count(TRAINED) == 1
+    assert set(home.statuses()[:6]) == {"SUCCESS"}
+
+
+def test_a_server_that_goes_away_in_a_run_costs_nothing_that_was_done(home: Home, server: Server) -> None:
+    home.change(objective={"beta": 0.2})
+
+    def stop(message: str) -> None:
+        if message == TRAINED:
+            server.stop()
+
+    with pytest.raises(HelpsteerError, match="the database of Dagster's records does not serve: connection to server"):
+        home.run(stop)
+    states = {item.asset: item.state for item in status(home.experiment, home.path)}
+    assert states["reference_log_probs"] == "complete" and states["modpo_models"] in ("partial", "reusable")
+    server.start()
+    assert home.statuses()[0] == "STARTED"
+
+    said = home.run()
+
+    assert any("died; what it had finished is reused" in line for line in said)
+    assert {item.state for item in status(home.experiment, home.path)} == {"complete"}
+    assert "STARTED" not in home.statuses()
+
+
+def test_a_run_that_the_ui_launches_is_recorded_there_too(home: Home, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = "from helpsteer_assets.cli import entry; entry()"
+    options = ["-e", str(home.folder / "quick.yaml"), "--home", str(home.path), "ui", "--port", str(port)]
+
+    def ask(query: str) -> Any:
+        body = json.dumps({"query": query}).encode()
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/graphql", body, headers)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)["data"]
+
+    def wait_for(done: Callable[[], object]) -> None:
+        while True:
+            assert process.poll() is None, log.read_text()
+            with suppress(OSError):
+                if done():
+                    return
+            time.sleep(0.2)
+
+    log = tmp_path / "log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, *options],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
+    try:
+        wait_for(lambda: ask("{ repositoriesOrError { ... on RepositoryConnection { nodes { name } } } }"))
+        before = home.statuses()
+        launched = ask(
+            """mutation { launchRun(executionParams: {mode: "default", selector: {
+                 repositoryLocationName: "helpsteer_assets.definitions", repositoryName: "__repository__",
+                 jobName: "__ASSET_JOB", assetSelection: [{path: ["helpsteer_ratings"]}]}})
+               { __typename ... on LaunchRunSuccess { run { runId } } ... on PythonError { message } } }"""
+        )["launchRun"]
+        assert launched["__typename"] == "LaunchRunSuccess", launched
+        shown = f'{{ runOrError(runId: "{launched["run"]["runId"]}") {{ ... on Run {{ status }} }} }}'
+        wait_for(lambda: ask(shown)["runOrError"]["status"] in ("SUCCESS", "FAILURE"))
+        assert home.statuses() == ["SUCCESS", *before]
+    finally:
+        below = descendants(process.pid)
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+        for pid in {process.pid, *below}:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_processes_that_open_a_fresh_database_at_once_make_its_tables_once(server: Server, tmp_path: Path) -> None:
+    server.create_database("fresh")
+    home = Home(tmp_path, server, "fresh")
+
+    def make() -> None:
+        make_dagster_home(home.path, "quick")
+        os._exit(0)
+
+    processes = [multiprocessing.get_context("fork").Process(target=make) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert home.statuses() == []
+    assert server.query("fresh", "SELECT count(*) FROM alembic_version") == [(1,)]
+
+
+def test_experiments_share_a_database_where_each_has_its_schema(server: Server, tmp_path: Path) -> None:
+    server.create_database("shared")
+    for schema in ("one", "two"):
+        server.query("shared", f"CREATE SCHEMA {schema}")
+        (tmp_path / schema).mkdir()
+        home = Home(tmp_path / schema, server, "shared", params={"options": f"-csearch_path={schema}"})
+        make_dagster_home(home.path, "quick")
+        assert home.statuses() == []
+        assert server.query("shared", f"SELECT count(*) FROM {schema}.runs") == [(0,)]
+
+
+def test_a_database_that_holds_the_records_of_another_home_is_refused(
+    home: Home, server: Server, tmp_path: Path
+) -> None:
+    with pytest.raises(HelpsteerError, match=f"holds the records of {home.path}/dagster/quick; each experiment"):
+        make_dagster_home(Home(tmp_path, server, "story").path, "quick")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"password": "wrong"},
+            'does not serve: .*password authentication failed for user "helpsteer"\n.*dagster.yaml',
+        ),
+        ({"db_name": "nowhere"}, 'does not serve: .*database "nowhere" does not exist'),
+        ({"port": 9}, "does not serve: .*Connection refused"),
+        ({"password": {"env": "HELPSTEER_UNSET"}}, 'dagster.yaml cannot be used: .*"HELPSTEER_UNSET" which is not set'),
+        ({"scheme": "postgresql"}, "cannot be used: No module named 'psycopg': write `scheme: postgresql\\+psycopg2`"),
+        ({"host": "127.0.0.1"}, "cannot be used: .*unexpected config entry"),
+    ],
+)
+def test_what_is_wrong_with_the_storage_is_said_in_words(
+    server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str], changes: dict[str, Any], said: str
+) -> None:
+    home = Home(tmp_path, server, "postgres", **changes)
+    with pytest.raises(HelpsteerError, match=f"(?s){said}"):
+        make_dagster_home(home.path, "quick")
+    assert "Retrying" not in capfd.readouterr().err
+    assert {path.name for path in dagster_home(home.path, "quick").iterdir()} == {"dagster.yaml"}
