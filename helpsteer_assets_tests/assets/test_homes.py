@@ -19,6 +19,7 @@ from helpsteer_assets.resources.warehouse import TABLES, Warehouse
 from helpsteer_assets.running import run_experiment
 from helpsteer_assets.stages import Fingerprint, fingerprints
 from helpsteer_assets.status import label, status
+from helpsteer_assets.verify import verify
 from helpsteer_assets_tests.assets.conftest import Finished, write_experiment
 from helpsteer_assets_tests.test_garbage import contents
 from helpsteer_assets_tests.test_stages import POLICIES
@@ -147,3 +148,29 @@ def test_a_home_that_was_moved_and_is_reached_by_a_link_goes_on_as_it_was(copied
     assert {name: len(rows) for name, rows in after.items()} == {name: len(rows) for name, rows in before.items()}
     assert all(str(tmp_path) in row[4] for row in after["materializations"])
     assert find_garbage(link, []).garbage == find_garbage(finished.home, []).garbage == []
+
+
+def test_artifacts_that_were_copied_alone_make_a_whole_home(copied: Copied, tmp_path: Path) -> None:
+    finished = copied()
+    (finished.home / "artifacts" / "scores" / "0.1" / f"{'0' * 32}.partial").mkdir()
+    home = tmp_path / "elsewhere"
+    # As tools for object stores copy: files by their names, without empty folders, times and permissions.
+    for path in finished.home.glob("artifacts/*/*/*/**/*"):
+        if path.is_file():
+            to = home / path.relative_to(finished.home)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            to.write_bytes(path.read_bytes())
+    restored = Finished(finished.experiment, home)
+    assert {path.name for path in home.iterdir()} == {"artifacts"}
+    assert states(restored) == {"reusable"}
+
+    assert restored.run()
+
+    assert computed(restored) == []
+    assert len([line for line in restored.announced if ": reused (" in line]) == len(status(restored.experiment, home))
+    assert states(restored) == {"complete"}
+    # All but the columns that say which run put a row there, where and when.
+    sql = "SELECT COLUMNS(name -> name NOT IN ('run_id', 'path', 'materialized_at', 'reused')) FROM {} ORDER BY ALL"
+    for table in TABLES:
+        assert Warehouse(home).query(sql.format(table)) == Warehouse(finished.home).query(sql.format(table)), table
+    assert verify(restored.experiment, home).problems == []

@@ -170,14 +170,14 @@ def test_a_run_that_is_killed_is_ended_and_gone_on_from_and_all_is_reused_then(h
 
 
 def test_two_runs_at_once_keep_to_the_pool_and_one_of_them_trains(home: Home) -> None:
-    home.change(objective={"beta": 0.3})
+    home.change(objective={"beta": 0.6})
     said = [line for started in [home.start(), home.start()] for line in started.wait()]
     assert said.count(TRAINED) == 1
     assert set(home.statuses()[:6]) == {"SUCCESS"}
 
 
 def test_a_server_that_goes_away_in_a_run_costs_nothing_that_was_done(home: Home, server: Server) -> None:
-    home.change(objective={"beta": 0.2})
+    home.change(objective={"beta": 0.7})
 
     def stop(message: str) -> None:
         if message == TRAINED:
