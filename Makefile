@@ -18,12 +18,12 @@ test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The Dagster UI and the report in a real browser, which has to be installed: chromium or chrome.
-test-# Dagster's records in Postgres, whose server has to be installed: Debian's package postgresql.
+test-ui: $(READY)
+	$(BIN)/python -m pytest helpsteer_assets_tests/browser
+
+# Dagster's records in Postgres, whose server has to be installed: Debian's package postgresql.
 test-postgres: $(READY_POSTGRES)
 	$(BIN)/python -m pytest helpsteer_assets_tests/postgres
-
-ui: $(READY)
-	$(BIN)/python -m pytest helpsteer_assets_tests/browser
 
 ui: $(READY)
 	$(BIN)/helpsteer ui
