@@ -91,7 +91,7 @@ class Home:
         self.experiment = quick_experiment(self.folder, **sections)
         return self.experiment
 
-    def run(self, announce: Callable[[str], None] = lambda message: None, **options: Any) -> list[str]:
+    def run(self, announce: Callable[[str], None] = lambda message: None) -> list[str]:
         """What a run that went well announced."""
         said: list[str] = []
 
@@ -99,7 +99,7 @@ class Home:
             said.append(message)
             announce(message)
 
-        assert run_experiment(self.experiment, self.path, announce=say, **options), said
+        assert run_experiment(self.experiment, self.path, announce=say), said
         return said
 
     def start(self) -> Started:
