@@ -241,6 +241,21 @@ def test_plots_are_seen_in_the_metadata(ui: Ui, page: Page, asset: str, plot: st
     assert lies_in_sight(page.get_by_role("dialog").locator("img"))
 
 
+def test_the_report_of_a_run_opens_without_a_complaint(ui: Ui, page: Page) -> None:
+    complaints: list[str] = []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    artifact = ui.artifact("tradeoff_report", "all")
+    assert artifact is not None
+    longest = "SELECT arg_max(prompt_id, length(response)) FROM generations"
+    rows = ui.query(f"SELECT prompt_id, response FROM generations WHERE prompt_id = ({longest}) ORDER BY w NULLS FIRST")
+    page.goto(f"{artifact.file('report.html').as_uri()}#prompt={rows[0][0]}")
+    shown = page.locator(".response .text").all_text_contents()
+    assert shown == [response or "(empty response)" for _, response in rows]
+    assert page.locator("#front svg .point").count() == len(rows)
+    assert complaints == []
+
+
 def test_numbers_are_plotted_over_weights(ui: Ui, page: Page) -> None:
     page.goto(f"{ui.url}/assets/scores")
     page.get_by_role("button", name="Plots").click()
