@@ -137,7 +137,7 @@ def _undecided(difference: Difference, measure: Measure) -> str:
     numbers = _value(difference, measure)
     bound = max(-difference.low, difference.high)
     largest = f"{number(bound, difference.high - difference.low, measure)}{_unit(measure)}"
-    return f"no difference shown ({numbers}); if there is one, it is at most {largest}"
+    return f"no difference shown ({numbers}); one of up to {largest} is not ruled out"
 
 
 def with_interval(mean: float, low: float, high: float, measure: Measure) -> str:

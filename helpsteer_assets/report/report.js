@@ -335,7 +335,8 @@
       body.append(make("tr", {}, make("th", { scope: "row" }, title), make("td", { className: "number" }, number(value)),
         make("td", { className: "number", title: compared ? `difference to ${data.policies[state.reference]}` : "" }, difference)));
     });
-    return body.rows.length ? make("table", {}, body) : "";
+    if (!body.rows.length) return "";
+    return make("table", {}, compared ? make("caption", {}, `difference to ${data.policies[state.reference]} on the right`) : "", body);
   };
   const responseCard = (prompt, policy) => {
     const response = prompt.responses[policy], compared = policy === state.reference ? null : prompt.responses[state.reference];

@@ -247,6 +247,8 @@ def test_every_policys_answer_stands_with_its_scores_and_their_difference(report
         ["length", "40", "0"],
     ]
     assert report.locator(".response.p0 tr").first.inner_text().split("\t") == ["rated helpfulness", "2", ""]
+    expect(report.locator(".response.p2 caption")).to_have_text("difference to SFT on the right")
+    expect(report.locator(".response.p0 caption")).to_have_count(0)
 
 
 def test_filters_show_the_prompts_they_name_with_counts(report: Page) -> None:

@@ -143,8 +143,8 @@ def test_a_distance_to_sft_is_told_as_a_value() -> None:
 
 def test_no_difference_shown_is_not_called_equal_and_says_how_large_one_could_be() -> None:
     assert told(HELP, -0.05, -0.2, 0.1) == (
-        "Rated helpfulness: no difference shown (-0.05 points [-0.20, 0.10]); if there is one, it is at most 0.20 "
-        "points."
+        "Rated helpfulness: no difference shown (-0.05 points [-0.20, 0.10]); one of up to 0.20 points is not ruled "
+        "out."
     )
     assert "no difference shown (2.3 tokens [-0.1, 4.8])" in told(LENGTH, 2.3, -0.1, 4.8)
     assert told(CAPPED, 0.0, 0.0, 0.0) == "Share of capped responses: the same as SFT's on each of 100 prompts."
@@ -202,7 +202,7 @@ def test_headlines_tell_what_moves_where_and_which_weight_to_read_first() -> Non
     assert most_margin == (
         "Of the weights whose rated helpfulness is not shown to be worse than SFT's (w=0.5 and w=0.9), w=0.5 has the "
         "highest mean margin. There, margin is higher than SFT's by 0.20 [0.10, 0.30]; rated helpfulness: no "
-        "difference shown (-0.10 points [-0.30, 0.10]); if there is one, it is at most 0.30 points."
+        "difference shown (-0.10 points [-0.30, 0.10]); one of up to 0.30 points is not ruled out."
     )
     assert "whose margin is not shown to be worse than SFT's (w=0.1 and w=0.5), w=0.5 has the highest" in most_help
 
