@@ -192,7 +192,8 @@ def headlines(
     return found
 
 
-def _listed(weights: Sequence[str]) -> str:
+def listed(weights: Sequence[str]) -> str:
+    """`w=0.1, w=0.3 and w=0.5`."""
     names = [f"w={w}" for w in weights]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
@@ -214,10 +215,10 @@ def _movement(differences: Differences, measure: Measure) -> str:
             largest = max(weights, key=lambda w: abs(differences[w][measure.name].mean))
             amount = _amount(differences[largest][measure.name], measure)
             at = f", most at w={largest}" if len(weights) > 1 else ""
-            parts.append(f"{_side(verdict, measure)} at {_listed(weights)} (by {amount}{at})")
+            parts.append(f"{_side(verdict, measure)} at {listed(weights)} (by {amount}{at})")
     undecided = _with_verdict(differences, measure, "undecided")
     if undecided:
-        parts.append(f"not shown to differ at {_listed(undecided)}")
+        parts.append(f"not shown to differ at {listed(undecided)}")
     subject = "responses are" if measure.comparatives else f"{measure.title} is"
     return f"Against SFT, {subject} {'; '.join(parts)}."
 
@@ -237,12 +238,15 @@ def _both(differences: Differences, one: Measure, other: Measure) -> str:
         if own[one.name].verdict == _better(one) and own[other.name].verdict == _better(other)
     ]
     if both:
-        return f"Shown to be better than SFT in both {one.title} and {other.title}: {_listed(both)}."
+        return f"Shown to be better than SFT in both {one.title} and {other.title}: {listed(both)}."
     return f"No weight is shown to be better than SFT in both {one.title} and {other.title}."
 
 
 def _best(differences: Differences, kept: Measure, gained: Measure) -> str:
-    """Of the weights that are not shown to be worse in `kept`, the one with the best estimate of `gained`."""
+    """Of the weights that are not shown to be worse in `kept`, the one with the best estimate of `gained`.
+
+    SFT is not worse than itself, so where its own estimate is the better one, that is said.
+    """
     candidates = [w for w, own in differences.items() if own[kept.name].verdict != _worse(kept)]
     if not candidates:
         return f"At every weight {kept.title} is shown to be worse than SFT's."
@@ -253,9 +257,11 @@ def _best(differences: Differences, kept: Measure, gained: Measure) -> str:
         start = f"Only at w={best} is {kept.title} not shown to be worse than SFT's"
     else:
         start = (
-            f"Of the weights whose {kept.title} is not shown to be worse than SFT's ({_listed(candidates)}), w={best} "
+            f"Of the weights whose {kept.title} is not shown to be worse than SFT's ({listed(candidates)}), w={best} "
             f"has the {'highest' if sign > 0 else 'lowest'} mean {gained.title}"
         )
+        if sign * own[gained.name].mean < 0:
+            start += f", but SFT's own is {'higher' if sign > 0 else 'lower'}"
     return f"{start}. There, {_phrase(own[gained.name], gained)}; {_phrase(own[kept.name], kept)}."
 
 

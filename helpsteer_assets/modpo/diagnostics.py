@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.modpo.comparisons import Measure, Verdict, number, with_interval
+from helpsteer_assets.modpo.comparisons import Differences, Measure, Verdict, listed, number, with_interval
 from helpsteer_assets.modpo.statistics import (
     LEVEL,
     Floats,
@@ -162,6 +162,21 @@ def at_equal_length(
         )
         found[-1] = replace(found[-1], sentence=_equal_length_sentence(found[-1], measure, int(changed[i])))
     return found
+
+
+def length_caveats(differences: Differences, found: Sequence[EqualLength], measure: Measure) -> list[str]:
+    """A sentence on the differences in `measure` that are shown as the lengths are and not at equal length, if any."""
+    gone = [
+        own.w
+        for own in found
+        if own.measure == measure.name and differences[own.w][measure.name].verdict not in ("undecided", own.verdict)
+    ]
+    if not gone:
+        return []
+    return [
+        f"At equal length no difference to SFT in {measure.title} is shown at {listed(gone)}: what differs there may "
+        "be length alone."
+    ]
 
 
 def _side(interval: Interval) -> Verdict:

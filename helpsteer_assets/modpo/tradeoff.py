@@ -12,7 +12,7 @@ import numpy as np
 
 from helpsteer_assets.modpo.attributes import ATTRIBUTES, OVERALL
 from helpsteer_assets.modpo.comparisons import Measure, differences_to_sft, headlines, statements
-from helpsteer_assets.modpo.diagnostics import REPETITION_LIMIT, at_equal_length
+from helpsteer_assets.modpo.diagnostics import REPETITION_LIMIT, at_equal_length, length_caveats
 from helpsteer_assets.modpo.fronts import front_with_uncertainty, margin_follows_weight, monotonicity
 from helpsteer_assets.modpo.statistics import PolicyScores, paired_difference, score_table, summarize
 
@@ -32,8 +32,12 @@ def measures_of(experiment: "Experiment", names: Sequence[str]) -> dict[str, Mea
     else:
         wanted = "less" if objective.margin_sign < 0 else "more"
         margin, reward = f"margin (for {wanted} {data.margin_attribute})", "margin reward"
+    unwanted = margin_attribute if objective.margin_sign < 0 else []
     known = [
-        *(Measure(name, f"rated {name}", "" if name == OVERALL else scale, "higher") for name in dict.fromkeys(rated)),
+        *(
+            Measure(name, f"rated {name}", "" if name == OVERALL else scale, "lower" if name in unwanted else "higher")
+            for name in dict.fromkeys(rated)
+        ),
         Measure("margin", margin, "", "higher"),
         Measure("margin_reward", reward, "", "higher" if objective.margin_sign > 0 else "lower"),
         Measure("response_tokens", "response length", "tokens", None, ("longer", "shorter")),
@@ -55,10 +59,10 @@ def analyse(experiment: "Experiment", policies: Sequence[PolicyScores]) -> dict[
     the preference attribute, the horizontal axis is the distance from SFT: the KL divergence, or where that was not
     estimated the log-ratio of the responses.
 
-    Keys: axes {x, y (measures), x_larger_is_better}, preference_measured, note, caveats (`caveats`), points (of
-    `plots.tradeoff_plot`), hypervolume_above_sft {mean, low, high}, direction (`margin_follows_weight`), movement
-    (`monotonicity` by measure), differences (weight -> measure -> `Difference`), headlines, statements (weight ->
-    sentences), equal_length (list of `EqualLength`).
+    Keys: axes {x, y (measures), x_larger_is_better}, preference_measured, note, caveats (`caveats`, `length_caveats`),
+    points (of `plots.tradeoff_plot`), hypervolume_above_sft {mean, low, high}, direction (`margin_follows_weight`),
+    movement (`monotonicity` by measure), differences (weight -> measure -> `Difference`), headlines, statements (weight
+    -> sentences), equal_length (list of `EqualLength`).
     """
     samples, seed = experiment.evaluation.bootstrap_samples, experiment.seed
     preference = experiment.data.preference_attribute
@@ -78,11 +82,17 @@ def analyse(experiment: "Experiment", policies: Sequence[PolicyScores]) -> dict[
     # A length penalty is the length; at equal length it cannot differ.
     rewarded = ("margin_reward", experiment.data.margin_attribute) if experiment.has_margin_adapter else ()
     beyond_length = [name for name in dict.fromkeys((preference, *rewarded)) if name in measures]
+    equal_length = [
+        found for name in beyond_length for found in at_equal_length(policies, measures[name], samples, seed)
+    ]
     return {
         "axes": {"x": x, "y": "margin", "x_larger_is_better": measured},
         "preference_measured": measured,
         "note": "" if measured else f"No rater rates {preference}: preference quality is unmeasured.",
-        "caveats": caveats(experiment, policies),
+        "caveats": [
+            *caveats(experiment, policies),
+            *(length_caveats(differences, equal_length, measures[preference]) if measured else []),
+        ],
         "points": [
             {
                 "label": label_of(scores),
@@ -106,11 +116,7 @@ def analyse(experiment: "Experiment", policies: Sequence[PolicyScores]) -> dict[
             front if measured else None,
         ),
         "statements": statements(differences, [measures[name] for name in (*moving, *shown)]),
-        "equal_length": [
-            asdict(found)
-            for name in beyond_length
-            for found in at_equal_length(policies, measures[name], samples, seed)
-        ],
+        "equal_length": [asdict(found) for found in equal_length],
     }
 
 

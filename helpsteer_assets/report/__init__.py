@@ -45,8 +45,9 @@ def render(data: Mapping[str, Any]) -> str:
     sentences); policies ({label, w, on_front, front_probability, statements}, the SFT model first, in the order used
     everywhere); measures ({name, title, unit, better, role}); summary ({measure: {policy label: {mean, low, high,
     delta, delta_low, delta_high, verdict}}}); plots ({id, title, caption, svg}); tables ({title, caption, columns,
-    rows}); prompts ({id, prompt, truncated, responses}, a response {text, finish, tokens, words, scores, disagreement},
-    in the order of the policies). A number may be null or NaN, and a measure may lack policies: a dash stands there.
+    rows}, a cell being text, a number, or a pair of a number and the text that shows it); prompts ({id, prompt,
+    truncated, responses}, a response {text, finish, tokens, words, scores, disagreement}, in the order of the
+    policies). A number may be null or NaN, and a measure may lack policies: a dash stands there.
     """
     measures = sorted(data["measures"], key=lambda measure: list(ROLES).index(measure["role"]))
     policies = [
@@ -184,9 +185,10 @@ def _table(table: Mapping[str, Any]) -> dict[str, Any]:
     for index, title in enumerate(table["columns"]):
         values = [row[index] for row in table["rows"]]
         numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+        numeric = bool(numbers) or any(isinstance(value, tuple) for value in values)
         whole = all(float(value).is_integer() for value in numbers if _finite(value) is not None)
         decimals = 0 if whole else _decimals(numbers, percent=False)
-        columns.append({"title": title, "numeric": bool(numbers)})
+        columns.append({"title": title, "numeric": numeric})
         by_column.append([_table_cell(value, decimals) for value in values])
     return {**table, "columns": columns, "rows": list(zip(*by_column, strict=True))}
 
@@ -194,8 +196,10 @@ def _table(table: Mapping[str, Any]) -> dict[str, Any]:
 def _table_cell(value: Any, decimals: int) -> dict[str, Any]:
     if isinstance(value, str | bool):
         return {"number": False, "text": str(value)}
-    finite = _finite(value)
-    return {"number": True, "value": "" if finite is None else finite, "text": _fixed(finite, decimals, percent=False)}
+    number, text = value if isinstance(value, tuple) else (value, None)
+    finite = _finite(number)
+    shown = _fixed(finite, decimals, percent=False) if text is None else text.replace("-", "\u2212")
+    return {"number": True, "value": "" if finite is None else finite, "text": shown}
 
 
 def _responses(data: Mapping[str, Any], measures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

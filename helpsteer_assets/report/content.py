@@ -205,7 +205,7 @@ def _movement(found: Mapping[str, Mapping[str, Any]], measures: Mapping[str, Mea
             measures[name].title,
             _interval(moved["rank_correlation"]),
             _interval(moved["slope"]),
-            f"{moved['share_of_resamples_monotone']:.0%}",
+            _percent(moved["share_of_resamples_monotone"]),
         ]
         for name, moved in found.items()
     ]
@@ -229,7 +229,7 @@ def _kl(found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
             _rounded(m["kl"]),
             _rounded(m["kl_standard_error"]),
             m["samples"],
-            f"{m['capped'] / m['samples']:.1%}",
+            _percent(m["capped"] / m["samples"], decimals=1),
         ]
         for w, m in sorted(found.items(), key=lambda item: float(item[0]))
     ]
@@ -249,7 +249,7 @@ def _quality(found: Mapping[str, Any] | None, attribute: str) -> list[dict[str, 
         return []
 
     def rows(parts: Rows, key: str) -> list[list[Any]]:
-        return [[str(part[key]), part["n"], _percent(part)] for part in parts if part["n"]]
+        return [[str(part[key]), part["n"], _share(part)] for part in parts if part["n"]]
 
     return [
         {
@@ -332,16 +332,24 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.3g}")
 
 
-def _interval(found: Mapping[str, float] | None) -> str | None:
+_Cell = tuple[float, str]
+"""A number, by which a table is sorted, and how it is shown."""
+
+
+def _interval(found: Mapping[str, float] | None) -> _Cell | None:
     """`0.12 [0.03, 0.21]`, with the digits that the interval's width has; the mean alone where it has no ends."""
     if found is None or found["mean"] is None:
         return None
     if found["low"] is None:
-        return f"{found['mean']:.3g}"
+        return found["mean"], f"{found['mean']:.3g}"
     width = found["high"] - found["low"]
     mean, low, high = (number(found[name], width, Measure("", "")) for name in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
+    return found["mean"], f"{mean} [{low}, {high}]"
 
 
-def _percent(share: Mapping[str, float]) -> str:
-    return f"{share['mean']:.0%} [{share['low']:.0%}, {share['high']:.0%}]"
+def _share(share: Mapping[str, float]) -> _Cell:
+    return share["mean"], f"{share['mean']:.0%} [{share['low']:.0%}, {share['high']:.0%}]"
+
+
+def _percent(share: float, decimals: int = 0) -> _Cell:
+    return share, f"{share:.{decimals}%}"

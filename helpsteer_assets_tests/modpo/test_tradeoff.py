@@ -113,6 +113,13 @@ def test_a_gain_that_is_length_alone_is_gone_at_equal_length(experiment: Experim
     at_equal = next(e for e in result["equal_length"] if e["measure"] == "helpfulness" and e["w"] == "0.5")
     assert at_equal["verdict"] == "undecided"
     assert abs(at_equal["adjusted"]["mean"]) < 0.02 < at_equal["raw"]
+    assert result["caveats"][-1] == (
+        "At equal length no difference to SFT in rated helpfulness is shown at w=0.1, w=0.5 and w=0.9: what differs "
+        "there may be length alone."
+    )
+    at_equal_length = analyse(experiment, policies(helpfulness={"0.9": 0.4}))
+    assert at_equal_length["differences"]["0.9"]["helpfulness"]["verdict"] == "higher"
+    assert not any("At equal length" in caveat for caveat in at_equal_length["caveats"])
 
 
 def test_without_a_rater_the_axis_is_the_distance_from_sft_and_that_is_said(experiment: Experiment) -> None:
@@ -182,9 +189,11 @@ def test_few_prompts_are_said_to_be_few(experiment: Experiment) -> None:
 def test_measures_say_which_way_is_better_in_the_role_s_sense(tmp_path: Path) -> None:
     cost = quick_experiment(tmp_path)
     reward = quick_experiment(tmp_path, objective={"margin_role": "reward"})
-    names = ["margin_reward", "margin", "helpfulness", "response_tokens"]
+    names = ["margin_reward", "margin", "helpfulness", "verbosity", "response_tokens"]
     assert measures_of(cost, names)["margin_reward"].better == "lower"
     assert measures_of(reward, names)["margin_reward"].better == "higher"
+    assert measures_of(cost, names)["verbosity"].better == "lower"
+    assert measures_of(reward, names)["verbosity"].better == measures_of(cost, names)["helpfulness"].better == "higher"
     assert axis_label(measures_of(cost, names)["margin"]) == "margin (for less verbosity; more is better)"
     assert axis_label(measures_of(cost, names)["helpfulness"]) == "rated helpfulness, 0 to 4 (more is better)"
     assert next(iter(measures_of(cost, names))) == "helpfulness"

@@ -198,6 +198,14 @@ def test_numbers_of_a_table_column_are_written_alike_and_policies_have_their_col
     assert shown.count('class="number"') == 4 + len(cells)
 
 
+def test_a_number_with_a_text_of_its_own_is_sorted_by_the_number() -> None:
+    rows = [["a", (-0.02, "-0.02 [-0.11, 0.08]")], ["b", (1.0, "100%")], ["c", None]]
+    html = render(report_data() | {"tables": [{"title": "t", "caption": "c", "columns": ["x", "y"], "rows": rows}]})
+    cells = re.findall(r'<td class="number" data-value="([^"]*)">([^<]*)</td>', html[html.index('id="tables"') :])
+    assert cells == [("-0.02", "\u22120.02 [\u22120.11, 0.08]"), ("1.0", "100%"), ("", "\u2013")]
+    assert 'class="sort number">y<' in html
+
+
 def test_figures_take_the_colours_of_the_page_and_names_of_their_own(html: str) -> None:
     drawn = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
     assert len(drawn) == 2
