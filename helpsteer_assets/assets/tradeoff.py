@@ -200,6 +200,11 @@ def _describe_tradeoff(artifact: Artifact, inputs: Inputs, experiment: Experimen
     return {
         **{name: _image(artifact, name) for name in shown},
         "headlines": dg.MetadataValue.md("\n".join(f"- {sentence}" for sentence in result["headlines"])),
+        **(
+            {"caveats": dg.MetadataValue.md("\n".join(f"- {c}" for c in result["caveats"]))}
+            if result["caveats"]
+            else {}
+        ),
         "front_probabilities": table_metadata(
             [
                 {"policy": point["label"], "on_front": point["on_front"], "probability": point["front_probability"]}

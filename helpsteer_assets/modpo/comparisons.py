@@ -219,7 +219,9 @@ def _movement(differences: Differences, measure: Measure) -> str:
     undecided = _with_verdict(differences, measure, "undecided")
     if undecided:
         parts.append(f"not shown to differ at {listed(undecided)}")
-    subject = "responses are" if measure.comparatives else f"{measure.title} is"
+    # "Responses are not shown to differ" would say more than was measured.
+    told = measure.comparatives and len(undecided) < len(differences)
+    subject = "responses are" if told else f"{measure.title} is"
     return f"Against SFT, {subject} {'; '.join(parts)}."
 
 

@@ -215,7 +215,9 @@ def margin_follows_weight(
         "ends_high": ends.high,
     }
     if len(weights) < 2:
-        return result | {"sentence": f"A direction takes at least two weights, and there are {len(weights)}."}
+        return result | {
+            "sentence": f"A direction takes at least two weights; here w is {', '.join(weights) or 'missing'}."
+        }
     ranked = "undefined" if np.isnan(correlation) else f"{correlation:.2f}"
     numbers = (
         f"rank correlation {ranked} over {len(weights)} weights; from w={weights[0]} to w={weights[-1]} it changes by "

@@ -328,7 +328,7 @@ def reward_against_kl_plot(points: Sequence[Mapping[str, Any]], y_label: str, ti
     left, right = min([0.0, *ends]), max([0.0, *ends]) or 1.0
     pad = 0.06 * (right - left)
     axes.set_xlim(_signed_square(left - pad), _signed_square(right + pad))
-    axes.xaxis.set_major_locator(FixedLocator(_root_ticks(right)))
+    axes.xaxis.set_major_locator(FixedLocator(_root_ticks(right, right - left)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
     axes.margins(y=0.12)
@@ -344,13 +344,13 @@ def reward_against_kl_plot(points: Sequence[Mapping[str, Any]], y_label: str, ti
     return figure
 
 
-def _root_ticks(right: float) -> list[float]:
-    """0 and numbers of the series 1, 2, 5, 10, ... up to `right` squared, as dense as labels are readable."""
+def _root_ticks(right: float, width: float) -> list[float]:
+    """0 and numbers of the series 1, 2, 5, 10, ... up to `right` squared, no denser than `width` lets labels be."""
     ticks = [0.0]
     for power in range(math.floor(math.log10(right**2)) - 3, math.ceil(math.log10(right**2)) + 1):
         for digit in (1, 2, 5):
             value = float(f"{digit}e{power}")
-            if math.sqrt(value) <= 1.02 * right and math.sqrt(value) - math.sqrt(ticks[-1]) >= right / 8:
+            if math.sqrt(value) <= 1.02 * right and math.sqrt(value) - math.sqrt(ticks[-1]) >= width / 8:
                 ticks.append(value)
     return ticks
 

@@ -145,7 +145,7 @@ def caveats(experiment: "Experiment", policies: Sequence[PolicyScores]) -> list[
         share("capped"),
         _MANY,
         f"Up to {{share}} of the responses ({{policy}}) are cut at {limits.max_new_tokens} tokens: lengths differ by "
-        "more than is seen, and raters see unfinished text. Raise generation.max_new_tokens.",
+        "more than is seen, and what is rated or rewarded is unfinished text. Raise generation.max_new_tokens.",
     )
     told(
         share("prompt_truncated"),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Rows = Sequence[Mapping[str, Any]]
 CAPTIONS = {
-    "front": "Each policy's mean with its 95% interval. A policy below and to the left of another is worse on both "
+    "front": "Each policy's mean with its 95% interval. A policy below and to the {worse} of another is worse on both "
     "axes. Filled points are on the Pareto front of the means.",
     "kl": "How far a policy has moved from the SFT model, estimated from its own samples at temperature 1, and what it "
     "gained by it. Of two policies at one height, the one further left paid less.",
@@ -51,6 +51,7 @@ def report_content(
         kl: by weight, the counts of its KL samples.
     """
     measures = measures_of(experiment, list(policies[0].measures))
+    worse = "left" if result["axes"]["x_larger_is_better"] else "right"
     return {
         "title": f"Trade-off: {experiment.name}",
         "experiment": experiment.name,
@@ -74,7 +75,8 @@ def report_content(
         ],
         "summary": _summary(summary, result["differences"]),
         "plots": [
-            {"id": name, "title": title, "caption": CAPTIONS[name], "svg": svg} for name, (title, svg) in plots.items()
+            {"id": name, "title": title, "caption": CAPTIONS[name].format(worse=worse), "svg": svg}
+            for name, (title, svg) in plots.items()
         ],
         "tables": [
             *_equal_length(result["equal_length"], measures),

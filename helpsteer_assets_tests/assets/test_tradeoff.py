@@ -119,7 +119,7 @@ def test_without_an_adapter_the_report_is_made_all_the_same(copied: Callable[...
     run = copied(objective=penalty, evaluation={"rater": "none", "kl_samples": 0})
     assert run.run(), run.announced
     page = artifact(run, "tradeoff_report").file("report.html").read_text(encoding="utf-8")
-    assert "preference quality is unmeasured" in page
+    assert "preference quality is unmeasured" in page and "below and to the right" in page
     assert "kl.svg" not in artifact(run, "tradeoff").manifest["files"]
 
 

@@ -198,6 +198,8 @@ def test_headlines_tell_what_moves_where_and_which_weight_to_read_first() -> Non
     )
     assert margin.startswith("Against SFT, margin is higher at w=0.1 and w=0.5 (by 0.40 [0.30, 0.50], most at w=0.1);")
     assert length.startswith("Against SFT, responses are longer at w=0.9 (by 7.0 tokens")
+    *_, same = comparisons.headlines({"0.5": GRID["0.5"]}, None, MARGIN, [LENGTH])
+    assert same == "Against SFT, length is not shown to differ at w=0.5."
     assert both == "No weight is shown to be better than SFT in both rated helpfulness and margin."
     assert most_margin == (
         "Of the weights whose rated helpfulness is not shown to be worse than SFT's (w=0.5 and w=0.9), w=0.5 has the "

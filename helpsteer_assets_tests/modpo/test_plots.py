@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import math
 import subprocess
 import sys
@@ -154,6 +155,8 @@ def test_the_kl_plot_holds_estimates_of_any_size_and_below_zero(kl: float) -> No
     axes = figure.axes[0]
     low, high = axes.get_xlim()
     assert low < kl - 0.1 and high > kl + 0.1
+    labels = [tick.get_window_extent() for tick in axes.get_xticklabels()]
+    assert not any(label.overlaps(following) for label, following in itertools.pairwise(labels))
     assert len(plots.png_bytes(figure)) > 1000
 
 
