@@ -40,10 +40,12 @@ def ends_on_signal(leave: Callable[[str], None]) -> Iterator[None]:
     sys.unraisablehook = lambda what: None if what.exc_type.__name__ in _RAISED else shown(what)
     heeded = {number: said for number, said in _SIGNALS.items() if before[number] is not signal.SIG_IGN}
     answering = threading.Thread(target=_answer, args=(reading, leave, heeded), name="signals", daemon=True)
-    answering.start()
     # A terminal sends Ctrl-C to every process of ours. Those that are started from here on inherit that they do not get
-    # it, and print no traceback of their own; in this process, the thread just started does.
-    masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    # it, and print no traceback of their own; in this process, the answering thread does. Where it was ignored, no
+    # thread may, since Dagster's handlers know of no ignoring.
+    masked = signal.pthread_sigmask(signal.SIG_BLOCK, () if signal.SIGINT in heeded else {signal.SIGINT})
+    answering.start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     # The kernel's signals reach the pipe whatever handlers Dagster puts in place of these.
     woken = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     for number, handler in before.items():

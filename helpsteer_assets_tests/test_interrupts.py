@@ -127,6 +127,39 @@ def test_what_was_ignored_stays_ignored() -> None:
     assert process.returncode == 0
 
 
+def test_ctrl_c_that_was_ignored_stays_so_whatever_dagster_does(tmp_path: Path) -> None:
+    """A stage that a script runs in its background would fail by it."""
+    program = f"""
+import time
+from pathlib import Path
+from dagster._utils.interrupts import raise_interrupts_as
+from helpsteer_assets.interrupts import ends_on_signal
+from helpsteer_assets.resources.locks import exclusive_lock
+
+with exclusive_lock(Path({str(tmp_path / "held.lock")!r})), ends_on_signal(lambda what: print(what, flush=True)):
+    with raise_interrupts_as(RuntimeError):
+        print("ready", flush=True)
+        time.sleep(2)
+print("at its end", flush=True)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )
+    started.append(process)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    for _ in range(5):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+    said, _ = process.communicate(timeout=60)
+    assert said == "at its end\n"
+    assert process.returncode == 0
+
+
 def test_where_ctrl_c_is_ignored_kill_still_ends_it_whatever_dagster_does() -> None:
     program = """
 import time

@@ -15,6 +15,7 @@ import fcntl
 import json
 import logging
 import os
+import signal
 import socket
 import threading
 import time
@@ -81,6 +82,8 @@ class Lease:
 
     def _keep(self) -> None:
         """Give signs of life until released."""
+        # Whoever ignores Ctrl-C blocks it where he can, and this thread would hear of it for him.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         while not self._released.wait(BEAT_SECONDS):
             with self._sign:
                 if self._released.is_set():
