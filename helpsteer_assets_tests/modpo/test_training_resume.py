@@ -208,6 +208,24 @@ class TestKilled:
         assert self.resumes_to_the_same(train, tmp_path, whole).resumed_from == 3
 
     @pytest.mark.parametrize("train", ["preference"], indirect=True)
+    @pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+    def test_code_in_a_checkpoint_that_vouches_for_itself_does_not_run(self, train, tmp_path, file):
+        class Runs:
+            def __reduce__(self) -> tuple[Callable[..., object], tuple[str, str]]:
+                return open, (str(tmp_path / "ran"), "w")
+
+        self.kill(train, tmp_path, progress=at_step(5))
+        checkpoint = tmp_path / "killed/checkpoints/checkpoint-3"
+        torch.save(Runs(), checkpoint / file)
+        (checkpoint / "complete.json").unlink()
+        mark_complete(checkpoint, 3, 10)
+        with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+            train(tmp_path / "killed")
+        assert not (tmp_path / "ran").exists()
+        torch.load(checkpoint / file, weights_only=False).close()
+        assert (tmp_path / "ran").exists(), "it would have run"
+
+    @pytest.mark.parametrize("train", ["preference"], indirect=True)
     def test_starts_anew_where_the_best_checkpoint_is_lost(self, train, tmp_path):
         # At this learning rate the first evaluation is the best.
         how = {"learning_rate": 0.5}
