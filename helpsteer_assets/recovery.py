@@ -140,7 +140,7 @@ def recover_dead_runs(instance: dg.DagsterInstance, home: Path, announce: Callab
             continue
         with lock_if_free(_lock(home, name)) as dead:
             if dead:
-                announce(f"run {run.run_id} died; what it had finished is reused, and its checkpoints are gone on from")
+                announce(f"run {run.run_id} died; what it had finished is reused, and what it had begun goes on")
                 if run.status == dg.DagsterRunStatus.CANCELING:
                     instance.report_run_canceled(run, "The process of this run died while it was being canceled.")
                 else:

@@ -39,6 +39,9 @@ Metrics = dict[str, Any]
 GPU_POOL = "gpu"
 """Pool of the assets that load a model; its limit (dagster.yaml) is how many of them run at once."""
 
+_RETRIES = dg.RetryPolicy(max_retries=1, delay=5)
+"""Of those assets: a killed or crashed step goes on from its last checkpoint. A user's mistake is not tried again."""
+
 
 @dataclass(frozen=True)
 class StageRun:
@@ -219,6 +222,11 @@ class Lab:
         except HelpsteerError as error:
             # The user has to change something first: trying again would end the same way.
             raise dg.Failure(description=str(error), allow_retries=False) from error
+        except Exception as error:
+            if declaration.loads_model and context.retry_number < _RETRIES.max_retries:
+                # Else it would seem to begin anew by itself, and nobody would hear of it if it then went well.
+                log(f"{label}: failed by {type(error).__name__}: {error}; it is tried once more, from where it was")
+            raise
 
     def _make(self, declaration: AssetDeclaration, step: _Step) -> tuple[Artifact, bool]:
         fingerprint = step.fingerprint
@@ -327,10 +335,7 @@ def build_asset(declaration: AssetDeclaration, experiment: Experiment) -> dg.Ass
     name = declaration.compute.__name__
     stage: Stage = stages(experiment)[name]
     automated = experiment.run.automation and declaration.group == GROUP
-    # A killed or crashed step goes on from its last checkpoint; a user's mistake is not tried again.
-    runs: dict[str, Any] = (
-        {"pool": GPU_POOL, "retry_policy": dg.RetryPolicy(max_retries=1, delay=5)} if declaration.loads_model else {}
-    )
+    runs: dict[str, Any] = {"pool": GPU_POOL, "retry_policy": _RETRIES} if declaration.loads_model else {}
     shown: dict[str, Any] = {
         "name": name,
         "group_name": declaration.group,

@@ -13,6 +13,7 @@ import pytest
 
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.checkpoints import checkpoint_folder, mark_complete
+from helpsteer_assets.modpo.resumable import ResumableRows
 from helpsteer_assets.resources.artifacts import ALL, CHECKPOINTS, ArtifactStore
 from helpsteer_assets.running import plan_lines
 from helpsteer_assets.stages import fingerprints, local_path
@@ -190,3 +191,21 @@ def test_a_run_that_fails_says_what_failed_what_is_kept_and_how_to_go_on(copied:
         "the same command again: it reuses them, and a training goes on from its last checkpoint."
     )
     assert any("training w=0.9: " in line and "lower learning_rate" in line for line in broken.announced)
+
+
+def test_a_stage_that_is_tried_once_more_says_why(
+    copied: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = copied(generation={"max_new_tokens": 5})
+    append, failures = ResumableRows.append, iter([MemoryError("of the device")])
+
+    def appending(self: ResumableRows, rows: list[dict[str, object]]) -> None:
+        append(self, rows)
+        for failure in failures:
+            raise failure
+
+    monkeypatch.setattr(ResumableRows, "append", appending)
+    assert changed.run(select='key:"sft_generations"'), changed.announced
+    said = "\n".join(changed.announced)
+    assert "sft_generations: failed by MemoryError: of the device; it is tried once more, from where it was" in said
+    assert "sft_generations: computing, going on from " in said
