@@ -48,6 +48,8 @@ def database(scratch: Path | None = None, **tables: Source) -> Iterator[duckdb.D
     with tempfile.TemporaryDirectory(prefix=".duckdb-", dir=scratch) as spilled:
         config = {"threads": 2, "memory_limit": "1GB", "temp_directory": spilled, "preserve_insertion_order": False}
         with duckdb.connect(":memory:", config=config) as connection:
+            # It is drawn where Python has no main file, as in a step that Dagster forked, or in a person's session.
+            connection.execute("SET enable_progress_bar = false")
             for name, table in tables.items():
                 if isinstance(table, Path):
                     connection.read_parquet(literal_path(table), hive_partitioning=False).create_view(name)

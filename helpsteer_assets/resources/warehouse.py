@@ -674,6 +674,7 @@ def _build(path: Path, entries: list[dict[str, Any]]) -> list[str]:
     """Writes a new database with all tables, their comments and the entries' rows; returns why some are left out."""
     left_out = []
     with duckdb.connect(path, config=_STORAGE) as connection:
+        connection.execute("SET enable_progress_bar = false")  # see modpo/tables.py
         definitions = [statement for table in TABLES.values() for statement in _definition(table)]
         connection.execute(";".join(["BEGIN", *definitions, "COMMIT"]))
         for entry in entries:

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -33,6 +35,14 @@ class TestQuery:
             words=pa.table({"n": [3, 2, 1], "word": ["three", "two", "one"]}),
         )
         assert found.to_pylist() == [{"n": 2, "word": "two"}, {"n": 3, "word": "three"}]
+
+    def test_draws_no_bar_in_a_step_or_a_session(self) -> None:
+        program = (
+            "from helpsteer_assets.modpo.tables import query\n"
+            "print(query(\"SELECT current_setting('enable_progress_bar') AS bar\").to_pylist())"
+        )
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        assert done.stdout == "[{'bar': False}]\n"
 
     def test_has_its_columns_where_it_has_no_rows(self) -> None:
         found = query("SELECT n FROM numbers WHERE n > 9", numbers=pa.table({"n": [1]}))
