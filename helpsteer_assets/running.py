@@ -99,7 +99,7 @@ def run_experiment(
             ends_on_signal(leave),
             recovering(instance, home, tags, say),
         ):
-            complete = _materialize_phases(experiment, home, job, instance, tags, selected, weights, announce, failed)
+            complete = _materialize_phases(experiment, home, job, instance, tags, selected, weights, say, failed)
     finally:
         lab.models.release()
         lab.warehouse.publish()

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections import namedtuple
@@ -209,3 +210,33 @@ def test_a_stage_that_is_tried_once_more_says_why(
     said = "\n".join(changed.announced)
     assert "sft_generations: failed by MemoryError: of the device; it is tried once more, from where it was" in said
     assert "sft_generations: computing, going on from " in said
+
+
+INTERRUPTED = """
+import os, signal, sys, time
+from pathlib import Path
+from helpsteer_assets.assets.materialization import Lab
+from helpsteer_assets import running
+from helpsteer_assets.experiment import load_experiment
+
+def interrupted(*_):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+
+Lab._make = interrupted
+running.cancel_runs = lambda *_: time.sleep(10)  # what a busy machine makes of it: the main thread goes on meanwhile
+running.run_experiment(load_experiment("demo"), Path(sys.argv[1]), select='key:"helpsteer_ratings"')
+"""
+
+
+def test_after_an_interrupt_nothing_is_said_of_the_stage_that_it_broke(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, str(tmp_path / "home")],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert done.returncode == 130, done.stderr
+    assert "interrupted; what is finished is kept" in done.stdout
+    assert "failed" not in done.stdout and 'File "' not in done.stdout + done.stderr

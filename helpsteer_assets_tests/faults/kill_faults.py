@@ -11,6 +11,7 @@ from pathlib import Path
 from helpsteer_assets.resources.files import write_atomically
 from helpsteer_assets_tests.faults import operations
 from helpsteer_assets_tests.faults.campaign import Command, Hook, Trial, fault
+from helpsteer_assets_tests.faults.homes import TRACEBACK
 
 TRAININGS = (("sft_model", "all"), ("margin_adapter", "all"), ("modpo_models", "0.1"), ("modpo_models", "0.9"))
 
@@ -72,7 +73,7 @@ def _stop(trial: Trial, command: Command, number: int) -> None:
     code = command.wait()
     trial.deaths = 1
     assert code in (0, -number, 128 + number), f"ended with {code}"
-    assert "Traceback" not in command.output
+    assert not TRACEBACK.search(command.output), command.output
 
 
 @fault("SIGKILL at a file operation")
