@@ -36,8 +36,10 @@ from helpsteer_assets.disk import (
 )
 from helpsteer_assets.embedded.generator import build_rows
 from helpsteer_assets.errors import HelpsteerError
+from helpsteer_assets.estimate import ASSUMED_GPU, estimate, measure_texts, total
 from helpsteer_assets.experiment import Experiment, RewardModelSettings, TrainingSettings, is_hub_id
 from helpsteer_assets.modpo.attributes import ATTRIBUTES, OVERALL
+from helpsteer_assets.modpo.cost import Work, measure_machine, training_memory
 from helpsteer_assets.modpo.model_card import role_in_words
 from helpsteer_assets.modpo.pairs import RATED, SPLITS, build_pairs, describe_pairs, select_evaluation_prompts
 from helpsteer_assets.modpo.ratings import hash_share, read_ratings, rows_to_ratings
@@ -91,6 +93,16 @@ class _Data:
 
 
 @dataclass(frozen=True)
+class _Lengths:
+    """Tokens of texts, uncut."""
+
+    responses: pa.Table
+    """response_id, prompt_tokens, response_tokens of those that were measured."""
+    asked: list[int]
+    """Of each evaluation prompt."""
+
+
+@dataclass(frozen=True)
 class _Model:
     """What is known of the base model."""
 
@@ -119,11 +131,14 @@ def _report(experiment: Experiment, home: Path, scratch: Path) -> Iterator[str]:
         yield from _pairs(experiment, data, findings)
     yield from _weights(experiment, findings)
     model = yield from _model(experiment, findings)
+    lengths = None
     if data is not None and model is not None:
-        yield from _lengths(experiment, data, model.tokenizer, findings)
+        lengths = yield from _lengths(experiment, data, model.tokenizer, findings)
     yield from _training(experiment, data, findings)
     yield from _evaluation(experiment, data, findings)
     yield from _machine(experiment, home, model, findings)
+    if data is not None and model is not None and lengths is not None:
+        yield from _estimate(experiment, data, model.size, lengths)
     for title, found in (("Warnings", findings.warnings), ("Problems", findings.problems)):
         if found:
             yield from ("", f"{title} ({len(found)})")
@@ -368,7 +383,7 @@ def needed_lengths(experiment: Experiment) -> dict[str, int]:
 
 def _lengths(
     experiment: Experiment, data: _Data, tokenizer: "PreTrainedTokenizerBase", findings: _Findings
-) -> Iterator[str]:
+) -> Generator[str, None, _Lengths]:
     from transformers.utils import logging as transformers_logging
 
     from helpsteer_assets.modpo.tokenization import count_response_tokens, encode_prompts
@@ -406,8 +421,8 @@ def _lengths(
     rows.append(("responses", *_quantiles(lengths[:, 1]), "what is left", f"{cut_response:.1%}"))
     both = float(np.mean(lengths.sum(axis=1) > model.max_length))
     rows.append(("together", *_quantiles(lengths.sum(axis=1)), f"max_length {model.max_length}", f"{both:.1%}"))
+    evaluated = np.array([] if asked is None else prompt_tokens(asked["prompt"].to_pylist()))
     if asked is not None:
-        evaluated = np.array(prompt_tokens(asked["prompt"].to_pylist()))
         cut = float(np.mean(evaluated > generation.max_prompt_length))
         limit = f"generation.max_prompt_length {generation.max_prompt_length}"
         rows.append(("evaluation prompts", *_quantiles(evaluated), limit, f"{cut:.1%}"))
@@ -424,6 +439,8 @@ def _lengths(
             f"{cut_response:.0%} of the responses are cut, the longest ones: raise model.max_length, or lower "
             "model.max_prompt_length"
         )
+    measured = {"prompt_tokens": lengths[:, 0], "response_tokens": lengths[:, 1]}
+    return _Lengths(pa.table({"response_id": responses["response_id"], **measured}), evaluated.tolist())
 
 
 def _training(experiment: Experiment, data: _Data | None, findings: _Findings) -> Iterator[str]:
@@ -609,6 +626,63 @@ def _disk(experiment: Experiment, home: Path, model: _Model | None, findings: _F
         findings.warnings.append(
             f"about {size_in_words(need.bytes)} of the {size_in_words(free)} free in {existing} will be written"
         )
+
+
+def _estimate(experiment: Experiment, data: _Data, size: "ModelSize", lengths: _Lengths) -> Iterator[str]:
+    """What the stages that compute with the model will cost, on this machine and on a GPU."""
+    from helpsteer_assets.modpo.models import batch_tokens, choose_device
+
+    margin = data.margin_pairs if experiment.has_margin_adapter else None
+    if data.preference_pairs is None or (experiment.has_margin_adapter and margin is None):
+        return
+    precision = experiment.model.precision
+    try:
+        device = choose_device(experiment.run, precision)
+    except HelpsteerError:
+        return  # among the problems already
+    texts = measure_texts(
+        experiment, data.preference_pairs.file, margin and margin.file, lengths.responses, lengths.asked
+    )
+    tokens = batch_tokens(experiment.run, device)
+    works = estimate(experiment, size, texts, tokens)
+    machine = measure_machine(device.type, precision)
+    clock = "GPU time" if device.type == "cuda" else "CPU time"
+    yield from _heading("Estimate")
+    rows = [("", "TFLOP", clock)]
+
+    def row(name: str, work: Work) -> tuple[str, ...]:
+        return (name, f"{work.flops / 1e12:,.3g}", _duration(work.seconds(machine)))
+
+    graph = stages(experiment)
+    rows += [row(name, work) for name, work in works.items() if not graph[name].partitioned]
+    rows += [row(f"each w: {name}", work) for name, work in works.items() if graph[name].partitioned]
+    everything, shared, one = (total(experiment, works, weights=n) for n in (None, 0, 1))
+    weights = len(experiment.objective.weights)
+    rows.append(row("once for all weights", shared))
+    rows.append(row("each w", one + shared * -1))
+    rows.append(row(f"all of {weights} weight{'' if weights == 1 else 's'}", everything))
+    yield from _columns(rows)
+    memory = training_memory(
+        size, tokens=tokens, bytes_each=BYTES[precision], checkpointing=experiment.modpo.gradient_checkpointing
+    )
+    yield f"  memory of a policy's training, at its peak: about {size_in_words(round(memory))}"
+    where = "here, just now" if device.type == "cuda" else "here, just now, on one thread"
+    yield from _prose(
+        f"At {machine.rate:.2g} FLOP/s in large {precision} products and {machine.bandwidth:.2g} bytes/s of memory, as "
+        f"measured {where}. On one GPU of {ASSUMED_GPU.rate:.2g} FLOP/s and {ASSUMED_GPU.bandwidth:.2g} bytes/s, which "
+        f"is assumed and not measured, all of it would take {_duration(everything.seconds(ASSUMED_GPU))}."
+    )
+    yield from _prose(
+        f"Answers are taken to be as long as the source's responses, {np.mean(texts.answers):.0f} tokens on average. "
+        "Left out are reading the data, the rater, statistics, report, and early stopping. docs/scaling.md says how "
+        "far runs were from it."
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:,.3g} h"
 
 
 def _hub_cache(size: int, findings: _Findings) -> Iterator[str]:

@@ -33,15 +33,13 @@ from helpsteer_assets.modpo.checkpoints import (
 )
 from helpsteer_assets.modpo.models import non_finite
 from helpsteer_assets.modpo.progress import Progress
-from helpsteer_assets.modpo.schedule import count_steps
+from helpsteer_assets.modpo.schedule import count_steps, evaluation_interval
 
 if TYPE_CHECKING:
     from helpsteer_assets.experiment import TrainingSettings
 
 TRAINER_STATE_NAME = "trainer_state.json"
 """Where transformers keeps a checkpoint's TrainerState."""
-EVALUATIONS = 10
-"""Evaluations, each with a checkpoint, in a training whose settings name no interval."""
 LOGS_PER_EVALUATION = 5
 
 
@@ -89,7 +87,7 @@ def training_arguments(
         extra: further arguments of that class.
     """
     steps = count_steps(settings, items)
-    evaluate_every = min(settings.evaluate_every or math.ceil(steps / EVALUATIONS), steps)
+    evaluate_every = evaluation_interval(settings, steps)
     # Evaluations fall on logged steps, so that a non-finite loss is seen before a checkpoint holds its weights.
     log_every = next(n for n in range(math.ceil(evaluate_every / LOGS_PER_EVALUATION), 0, -1) if not evaluate_every % n)
     made = arguments(
