@@ -1,17 +1,21 @@
-"""What `helpsteer check` estimates against what runs take: CPU seconds of every stage that computes with a model.
+"""The cost model of `modpo/cost.py` against the clock.
 
-Real runs of the whole graph, cut down, on models of three sizes, in this process and on one thread. What the machine
-does in a second is measured before and after each stage, for a busy machine does less. The estimate is made twice: as
-`helpsteer check` makes it, which has to guess how long answers will be, and with the lengths that the answers have.
+Its pieces, with each of the models: a micro-batch of training, a batch of scoring, decoding. In the long form whole
+runs, too: what `helpsteer check` estimates against CPU seconds of every stage that computes with a model, in real runs
+of the graph, cut down, on models of three sizes, in this process and on one thread. What the machine does in a second
+is measured before and after each, for a busy machine does less. The estimate of a run is made twice: as `helpsteer
+check` makes it, which has to guess how long answers will be, and with the lengths that the answers have.
 """
 
 import dataclasses
 import importlib
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +24,26 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 
-from benchmarks.models import load_base, smollm2_folder
+from benchmarks.models import ALL_LINEAR, contenders, load_base, smollm2_folder
+from benchmarks.setting import Setting
+from benchmarks.timing import ratio, seconds
 from helpsteer_assets.estimate import Texts, estimate, measure_texts
 from helpsteer_assets.executor import MODEL_MODULES
 from helpsteer_assets.experiment import Experiment, load_experiment
-from helpsteer_assets.modpo.cost import Machine, measure_machine
-from helpsteer_assets.modpo.models import batch_tokens, load_tokenizer, model_size
+from helpsteer_assets.modpo.cost import Machine, decoding, forward, measure_machine, training, tree
+from helpsteer_assets.modpo.decoding import Decoding, decode
+from helpsteer_assets.modpo.log_probs import response_log_probs
+from helpsteer_assets.modpo.models import batch_tokens, load_tokenizer, model_size, size_of
 from helpsteer_assets.modpo.pairs import unique_responses
-from helpsteer_assets.modpo.tokenization import count_response_tokens, encode_prompts
+from helpsteer_assets.modpo.tokenization import Sequence, count_response_tokens, encode_prompts
+from helpsteer_assets.modpo.trees import pack
 from helpsteer_assets.resources.artifacts import ALL
 from helpsteer_assets.running import run_experiment
 from helpsteer_assets.stages import local_path
 from helpsteer_assets.status import status
 
 CPU = torch.device("cpu")
+ROUNDS = 3
 _UNCUT = 2**31
 
 _COMMON: dict[str, Any] = {
@@ -80,13 +90,70 @@ class Measured:
     machines: dict[str, list[Machine]] = dataclasses.field(default_factory=dict)
 
 
-def run(long: bool) -> dict[str, Any]:
-    """By model: seconds measured, and estimates over them; the short form has the embedded model alone."""
+def run(setting: Setting) -> dict[str, Any]:
+    """`pieces`: of each model, estimates over what was measured; `runs`: the same of the stages of whole runs."""
+    rows = [{"model": name} | pieces(name, setting) for name in setting.models]
+    return {"pieces": rows} | ({"runs": runs()} if setting.long else {})
+
+
+def pieces(name: str, setting: Setting) -> dict[str, Any]:
+    """Estimate over measured seconds: how the coefficients fit a model of this size on this machine."""
+    prompt, responses, rows, steps = (64, (64, 64), 16, 16) if setting.long else (24, (24, 24), 8, 8)
+    device, bytes_each = setting.device, {"fp32": 4, "bf16": 2}[setting.precision]
+    with contenders(name, device, setting.precision, ALL_LINEAR) as models:
+        policy = models.policy
+        base = policy.get_base_model()
+        size = size_of(policy)
+        ids = [torch.randint(3, size.embeddings, (length,)).numpy() for length in (prompt, *responses)]
+        batch, _ = pack([Sequence(ids[0], response) for response in ids[1:]])
+        batch, read = batch.to(device), tree(prompt, *responses)
+        how = Decoding(max_new_tokens=steps + 1, end_id=-1, max_batch_tokens=2**20)
+        prompts = {row: ids[0].tolist() for row in range(rows)}
+
+        def train() -> None:
+            response_log_probs(policy.train(), batch).sum().backward()
+
+        def score() -> None:
+            with torch.inference_mode():
+                response_log_probs(policy.eval(), batch)
+
+        def answer(how: Decoding) -> None:
+            with torch.inference_mode(), policy.disable_adapter():
+                list(decode(base.eval(), prompts, how))
+
+        common = {"bytes_each": bytes_each}
+        decoded = {"prompts": rows, "prompt_tokens": prompt, "response_tokens": steps, "steps": steps, "prefills": 1}
+        expected = {
+            "training": training(size, read, passes=1, checkpointing=False, **common),
+            "scoring": forward(size, read, passes=1, adapter=True, **common),
+            "greedy": decoding(size, **decoded, sampled=False, **common),
+            "sampled": decoding(size, **decoded, sampled=True, **common),
+        }
+        works = {
+            "training": train,
+            "scoring": score,
+            "greedy": partial(answer, how),
+            "sampled": partial(answer, replace(how, do_sample=True)),
+        }
+        found: dict[str, Any] = {}
+        for kind, work in works.items():
+            work()  # finds out what the model can do, once in a process
+            machines, measured = [measure_machine(device.type, setting.precision)], []
+            for _ in range(ROUNDS):
+                measured.append(seconds(work, device))
+                machines.append(measure_machine(device.type, setting.precision))
+            found[f"{kind}_seconds"] = statistics.median(measured)
+            found[kind] = ratio([expected[kind].seconds(_mean(machines))] * ROUNDS, measured)
+        return found | {"rate": _mean(machines).rate}
+
+
+def runs() -> dict[str, Any]:
+    """By model: seconds measured, and estimates over them."""
     for module in MODEL_MODULES:
         importlib.import_module(module)  # what a process imports once is no stage's cost
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name in _SIZES if long else ["embedded"]:
+        for name in _SIZES:
             model = model_folder(name, Path(folder))
             if model is not None:
                 file = Path(folder) / f"{name}.yaml"
@@ -151,7 +218,7 @@ def compare(experiment: Experiment, home: Path, measured: Measured) -> dict[str,
     size = model_size(local_path("model.base", experiment.model.base), experiment.lora)
     guessed = texts_of(experiment, files)
     answers = pq.read_table(files["sft_generations"] / "generations.parquet")["response_tokens"].to_pylist()
-    known = dataclasses.replace(guessed, answers=answers)
+    known = replace(guessed, answers=answers)
     rows: dict[str, dict[str, float]] = {"seconds": {}, "check": {}, "known_answers": {}}
     tokens = batch_tokens(experiment.run, CPU)
     by_guess, by_knowledge = (estimate(experiment, size, texts, tokens) for texts in (guessed, known))

@@ -151,7 +151,8 @@ def _count(sides: str, cut: pa.Table, pairs: dict[str, Source]) -> Tokens:
             SELECT tree, coalesce(cut.prompt, mean.prompt) AS p, coalesce(cut.response, mean.response) AS r
             FROM sides LEFT JOIN cut USING (response_id) CROSS JOIN mean
         ), trees AS (
-            SELECT max(p) AS p, sum(r) AS r, sum(p * r + r * (r + 1) / 2) AS seen, count(*) AS n FROM known GROUP BY tree
+            SELECT max(p) AS p, sum(r) AS r, sum(p * r + r * (r + 1) / 2) AS seen, count(*) AS n
+            FROM known GROUP BY tree
         )
         SELECT coalesce(sum(p + r), 0)::DOUBLE AS read, coalesce(sum(r), 0)::DOUBLE AS predicted,
             coalesce(sum(p * (p + 1) / 2 + seen), 0)::DOUBLE AS attended, coalesce(sum(n), 0)::DOUBLE AS responses

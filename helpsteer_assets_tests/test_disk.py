@@ -27,7 +27,17 @@ from helpsteer_assets.resources.artifacts import ALL
 from helpsteer_assets.status import Status, status
 from helpsteer_assets_tests.test_stages import LENGTH_PENALTY, experiment
 
-MODEL = ModelSize(parameters=1000, adapter_parameters=10, embeddings=50)
+MODEL = ModelSize(
+    parameters=1000,
+    adapter_parameters=10,
+    embeddings=50,
+    body=900,
+    head=100,
+    layers=1,
+    attention=4,
+    keys_and_values=8,
+    features=60,
+)
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 

@@ -449,3 +449,19 @@ def test_a_full_disk_is_a_problem(source: Path, tmp_path: Path, monkeypatch: pyt
 def test_a_home_that_is_a_file_is_a_problem(source: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert "cannot be written to" in Report(local(source), tmp_path / "file" / "home").under("Problems (1)")
+
+
+def test_the_estimate_says_what_each_stage_and_the_grid_will_cost(demo: Report) -> None:
+    found = demo.under("Estimate")
+    flops = {name: float(found.split(f" {name} ")[1].split()[0]) for name in ("once for all weights", "each w")}
+    grid = float(found.split(" all of 5 weights ")[1].split()[0])
+
+    assert " sft_model " in found and " each w: modpo_models " in found and " each w: kl_to_sft " in found
+    assert grid == pytest.approx(flops["once for all weights"] + 5 * flops["each w"], rel=0.02)
+    assert "assumed and not measured" in found and "memory of a policy's training" in found
+
+
+def test_there_is_no_estimate_where_pairs_are_missing(tmp_path: Path) -> None:
+    same = [row(f"{tag} {n}", text, 2, 2) for tag in "ab" for n in range(20) for text in ("one", "two")]
+    folder = write(tmp_path / "ratings", train=same[:40], validation=same[40:])
+    assert Report(local(folder), tmp_path / "home").under("Estimate") == ""

@@ -23,7 +23,7 @@ import numpy as np
 if TYPE_CHECKING:
     from helpsteer_assets.modpo.models import ModelSize
 
-GEMM_SHARE = 0.85
+GEMM_SHARE = 0.93
 """Rate of a model's own matrix products, as a share of that of large square ones."""
 FORWARD_PASSES = 4.0
 """Times that the inputs and outputs of a layer's matrices pass through memory in a forward, beside the products."""

@@ -225,17 +225,17 @@ class ModelSize:
     adapter_parameters: int
     embeddings: int
     """Token ids that it embeds."""
-    body: int = 0
+    body: int
     """Weights that every token passes through: all but the embeddings and the head. Of a mixture of experts all, though
     a token passes through few."""
-    head: int = 0
+    head: int
     """Weights of the output layer, whether or not they are the embeddings'."""
-    layers: int = 0
-    attention: int = 0
+    layers: int
+    attention: int
     """Width of the queries, summed over the layers."""
-    keys_and_values: int = 0
+    keys_and_values: int
     """Numbers that are kept of a token for those after it."""
-    features: int = 0
+    features: int
     """Inputs and outputs of the body's matrices, summed."""
 
 
@@ -251,29 +251,35 @@ def model_size(path: Path, lora: "LoraSettings", *, trust_remote_code: bool = Fa
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         except Exception as error:  # whatever the config or the model's own code raise
             raise HelpsteerError(f"{path} describes no causal language model: {_in_words(error)}") from error
-        layers = _count_layers(model)
-        parameters, embeddings = model.num_parameters(), model.get_input_embeddings().num_embeddings
-        trained, _ = attach_lora(model, lora, 0).get_nb_trainable_parameters()
-    return ModelSize(parameters, trained, embeddings, **layers)
+        return size_of(attach_lora(model, lora, 0))
 
 
-def _count_layers(model: PreTrainedModel) -> dict[str, int]:
-    """What a forward pass costs by: the fields of `ModelSize` from `body` on."""
+def size_of(policy: PeftModel) -> ModelSize:
+    """The size of a model with its LoRA."""
+    model = policy.get_base_model()
     config = model.config.get_text_config()
+    lora = sum(weight.numel() for name, weight in policy.named_parameters() if ".lora_" in name)
     embedded, output = model.get_input_embeddings().weight, model.get_output_embeddings()
     head = embedded if output is None else output.weight
-    body = [weight for weight in model.parameters() if weight is not embedded and weight is not head]
+    body = [
+        weight
+        for name, weight in model.named_parameters()
+        if ".lora_" not in name and weight is not embedded and weight is not head
+    ]
     layers, heads = config.num_hidden_layers, getattr(config, "num_attention_heads", 1)
     head_size = getattr(config, "head_dim", None) or getattr(config, "hidden_size", heads) // heads
-    return {
-        "body": sum(weight.numel() for weight in body),
-        "head": head.numel(),
-        "layers": layers,
-        "attention": layers * heads * head_size,
-        "keys_and_values": layers * 2 * (getattr(config, "num_key_value_heads", None) or heads) * head_size,
+    return ModelSize(
+        parameters=policy.num_parameters() - lora,
+        adapter_parameters=lora,
+        embeddings=model.get_input_embeddings().num_embeddings,
+        body=sum(weight.numel() for weight in body),
+        head=head.numel(),
+        layers=layers,
+        attention=layers * heads * head_size,
+        keys_and_values=layers * 2 * (getattr(config, "num_key_value_heads", None) or heads) * head_size,
         # A matrix of several experts is [experts, outputs, inputs].
-        "features": sum(sum(weight.shape[-2:]) for weight in body if weight.ndim > 1),
-    }
+        features=sum(sum(weight.shape[-2:]) for weight in body if weight.ndim > 1),
+    )
 
 
 def context_length(path: Path, *, trust_remote_code: bool = False) -> int | None:
