@@ -35,12 +35,16 @@ SAMPLING_PASSES = 40.0
 """Times that a row of logits, 8 bytes a number, passes through memory where a token is drawn by hashed Gumbel noise."""
 LAYER_OPERATIONS = 200.0
 """Operations that a layer starts in a forward pass, counted in the smallest there are."""
-SEGMENT_OPERATIONS = 20.0
+SEGMENT_OPERATIONS = 45.0
 """Operations that a layer starts for each response of a batch of prompt trees (`tree_attention`)."""
 BACKWARD_OPERATIONS = 1.5
 """Operations of a backward pass for each of the forward."""
 STEP_OPERATIONS = 300.0
 """Operations per layer of an optimizer step, clipping included."""
+TRAINER_OPERATIONS = 5000.0
+"""Operations of a step beside the model: data loader, collator, callbacks, logs."""
+TRAINING_OPERATIONS = 3e6
+"""Operations of a training beside its steps: trainer, checkpoints with their digests, loss curve, model card."""
 STAGE_OPERATIONS = 1e6
 """Operations of a stage beside its model: manifest, digests, tokenizer, Parquet, warehouse, Dagster's records."""
 ACTIVATION_PASSES = 1.32
@@ -175,8 +179,9 @@ def training(size: "ModelSize", tokens: Tokens, *, bytes_each: int, passes: floa
 
 
 def optimizer(size: "ModelSize", steps: float) -> Work:
-    """AdamW with clipping: each of the LoRA's numbers and its two moments are read and written."""
-    return Work(0.0, steps * 3 * TRAINED_BYTES * size.adapter_parameters, steps * size.layers * STEP_OPERATIONS)
+    """A training beside its passes: in each step AdamW with clipping reads and writes the LoRA and its moments."""
+    started = TRAINING_OPERATIONS + steps * (TRAINER_OPERATIONS + size.layers * STEP_OPERATIONS)
+    return Work(0.0, steps * 3 * TRAINED_BYTES * size.adapter_parameters, started)
 
 
 def decoding(

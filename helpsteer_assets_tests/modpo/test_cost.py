@@ -198,7 +198,8 @@ def test_rows_beside_each_other_share_the_reading_of_the_weights() -> None:
 
 
 def test_an_optimizer_step_costs_by_the_adapter_alone() -> None:
-    assert optimizer(SIZE, 3) == optimizer(SIZE, 1) * 3
+    assert optimizer(SIZE, 3).moved == 3 * optimizer(SIZE, 1).moved
+    assert optimizer(SIZE, 3).operations > optimizer(SIZE, 1).operations
     assert optimizer(SIZE, 1).flops == 0
     assert optimizer(replace(SIZE, body=10**9), 1) == optimizer(SIZE, 1)
 
