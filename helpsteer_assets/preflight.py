@@ -46,6 +46,7 @@ from helpsteer_assets.modpo.ratings import hash_share, read_ratings, rows_to_rat
 from helpsteer_assets.modpo.schedule import count_steps
 from helpsteer_assets.modpo.statistics import judge_margin_adapter
 from helpsteer_assets.modpo.tables import Source, query
+from helpsteer_assets.ray_cluster import ask_nodes, judge, on_ray
 from helpsteer_assets.resources.artifacts import ALL
 from helpsteer_assets.stages import fetch, partitions_of, stages
 from helpsteer_assets.status import status
@@ -136,7 +137,11 @@ def _report(experiment: Experiment, home: Path, scratch: Path) -> Iterator[str]:
         lengths = yield from _lengths(experiment, data, model.tokenizer, findings)
     yield from _training(experiment, data, findings)
     yield from _evaluation(experiment, data, findings)
-    yield from _machine(experiment, home, model, findings)
+    if on_ray():
+        yield from _cluster(experiment, home, findings)
+        yield from _disk(experiment, home, model, findings)
+    else:
+        yield from _machine(experiment, home, model, findings)
     if data is not None and model is not None and lengths is not None:
         yield from _estimate(experiment, data, model.size, lengths)
     for title, found in (("Warnings", findings.warnings), ("Problems", findings.problems)):
@@ -150,7 +155,7 @@ def _report(experiment: Experiment, home: Path, scratch: Path) -> Iterator[str]:
         raise HelpsteerError(
             f"experiment {experiment.name} cannot run as it is: {count} problem{'' if count == 1 else 's'}"
         )
-    yield "No problems: `helpsteer run` can start."
+    yield f"No problems: {'the cluster can run it' if on_ray() else '`helpsteer run` can start'}."
 
 
 def _data(experiment: Experiment, scratch: Path, findings: _Findings) -> Generator[str, None, _Data | None]:
@@ -601,6 +606,23 @@ def _machine(experiment: Experiment, home: Path, model: _Model | None, findings:
         except HelpsteerError as error:
             findings.problems.append(str(error))
     yield from _disk(experiment, home, model, findings)
+
+
+def _cluster(experiment: Experiment, home: Path, findings: _Findings) -> Iterator[str]:
+    yield from _heading("Cluster")
+    try:
+        address, nodes = ask_nodes(home)
+    except HelpsteerError as error:
+        findings.problems.append(str(error))
+        yield "  cannot be asked, see Problems"
+        return
+    yield f"  Ray at {address}"
+    rows = [(node.name, f"{node.cpus:g}", f"{node.gpus:g}") for node in nodes]
+    yield from _columns([("node", "CPUs", "GPUs"), *rows])
+    dagster_home = Path(os.environ.get("DAGSTER_HOME") or home / "dagster" / experiment.name)
+    problems, warnings = judge(nodes, experiment.run, home, dagster_home)
+    findings.problems += problems
+    findings.warnings += warnings
 
 
 def _disk(experiment: Experiment, home: Path, model: _Model | None, findings: _Findings) -> Iterator[str]:

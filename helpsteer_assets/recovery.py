@@ -75,7 +75,7 @@ def make_dagster_home(home: Path, experiment: str) -> Path:
 def alive(home: Path) -> Iterator[dict[str, str]]:
     """Hold this process's lock for the block; yields the tags that its runs are to bear."""
     name = uuid.uuid4().hex
-    path = _lock(home, name)
+    path = process_lock(home, name)
     with ExitStack() as stack:
         with _counting(home):
             stack.enter_context(exclusive_lock(path))
@@ -138,14 +138,14 @@ def recover_dead_runs(instance: dg.DagsterInstance, home: Path, announce: Callab
     for run in instance.get_runs(filters=dg.RunsFilter(statuses=_UNFINISHED)):
         if (name := run.tags.get(PROCESS_TAG)) is None:
             continue
-        with lock_if_free(_lock(home, name)) as dead:
+        with lock_if_free(process_lock(home, name)) as dead:
             if dead:
                 announce(f"run {run.run_id} died; what it had finished is reused, and what it had begun goes on")
                 if run.status == dg.DagsterRunStatus.CANCELING:
                     instance.report_run_canceled(run, "The process of this run died while it was being canceled.")
                 else:
                     instance.report_run_failed(run, "The process of this run died.")
-                _lock(home, name).unlink(missing_ok=True)
+                process_lock(home, name).unlink(missing_ok=True)
     _free_slots(instance)
 
 
@@ -174,5 +174,6 @@ def _free_slots(instance: dg.DagsterInstance) -> None:
                 storage.free_concurrency_slots_for_run(run_id)
 
 
-def _lock(home: Path, name: str) -> Path:
+def process_lock(home: Path, name: str) -> Path:
+    """What a living process of that name holds."""
     return home / "locks" / "runs" / f"{name}.lock"

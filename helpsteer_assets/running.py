@@ -31,6 +31,7 @@ from helpsteer_assets.experiment import Experiment
 from helpsteer_assets.home import dagster_home
 from helpsteer_assets.interrupts import ends_on_signal
 from helpsteer_assets.jobs import build_jobs, phases
+from helpsteer_assets.ray_cluster import on_ray
 from helpsteer_assets.records import readable_database_errors
 from helpsteer_assets.recovery import alive, cancel_runs, make_dagster_home, recovering
 from helpsteer_assets.resources.artifacts import ALL, Artifact
@@ -65,6 +66,12 @@ def run_experiment(
         announce: gets what a person at a terminal wants to read.
         terminal: where progress bars are drawn; None: nowhere.
     """
+    if on_ray():
+        raise HelpsteerError(
+            "HELPSTEER_EXECUTOR is ray, and `helpsteer run` computes in this process: launch the jobs `prepare`, "
+            "`tradeoff_grid` and `evaluate` in the UI or by `dagster job backfill` and `dagster job launch` "
+            "(deploy/ray/README.md), or unset HELPSTEER_EXECUTOR to compute here"
+        )
     interrupted = threading.Event()
 
     def say(message: str) -> None:

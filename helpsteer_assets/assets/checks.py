@@ -9,10 +9,11 @@ from helpsteer_assets.assets.materialization import Lab
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment import Experiment
 from helpsteer_assets.modpo.statistics import judge_margin_adapter
+from helpsteer_assets.ray_cluster import CPU_STEP
 from helpsteer_assets.resources.artifacts import ALL, Artifact
 
 
-@dg.asset_check(asset="margin_adapter", blocking=True)
+@dg.asset_check(asset="margin_adapter", blocking=True, op_tags=CPU_STEP)
 def margin_adapter_prefers_chosen(lab: dg.ResourceParam[Lab]) -> dg.AssetCheckResult:
     """On validation pairs of the margin attribute the adapter rewards chosen more than rejected."""
     metrics = _finished(lab, "margin_adapter").manifest["metrics"]
@@ -29,7 +30,7 @@ def margin_adapter_prefers_chosen(lab: dg.ResourceParam[Lab]) -> dg.AssetCheckRe
     )
 
 
-@dg.asset_check(asset="margin_adapter_quality")
+@dg.asset_check(asset="margin_adapter_quality", op_tags=CPU_STEP)
 def margin_adapter_measures_more_than_length(lab: dg.ResourceParam[Lab]) -> dg.AssetCheckResult:
     """The margin adapter's reward is more than a measure of length. A warning: policies can be trained on either."""
     quality = _finished(lab, "margin_adapter_quality").manifest["metrics"]
@@ -41,7 +42,7 @@ def margin_adapter_measures_more_than_length(lab: dg.ResourceParam[Lab]) -> dg.A
     )
 
 
-@dg.asset_check(asset="tradeoff")
+@dg.asset_check(asset="tradeoff", op_tags=CPU_STEP)
 def margin_follows_weight(lab: dg.ResourceParam[Lab]) -> dg.AssetCheckResult:
     """The margin reward moves with w in the direction that the role asks for. A warning: nothing guarantees it."""
     direction = _finished(lab, "tradeoff").manifest["metrics"]["direction"]

@@ -24,6 +24,7 @@ from helpsteer_assets.automation import GROUP, follows_inputs
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment import Experiment
 from helpsteer_assets.partitions import weight_partitions
+from helpsteer_assets.ray_cluster import CPU_STEP, model_step
 from helpsteer_assets.resources.artifacts import ALL, CHECKPOINTS, Artifact, ArtifactStore
 from helpsteer_assets.resources.uses import using
 from helpsteer_assets.resources.warehouse import TABLES, Warehouse
@@ -336,6 +337,7 @@ def build_asset(declaration: AssetDeclaration, experiment: Experiment) -> dg.Ass
     stage: Stage = stages(experiment)[name]
     automated = experiment.run.automation and declaration.group == GROUP
     runs: dict[str, Any] = {"pool": GPU_POOL, "retry_policy": _RETRIES} if declaration.loads_model else {}
+    needs = model_step(experiment.run) if declaration.loads_model else CPU_STEP
     shown: dict[str, Any] = {
         "name": name,
         "group_name": declaration.group,
@@ -349,9 +351,9 @@ def build_asset(declaration: AssetDeclaration, experiment: Experiment) -> dg.Ass
         "automation_condition": follows_inputs(experiment, stage) if automated else None,
     }
     if declaration.shard is not None and experiment.evaluation.shards > 1:
-        return _sharded_asset(declaration, experiment.evaluation.shards, stage.inputs, shown, runs)
+        return _sharded_asset(declaration, experiment.evaluation.shards, stage.inputs, shown, runs | {"tags": needs})
 
-    @dg.asset(deps=list(stage.inputs), **shown, **runs)
+    @dg.asset(deps=list(stage.inputs), op_tags=needs, **shown, **runs)
     def _asset(context: dg.AssetExecutionContext, lab: dg.ResourceParam[Lab]) -> dg.MaterializeResult:
         return lab.materialize(declaration, context)
 

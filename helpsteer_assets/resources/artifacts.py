@@ -177,7 +177,7 @@ class ArtifactStore:
                 "duration_s": round(time.monotonic() - started, 3),
                 "resumed": resumed,
                 "versions": versions(),
-                "git_revision": _git_revision(),
+                "git_revision": git_revision(),
                 "host": socket.gethostname(),
                 "platform": platform.platform(),
                 "environment": environment(),
@@ -425,7 +425,7 @@ def versions() -> dict[str, str | None]:
 
 
 @cache
-def _git_revision() -> str | None:
+def git_revision() -> str | None:
     """The commit of the project's checkout, `-dirty` if tracked files differ from it; None outside a checkout.
 
     A package installed inside some other project's checkout (its virtual environment) has no revision.
