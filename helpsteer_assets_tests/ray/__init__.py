@@ -1,0 +1,1 @@
+"""On a Ray cluster: left out of `make test`, run by `make test-ray`."""

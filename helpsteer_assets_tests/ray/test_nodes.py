@@ -1,0 +1,166 @@
+"""What a cluster's users are told of nodes, limits and settings that do not fit."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import dagster as dg
+import pytest
+from dagster._config import process_config, resolve_to_config_type
+from dagster._core.definitions.job_base import InMemoryJob
+from dagster._core.instance.ref import InstanceRef
+from dagster_postgres import DagsterPostgresStorage
+from dagster_postgres.utils import pg_url_from_config
+
+from helpsteer_assets.errors import HelpsteerError
+from helpsteer_assets.experiment import RunSettings
+from helpsteer_assets.ray_cluster import HOME_TOKEN, Node, _installed, forwarded_variables, judge
+from helpsteer_assets.ray_executor import ray_step_executor
+from helpsteer_assets_tests.assets.conftest import write_experiment
+from helpsteer_assets_tests.ray.conftest import DEPLOY, Cluster, Deployment, wait
+
+pytestmark = pytest.mark.ray
+
+FIT = {"sees_home": True, "dagster": "/bin/dagster"}
+TWO = [Node("one", 8, 2, versions=_installed(), **FIT), Node("two", 8, 1, versions=_installed(), **FIT)]
+"""Two nodes with three GPUs."""
+
+
+def limited(folder: Path, limit: int) -> Path:
+    (folder / "dagster.yaml").write_text(f"concurrency: {{pools: {{default_limit: {limit}}}}}\n", encoding="utf-8")
+    return folder
+
+
+def test_dagster_yaml_is_what_dagster_dagster_ray_and_dagster_postgres_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dagster.yaml").write_bytes((DEPLOY / "dagster.yaml").read_bytes())
+    for name, value in {"RAY_ADDRESS": "http://head:8265", "PG_HOST": "db", "PG_PASSWORD": "secret"}.items():
+        monkeypatch.setenv(name if name == "RAY_ADDRESS" else f"HELPSTEER_{name}", value)
+    found = InstanceRef.from_dir(str(tmp_path))
+    assert found.run_launcher is not None and found.run_launcher.supports_resume_run
+    assert found.run_launcher.address == "http://head:8265"
+    assert found.settings["run_monitoring"]["max_resume_run_attempts"] == 3
+    assert found.settings["concurrency"]["pools"] == {"default_limit": 2, "granularity": "op"}
+    assert found.storage_data is not None
+    assert found.storage_data.class_name == "DagsterPostgresStorage"
+    storage = process_config(
+        resolve_to_config_type(DagsterPostgresStorage.config_type()), found.storage_data.config_dict
+    )
+    assert storage.success, storage.errors
+    assert pg_url_from_config(storage.value) == "postgresql+psycopg2://helpsteer:secret@db:5432/helpsteer"
+
+
+def test_steps_get_our_environment_and_what_dagster_yaml_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "dagster.yaml").write_text("storage: {postgres: {postgres_db: {password: {env: SECRET}}}}\n")
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+    monkeypatch.setenv("HELPSTEER_EXPERIMENT", "demo")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("UNRELATED", "1")
+    found = forwarded_variables()
+    assert {"DAGSTER_HOME", "HELPSTEER_EXPERIMENT", "HF_HUB_OFFLINE", "SECRET", HOME_TOKEN} <= set(found)
+    assert not {"UNRELATED", "PATH", "RAY_ADDRESS"} & set(found)
+
+
+def test_resources_of_the_executor_are_refused_since_they_would_hide_those_of_the_assets() -> None:
+    @dg.job
+    def anything() -> None: ...
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        context = dg.InitExecutorContext(
+            InMemoryJob(anything), ray_step_executor, {"ray": {"num_gpus": 1.0}, "retries": {}}, instance
+        )
+        with pytest.raises(HelpsteerError, match=r"^num_gpus of the executor would take the place of .* run\.gpus"):
+            ray_step_executor.executor_creation_fn(context)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "limit", "problem", "warning"),
+    [
+        (1.0, 3, "", ""),
+        (1.0, 4, "4 steps with a model may run at once, and the cluster has room for 3", ""),
+        (1.0, 2, "", "2 steps with a model may run at once, and the cluster has room for 3"),
+        (0.5, 6, "", ""),
+        (2.0, 1, "", ""),
+        (4.0, 1, "no node has the 4 GPU that a step with a model asks for", ""),
+        (0.0, 16, "", ""),
+    ],
+)
+def test_the_limit_of_the_pool_has_to_fit_the_cluster(
+    tmp_path: Path, gpus: float, limit: int, problem: str, warning: str
+) -> None:
+    problems, warnings = judge(TWO, RunSettings(gpus=gpus), tmp_path, limited(tmp_path, limit))
+    assert len(problems) == bool(problem) and all(text.startswith(problem) for text in problems)
+    assert len(warnings) == bool(warning) and all(text.startswith(warning) for text in warnings)
+
+
+def test_a_pool_without_a_limit_is_a_problem(tmp_path: Path) -> None:
+    problems, _ = judge(TWO, RunSettings(), tmp_path, tmp_path)
+    assert [problem.partition(",")[0] for problem in problems] == ["any number of steps with a model may run at once"]
+
+
+def test_other_versions_and_a_missing_dagster_are_problems(tmp_path: Path) -> None:
+    node = Node("odd", 1, 3, sees_home=True, versions=_installed() | {"torch": "1.0"})
+    problems, _ = judge([node], RunSettings(), tmp_path, limited(tmp_path, 3))
+    assert len(problems) == 2
+    assert problems[0].startswith("node odd has no `dagster` on its PATH")
+    assert problems[1].startswith(f"node odd has torch 1.0, and this machine {_installed()['torch']}")
+
+
+@pytest.fixture(scope="module")
+def deployment(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    folder = tmp_path_factory.mktemp("nodes")
+    (folder / "home").mkdir()
+    deployment = Deployment(cluster, folder, write_experiment(folder), folder / "home")
+    yield deployment
+    deployment.end()
+
+
+def check(deployment: Deployment) -> tuple[int, str]:
+    """Exit status and output of `helpsteer check`, line breaks removed."""
+    done = deployment.run("helpsteer", "check")
+    return done.returncode, " ".join((done.stdout + done.stderr).split())
+
+
+def test_a_node_that_sees_another_home_is_named_by_the_check_and_does_nothing(
+    cluster: Cluster, deployment: Deployment
+) -> None:
+    code, said = check(deployment)
+    assert code == 0, said
+    assert f"Ray at {cluster.address}" in said and "the cluster can run it" in said
+
+    cluster.add("stranger", without=deployment.home)
+    code, said = check(deployment)
+    assert code == 2, said
+    assert f"node stranger sees another home: what this machine wrote to {deployment.home} is not there" in said
+
+    # A step on that node, until it loads the assets.
+    job = cluster.client.submit_job(
+        entrypoint='python -c "import helpsteer_assets.definitions" || find "$HELPSTEER_HOME"',
+        entrypoint_resources={"stranger": 1},
+        runtime_env={
+            "env_vars": {
+                "HELPSTEER_HOME": str(deployment.home),
+                "HELPSTEER_EXECUTOR": "ray",
+                HOME_TOKEN: "the-lock-of-a-run",
+            }
+        },
+    )
+    wait(lambda: cluster.client.get_job_status(job).is_terminal(), "the step")
+    said = cluster.client.get_job_logs(job)
+    assert f"HelpsteerError: node stranger does not see the home of this run at {deployment.home}" in said
+    assert said.strip().splitlines()[-1] == str(deployment.home), "something was written there"
+    cluster.kill("stranger")
+
+
+def test_a_cluster_that_does_not_answer_is_a_problem(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(deployment.environment, "RAY_ADDRESS", "http://127.0.0.1:9")
+    code, said = check(deployment)
+    assert code == 2
+    assert "no Ray cluster answers (RAY_ADDRESS is http://127.0.0.1:9): start one" in said
+
+
+def test_helpsteer_run_does_not_compute_here_what_was_meant_for_the_cluster(deployment: Deployment) -> None:
+    done = deployment.run("helpsteer", "run")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: HELPSTEER_EXECUTOR is ray, and `helpsteer run` computes in this process")
+    assert list(deployment.home.glob("artifacts")) == []
