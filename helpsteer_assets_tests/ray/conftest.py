@@ -143,6 +143,7 @@ class Deployment:
             HELPSTEER_EXPERIMENT=str(experiment),
             HELPSTEER_HOME=str(home),
         )
+        os.environ["RAY_ADDRESS"] = cluster.address  # dagster.yaml takes it from there
         self.instance = dg.DagsterInstance.from_config(str(self.dagster_home))
 
     def start_daemon(self) -> None:
