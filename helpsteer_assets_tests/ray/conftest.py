@@ -24,7 +24,7 @@ from helpsteer_assets_tests.faults.ui_faults import descendants
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy" / "ray"
 BIN = Path(sys.executable).parent
-WAIT_SECONDS = 400
+WAIT_SECONDS = 1200
 
 
 def wait(condition: Callable[[], object], what: str, interval: float = 0.2) -> None:
@@ -155,7 +155,7 @@ class Deployment:
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            command, env=self.environment, cwd=self._folder, capture_output=True, text=True, timeout=300, check=False
+            command, env=self.environment, cwd=self._folder, capture_output=True, text=True, timeout=WAIT_SECONDS, check=False
         )
 
     def backfill(self, *weights: str) -> None:

@@ -25,7 +25,7 @@ from helpsteer_assets.stages import fingerprints
 from helpsteer_assets_tests.assets.conftest import write_experiment
 from helpsteer_assets_tests.ray.conftest import Cluster, Deployment, holder, wait
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(2400)]
 
 WEIGHTS = ["0.1", "0.5", "0.9"]
 MODEL = "modpo_models"

@@ -18,7 +18,7 @@ from helpsteer_assets.ray_executor import ray_step_executor
 from helpsteer_assets_tests.assets.conftest import write_experiment
 from helpsteer_assets_tests.ray.conftest import DEPLOY, Cluster, Deployment, wait
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(2400)]
 
 FIT = {"sees_home": True, "dagster": "/bin/dagster"}
 TWO = [Node("one", 8, 2, versions=_installed(), **FIT), Node("two", 8, 1, versions=_installed(), **FIT)]
