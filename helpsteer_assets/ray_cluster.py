@@ -35,9 +35,9 @@ CPU_STEP = {"dagster-ray/config": {"num_cpus": 1}}
 _FORWARDED_PREFIXES = ("HELPSTEER_", "HF_", "WANDB_", "TRACKIO_")
 _FORWARDED = ("DAGSTER_HOME", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", HOME_TOKEN)
 _COMPARED = ("python", "helpsteer_assets", "torch", "transformers", "peft", "dagster")
-_ANSWER_SECONDS = 60.0
+_ANSWER_SECONDS = 120.0
 """For a node to answer."""
-_JOB_SECONDS = 180.0
+_JOB_SECONDS = 600.0
 """For the cluster to start a job, ask all nodes and end."""
 _ANSWERS = "nodes: "
 """Begins the line in which they are."""
@@ -157,10 +157,10 @@ def ask_nodes(home: Path) -> tuple[str, list[Node]]:
         )
         status = _ended(client, job)
     said = client.get_job_logs(job)
-    if status != JobStatus.SUCCEEDED or _ANSWERS not in said:
+    if status != JobStatus.SUCCEEDED.value or _ANSWERS not in said:
         last = "\n".join(said.strip().splitlines()[-5:]) or client.get_job_info(job).message
         raise HelpsteerError(
-            f"a job on the Ray cluster at {client.get_address()} ended as {status}: {last}\n`ray start` must see "
+            f"a job on the Ray cluster at {client.get_address()} is {status}: {last}\n`ray start` must see "
             "`python` and `dagster` of the installation on its PATH, on every node"
         )
     answers = said.rpartition(_ANSWERS)[2].splitlines()[0]
@@ -172,13 +172,13 @@ def _environment() -> dict[str, str]:
 
 
 def _ended(client: "JobSubmissionClient", job: str) -> str:
-    """The status in which a job ended, or is after `_JOB_SECONDS`."""
+    """The status in which a job ended, or in which it was stopped after `_JOB_SECONDS`."""
     deadline = time.monotonic() + _JOB_SECONDS
     while not (status := client.get_job_status(job)).is_terminal() and time.monotonic() < deadline:
         time.sleep(0.5)
     if not status.is_terminal():
         client.stop_job(job)
-    return status
+    return str(status.value)
 
 
 def print_nodes() -> None:

@@ -155,7 +155,13 @@ class Deployment:
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            command, env=self.environment, cwd=self._folder, capture_output=True, text=True, timeout=WAIT_SECONDS, check=False
+            command,
+            env=self.environment,
+            cwd=self._folder,
+            capture_output=True,
+            text=True,
+            timeout=WAIT_SECONDS,
+            check=False,
         )
 
     def backfill(self, *weights: str) -> None:
