@@ -52,40 +52,36 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._nodes: dict[str, subprocess.Popen[bytes]] = {}
+        self._nodes: list[str] = []
         self._gcs, dashboard = free_port(), free_port()
         self.address = f"http://127.0.0.1:{dashboard}"
-        self._start("head", ["--head", f"--port={self._gcs}", f"--dashboard-port={dashboard}"])
+        ports = [f"--port={self._gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={free_port()}"]
+        self._start("head", ["--head", *ports])
         self.client = JobSubmissionClient(self.address)
 
     def add(self, name: str, *, without: Path | None = None) -> None:
         """Start a node; a node `without` a folder has an empty one in its place, and a host name of its own."""
-        hidden = [] if without is None else ["unshare", "--mount", "--uts", "sh", "-c"]
-        script = f'hostname {name} && mount -t tmpfs none "{without}" && exec "$0" "$@"'
-        self._start(name, [f"--address=127.0.0.1:{self._gcs}"], [*hidden, script] if hidden else [])
+        hide = f'hostname {name} && mount -t tmpfs none "{without}" && exec "$0" "$@"'
+        prefix = [] if without is None else ["unshare", "--mount", "--uts", "sh", "-c", hide]
+        self._start(name, [f"--address=127.0.0.1:{self._gcs}"], prefix)
 
     def _start(self, name: str, arguments: list[str], prefix: list[str] | None = None) -> None:
         size = ["--num-cpus=2", "--num-gpus=1", f'--resources={{"{name}": 1}}', "--object-store-memory=80000000"]
         own = [f"--temp-dir={self._folder}/{name}", "--dashboard-agent-listen-port=0", "--node-ip-address=127.0.0.1"]
-        with (self._folder / f"{name}.log").open("wb") as log:
-            self._nodes[name] = subprocess.Popen(
-                [*(prefix or []), "ray", "start", "--block", *arguments, *size, *own],
-                env=environment(),
-                cwd=self._folder,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        wait(lambda: self._is_up(name), f"node {name}", interval=0.5)
+        self._nodes.append(name)
+        for _ in range(3):  # Ray itself gives up after 30 seconds, which a busy machine may need
+            with (self._folder / f"{name}.log").open("ab") as log:
+                command = [*(prefix or []), "ray", "start", *arguments, *size, *own]
+                if subprocess.run(command, env=environment(), stdout=log, stderr=log, check=False).returncode == 0:
+                    wait(lambda: self._is_up(name), f"node {name}", interval=0.5)
+                    return
+            self._kill(name)
+        raise AssertionError((self._folder / f"{name}.log").read_text(errors="replace")[-3000:])
 
     def _is_up(self, name: str) -> bool:
-        assert self._nodes[name].poll() is None, self._log(name)
         with suppress(ConnectionError, ServerUnavailable):
             return name in self.ids()
         return False
-
-    def _log(self, name: str) -> str:
-        return (self._folder / f"{name}.log").read_text(errors="replace")[-3000:]
 
     def ids(self) -> dict[str, str]:
         """Ray's ids of the living nodes by name."""
@@ -98,15 +94,29 @@ class Cluster:
 
     def kill(self, name: str) -> None:
         """All processes of a node at once, as a power cut does."""
-        process = self._nodes.pop(name)
-        for pid in [process.pid, *descendants(process.pid)]:
+        self._nodes.remove(name)
+        self._kill(name)
+
+    def _kill(self, name: str) -> None:
+        own = [pid for pid in processes() if f"{self._folder}/{name}/".encode() in command_line(pid)]
+        for pid in {*own, *(child for parent in own for child in descendants(parent))}:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        process.wait()
 
     def end(self) -> None:
         for name in list(self._nodes):
             self.kill(name)
+
+
+def processes() -> list[int]:
+    return [int(entry.name) for entry in Path("/proc").glob("[0-9]*")]
+
+
+def command_line(pid: int) -> bytes:
+    """The arguments of a process, each followed by a NUL; empty for one that has ended."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
 
 
 @pytest.fixture(scope="session")

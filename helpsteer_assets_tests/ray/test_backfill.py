@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from helpsteer_assets.resources.warehouse import Warehouse
 from helpsteer_assets.running import run_experiment
 from helpsteer_assets.stages import fingerprints
 from helpsteer_assets_tests.assets.conftest import write_experiment
-from helpsteer_assets_tests.ray.conftest import Cluster, Deployment, holder, wait
+from helpsteer_assets_tests.ray.conftest import Cluster, Deployment, command_line, holder, processes, wait
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(2400)]
 
@@ -108,14 +107,11 @@ def _halt_trainings(story: Story, halted: dict[str, int]) -> dict[str, int]:
 
 
 def _worker(run_id: str) -> int:
-    """The process that executes a run: the one of its ancestors' line that Dagster started in Python."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            command = (entry / "cmdline").read_bytes()
-            if b"execute_run" in command and run_id.encode() in command and b"dagster\0api" in command:
-                found.append(int(entry.name))
-    return max(found)
+    """The process that executes a run."""
+    commands = {pid: command_line(pid) for pid in processes()}
+    # A shell above it has the same words, in one argument.
+    (found,) = [pid for pid, line in commands.items() if b"\0execute_run\0" in line and run_id.encode() in line]
+    return found
 
 
 def test_every_weight_has_its_scores(story: Story) -> None:
