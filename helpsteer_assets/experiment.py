@@ -409,7 +409,17 @@ class RunSettings(Section):
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one, else cpu.")
     threads: int | None = Field(
-        None, ge=1, description="CPU threads of torch; 1 gives the same bytes in every run. null: torch's choice."
+        None,
+        ge=1,
+        description="CPU threads of torch, in each process; 1 gives the same bytes in every run. null: torch's choice, "
+        "which processes that train together divide among them.",
+    )
+    train_processes: int = Field(
+        1,
+        ge=1,
+        description="Processes that train one model together, each on a GPU of its own, or on the CPU where there is "
+        "none. Each does its share of every optimizer step, so batch_size * accumulation of each training must be a "
+        "multiple. Sums are rounded in another order, and each process draws its own random numbers for dropout.",
     )
     batch_tokens: int | None = Field(
         None,
@@ -499,6 +509,15 @@ class Experiment(Section):
             elif revision is not None:
                 raise ValueError(
                     f"{key}.revision: goes with an id on the hub only, and {source} is none; remove it ({_INHERITED})"
+                )
+        trainings = {"sft": self.sft, "margin_adapter": self.margin_adapter, "modpo": self.modpo}
+        for name, settings in trainings.items():
+            used = settings is not None and settings.trains and (name != "margin_adapter" or self.has_margin_adapter)
+            if used and settings.batch_size * settings.accumulation % self.run.train_processes:
+                raise ValueError(
+                    f"run.train_processes: {self.run.train_processes} processes cannot share a step of {name} evenly, "
+                    f"batch_size {settings.batch_size} x accumulation {settings.accumulation}; make their product a "
+                    "multiple, or choose another number of processes"
                 )
         if self.generation.engine == "vllm" and self.model.precision != "bf16":
             raise ValueError(

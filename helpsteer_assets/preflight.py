@@ -569,12 +569,14 @@ def _evaluation_prompts(experiment: Experiment, data: _Data) -> pa.Table | None:
 def _machine(experiment: Experiment, home: Path, model: _Model | None, findings: _Findings) -> Iterator[str]:
     import torch
 
+    from helpsteer_assets.modpo.distributed import require_devices
     from helpsteer_assets.modpo.models import choose_device
 
     precision = experiment.model.precision
     yield from _heading("Machine")
     try:
         device = choose_device(experiment.run, precision)
+        require_devices(experiment.run, device)
     except HelpsteerError as error:
         findings.problems.append(str(error))
         yield "  device: see Problems"
@@ -592,6 +594,8 @@ def _machine(experiment: Experiment, home: Path, model: _Model | None, findings:
                 findings.warnings.append(
                     "model.precision is bf16 and there is no CUDA device here: it runs on the CPU, no faster than fp32"
                 )
+        if experiment.run.train_processes > 1:
+            yield f"  training: in {experiment.run.train_processes} processes"
         weights = 0 if model is None else model.size.parameters * BYTES[precision]
         if weights > memory * NEARLY_ALL:
             findings.warnings.append(

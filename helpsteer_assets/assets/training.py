@@ -6,7 +6,9 @@ margin_rewards/margin_rewards.parquet hold one row per unique (prompt, response)
 margin_adapter_quality/margin_validation.parquet one row per validation pair of the margin attribute.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +26,11 @@ from helpsteer_assets.modpo import diagnostics
 from helpsteer_assets.modpo.pairs import unique_responses
 from helpsteer_assets.modpo.plots import loss_curve, markdown_image, png_bytes
 from helpsteer_assets.modpo.statistics import judge_margin_adapter
-from helpsteer_assets.resources.artifacts import ALL, Artifact
+from helpsteer_assets.resources.artifacts import ALL, SCRATCH, Artifact
 from helpsteer_assets.stages import fetch
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from helpsteer_assets.modpo.tokenization import EncodedResponses, Sequence
     from helpsteer_assets.modpo.training import TrainingResult
@@ -42,7 +44,14 @@ def sft_model(run: StageRun) -> Metrics:
     """The base model fine-tuned on chosen responses by LoRA and merged: the reference policy of all that follows."""
     from transformers import GenerationConfig
 
-    from helpsteer_assets.modpo.models import attach_lora, check_lengths, choose_device, load_model, load_tokenizer
+    from helpsteer_assets.modpo.models import (
+        attach_lora,
+        check_lengths,
+        choose_device,
+        load_adapters,
+        load_model,
+        load_tokenizer,
+    )
     from helpsteer_assets.modpo.sft import train_sft
 
     experiment, settings = run.experiment, run.experiment.model
@@ -50,24 +59,32 @@ def sft_model(run: StageRun) -> Metrics:
     base = fetch(experiment, "model")
     check_lengths(settings, base, settings.max_length, "model.max_length")
     tokenizer = load_tokenizer(base, trust_remote_code=settings.trust_remote_code)
-    model = load_model(base, precision=settings.precision, device=device, trust_remote_code=settings.trust_remote_code)
+    load = partial(
+        load_model, precision=settings.precision, device=device, trust_remote_code=settings.trust_remote_code
+    )
     metrics: Metrics = {}
     if experiment.sft.enabled:
         pairs = run.input("preference_pairs").file("pairs.parquet")
-        model = attach_lora(model, experiment.lora, experiment.seed)
-        result = train_sft(
-            model,
-            tokenizer,
+        train = partial(
+            train_sft,
+            tokenizer=tokenizer,
             train_sequences=_chosen(run, tokenizer, pairs, "train"),
             selection_sequences=_chosen(run, tokenizer, pairs, "selection"),
             settings=experiment.sft,
             seed=experiment.seed,
-            report_to=experiment.run.report_to,
             checkpoints=run.checkpoints,
-            progress=run.progress,
         )
+        if experiment.run.train_processes > 1:
+            adapter = run.folder / SCRATCH / "adapter"
+            result = _train_together(run, base, train, adapter)
+            model = load_adapters(load(base), {"sft": adapter})
+        else:
+            model = attach_lora(load(base), experiment.lora, experiment.seed)
+            result = train(model, report_to=experiment.run.report_to, progress=run.progress)
         metrics = _record(run, result)
         model = model.merge_and_unload()
+    else:
+        model = load(base)
     # The base's defaults for generation play no part here, and transformers saves none that contradict each other.
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
@@ -113,6 +130,7 @@ def reference_log_probs(run: StageRun) -> Metrics:
 def margin_adapter(run: StageRun) -> Metrics:
     """LoRA trained by DPO on the margin pairs; margin_beta (log p_adapter - log p_sft) is its implicit reward."""
     from helpsteer_assets.modpo.margins import judge_pairs
+    from helpsteer_assets.modpo.models import load_adapters
 
     experiment = run.experiment
     settings = experiment.margin_adapter
@@ -121,11 +139,10 @@ def margin_adapter(run: StageRun) -> Metrics:
     pairs = run.input("margin_pairs").file("pairs.parquet")
     validation = pq.read_table(pairs, filters=[("split", "=", "validation")])
     encoded = _encode(run, tokenizer, unique_responses(pairs, splits=("validation",)))
+    result = _train(run, tokenizer, pairs, settings, w=1.0, beta=settings.beta, margins=None, what="margin_adapter")
     with sft_model_on_loan(run) as base:
-        result, model = _train(
-            run, base, tokenizer, pairs, settings, w=1.0, beta=settings.beta, margins=None, what="margin_adapter"
-        )
-        log_probs = _log_probs(run, model, list(encoded.values()), model.active_adapter, resumable=False)
+        model = load_adapters(base, {"margin": run.folder / "adapter"})
+        log_probs = _log_probs(run, model, list(encoded.values()), "margin", resumable=False)
     reference = _reference(run)
     ratios = {response: log_prob - reference[response] for response, log_prob in zip(encoded, log_probs, strict=True)}
     sanity, failures = judge_pairs(
@@ -204,18 +221,16 @@ def modpo_models(run: StageRun) -> Metrics:
     from helpsteer_assets.modpo.margins import margins_by_response
 
     experiment = run.experiment
-    with sft_model_on_loan(run) as model:
-        result, _ = _train(
-            run,
-            model,
-            load_sft_tokenizer(run),
-            run.input("preference_pairs").file("pairs.parquet"),
-            experiment.modpo,
-            w=float(run.partition),
-            beta=experiment.objective.beta,
-            margins=margins_by_response(experiment.objective, run.table("margin_rewards", "margin_rewards.parquet")),
-            what=f"w={run.partition}",
-        )
+    result = _train(
+        run,
+        load_sft_tokenizer(run),
+        run.input("preference_pairs").file("pairs.parquet"),
+        experiment.modpo,
+        w=float(run.partition),
+        beta=experiment.objective.beta,
+        margins=margins_by_response(experiment.objective, run.table("margin_rewards", "margin_rewards.parquet")),
+        what=f"w={run.partition}",
+    )
     return _record(run, result)
 
 
@@ -270,7 +285,6 @@ def _reference(run: StageRun) -> dict[str, float]:
 
 def _train(
     run: StageRun,
-    model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     pairs: Path,
     settings: Any,
@@ -279,10 +293,10 @@ def _train(
     beta: float,
     margins: dict[str, float] | None,
     what: str,
-) -> "tuple[TrainingResult, Any]":
+) -> "TrainingResult":
     """Train a LoRA on the SFT model by MODPO (DPO at w = 1) and save it with its model card."""
     from helpsteer_assets.modpo.model_card import model_card
-    from helpsteer_assets.modpo.models import attach_lora, batch_tokens
+    from helpsteer_assets.modpo.models import attach_lora, batch_tokens, choose_device
     from helpsteer_assets.modpo.preference_trainer import PairDataset, train_preference
 
     experiment = run.experiment
@@ -294,32 +308,59 @@ def _train(
         ids = zip(rows["chosen_id"].to_pylist(), rows["rejected_id"].to_pylist(), strict=True)
         return PairDataset(list(ids), sequences, reference, margins)
 
-    peft_model = attach_lora(model, experiment.lora, experiment.seed)
-    result = train_preference(
-        peft_model,
+    base, adapter = run.input("sft_model").path / "model", run.folder / "adapter"
+    train = partial(
+        train_preference,
         train_pairs=of_split("train"),
         selection_pairs=of_split("selection"),
         w=w,
         beta=beta,
         settings=settings,
-        batch_tokens=batch_tokens(experiment.run, model.device),
+        batch_tokens=batch_tokens(experiment.run, choose_device(experiment.run, experiment.model.precision)),
         compile_layers=experiment.run.compile,
         seed=experiment.seed,
-        report_to=experiment.run.report_to,
         what=what,
         checkpoints=run.checkpoints,
-        progress=run.progress,
     )
-    peft_model.save_pretrained(run.folder / "adapter")
+    if experiment.run.train_processes > 1:
+        result = _train_together(run, base, train, adapter)
+    else:
+        with sft_model_on_loan(run) as model:
+            policy = attach_lora(model, experiment.lora, experiment.seed)
+            result = train(policy, report_to=experiment.run.report_to, progress=run.progress)
+            policy.save_pretrained(adapter)
     card = model_card(
         experiment,
         result,
         w=None if run.partition == ALL else run.partition,
-        base=str(run.input("sft_model").path / "model"),
+        base=str(base),
         fingerprint=run.fingerprint,
     )
-    (run.folder / "adapter" / "README.md").write_text(card, encoding="utf-8")
-    return result, peft_model
+    (adapter / "README.md").write_text(card, encoding="utf-8")
+    return result
+
+
+def _train_together(
+    run: StageRun, base: Path, train: "Callable[..., TrainingResult]", adapter: Path
+) -> "TrainingResult":
+    """Train a LoRA on a model in `run.train_processes` processes, which leave it in the folder `adapter`."""
+    from helpsteer_assets.modpo.distributed import Job, require_devices, train_together
+    from helpsteer_assets.modpo.models import choose_device
+
+    experiment, model = run.experiment, run.experiment.model
+    require_devices(experiment.run, choose_device(experiment.run, model.precision))
+    run.models.release_model()  # the memory is theirs
+    job = Job(
+        base=base,
+        precision=model.precision,
+        trust_remote_code=model.trust_remote_code,
+        lora=experiment.lora,
+        seed=experiment.seed,
+        run=experiment.run,
+        train=train,
+        adapter=adapter,
+    )
+    return train_together(job, run.folder / SCRATCH, progress=run.progress, log=run.log)
 
 
 def _record(run: StageRun, result: "TrainingResult") -> Metrics:

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
-from torch.utils.data import Dataset
-from transformers import Trainer
+from torch.utils.data import DataLoader, Dataset
 
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.compilation import compiled_layers
@@ -19,8 +18,9 @@ from helpsteer_assets.modpo.log_probs import attention_for, response_log_probs
 from helpsteer_assets.modpo.losses import log_ratios, modpo_loss
 from helpsteer_assets.modpo.progress import Progress, silent
 from helpsteer_assets.modpo.tokenization import Sequence
-from helpsteer_assets.modpo.training import TrainingResult, train, training_arguments
+from helpsteer_assets.modpo.training import TrainingResult, WorldTrainer, train, training_arguments
 from helpsteer_assets.modpo.trees import Forest
+from helpsteer_assets.modpo.world import ALONE, World
 
 if TYPE_CHECKING:
     from helpsteer_assets.experiment import TrainingSettings
@@ -100,27 +100,37 @@ class PairCollator:
 
     Args:
         max_tokens: tokens of a micro-batch; a pair with more makes one of its own.
+        world: the processes that share the pairs; only this one's are packed.
+        batch_size: how many of the pairs make a batch, where they are the batches that one optimizer step accumulates:
+            each batch has the same share in the loss, also a short last one. None: they are one batch.
     """
 
-    def __init__(self, max_tokens: int) -> None:
+    def __init__(self, max_tokens: int, world: World = ALONE, batch_size: int | None = None) -> None:
         self._max_tokens = max_tokens
+        self._world = world
+        self._batch_size = batch_size
 
     def __call__(self, pairs: list[PreferencePair]) -> dict[str, Any]:
-        """`micro_batches`: inputs for `pair_losses`; `share`: each one's share of the pairs."""
-        groups: list[tuple[Forest, list[PreferencePair], list[tuple[int, int]]]] = []
-        for pair in pairs:
-            if (
-                not groups
-                or groups[-1][0].tokens + groups[-1][0].growth((pair.chosen, pair.rejected)) > self._max_tokens
-            ):
-                groups.append((Forest(), [], []))
-            forest, members, rows = groups[-1]
+        """`micro_batches`: inputs for `pair_losses`; `shares`: each one's share in the loss."""
+        size = self._batch_size or len(pairs)
+        batches = math.ceil(len(pairs) / size)
+        # What the loss of each pair is divided by: the number of batches times the pairs of its own.
+        divisors = [batches * min(size, len(pairs) - start) for start in range(0, len(pairs), size)]
+        groups: list[tuple[int, Forest, list[PreferencePair], list[tuple[int, int]]]] = []
+        for index in self._world.share([len(pair.chosen) + len(pair.rejected) for pair in pairs]):
+            pair, divisor = pairs[index], divisors[index // size]
+            if not groups or divisor != groups[-1][0] or self._is_full(groups[-1][1], pair):
+                groups.append((divisor, Forest(), [], []))
+            _, forest, members, rows = groups[-1]
             members.append(pair)
             rows.append((forest.add(pair.chosen), forest.add(pair.rejected)))
         return {
-            "micro_batches": [self._pack(*group) for group in groups],
-            "shares": [len(members) / len(pairs) for _, members, _ in groups],
+            "micro_batches": [self._pack(*group) for _, *group in groups],
+            "shares": [len(members) / divisor for divisor, _, members, _ in groups],
         }
+
+    def _is_full(self, forest: Forest, pair: PreferencePair) -> bool:
+        return forest.tokens + forest.growth((pair.chosen, pair.rejected)) > self._max_tokens
 
     @staticmethod
     def _pack(forest: Forest, pairs: list[PreferencePair], rows: list[tuple[int, int]]) -> dict[str, Any]:
@@ -152,21 +162,34 @@ def pair_losses(model: torch.nn.Module, inputs: Mapping[str, Any], *, w: float, 
     return modpo_loss(chosen, rejected, *inputs["margin"], w=w, beta=beta)
 
 
-class PreferenceTrainer(Trainer):
+class PreferenceTrainer(WorldTrainer):
     """Minimises the MODPO loss of one policy; holds one model and does one forward and one backward a step.
 
     Args:
         model: the SFT model with the LoRA to train.
         w: weight of the preference in (0, 1]; 1 is DPO.
         beta: MODPO's (or DPO's) beta.
+        evaluation_collator: packs the batches of an evaluation; None: as `data_collator` does those of training.
+        world: the processes that train together.
         kwargs: transformers.Trainer's.
     """
 
     # compute_loss returns a mean over the batch: Trainer divides by the accumulation steps.
     loss_is_scaled_for_ga = False
 
-    def __init__(self, model: PeftModel, *, w: float, beta: float, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: PeftModel,
+        *,
+        w: float,
+        beta: float,
+        evaluation_collator: PairCollator | None = None,
+        world: World = ALONE,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(model, **kwargs)
+        self._evaluation_collator = evaluation_collator or self.data_collator
+        self.world = world
         self.w = w
         self.beta = beta
         self.tokens_seen = 0
@@ -174,17 +197,29 @@ class PreferenceTrainer(Trainer):
         self.can_return_loss = True
         self._losses: dict[str, list[torch.Tensor]] = defaultdict(list)
 
+    def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
+        """Held-out batches, in which every pair counts the same."""
+        for_training, self.data_collator = self.data_collator, self._evaluation_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = for_training
+
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Gradients of the mean loss of a batch, one micro-batch after the other; returns that loss."""
+        """Gradients of the mean loss of a batch, one micro-batch after the other; returns that loss.
+
+        Several processes do their shares of it, and have the sum of their gradients in the end.
+        """
         total = torch.zeros((), dtype=torch.float64, device=self.args.device)
+        self.world.seed_step(self.args.seed, self.state.global_step)
         # Activations that are recomputed in the backward pass are so under the same attention.
         with attention_for(model):
             for micro_batch, share in zip(inputs["micro_batches"], inputs["shares"], strict=True):
                 part = {"micro_batches": [micro_batch], "shares": [share]}
                 total += super().training_step(model, part, num_items_in_batch)
-        return total
+        return self.world.sum_step(model, total)
 
     def compute_loss(
         self,
@@ -213,12 +248,12 @@ class PreferenceTrainer(Trainer):
     ) -> tuple[torch.Tensor, None, None]:
         """The loss of a held-out batch."""
         with torch.no_grad():
-            return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
+            return self.world.sum(self.compute_loss(model, self._prepare_inputs(inputs))), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the share of pairs whose logit is positive since the last log."""
         prefix = "eval_" if "eval_loss" in logs else ""
-        if kept := self._losses.pop(prefix, []):
+        if kept := self.world.joined_tensors(self._losses.pop(prefix, [])):
             # A loss below log 2 is a positive logit: chosen is ranked first.
             logs[f"{prefix}accuracy"] = (torch.cat(kept) < math.log(2)).double().mean().item()
         super().log(logs, start_time)
@@ -243,6 +278,7 @@ def train_preference(
     what: str,
     checkpoints: Path,
     progress: Progress = silent,
+    world: World = ALONE,
 ) -> TrainingResult:
     """Train the LoRA of `model` by MODPO (at w = 1: DPO) and leave its best weights in it.
 
@@ -259,6 +295,8 @@ def train_preference(
         what: what is trained, for messages.
         checkpoints: folder of the checkpoints; an earlier attempt's are gone on from.
         progress: called at each logged step.
+        world: the processes that train together, in each of which this is called. The result is the same in all of
+            them and, but for rounding and dropout's random numbers, the one of a single process.
 
     Raises HelpsteerError where there is nothing to train on or the training breaks: a loss that is not finite, or one
     above both `HOPELESS_ADVANTAGE` / w and `HOPELESS_FACTOR` times the SFT model's. Small weights and large margins
@@ -280,10 +318,13 @@ def train_preference(
             report_to=report_to,
             # Pairs of one prompt stand together, and share it where they are in one batch.
             eval_batch_size=max(EVALUATION_PAIRS, settings.batch_size),
+            world=world,
         ),
         train_dataset=train_pairs,
         eval_dataset=selection_pairs if len(selection_pairs) else None,
-        data_collator=PairCollator(batch_tokens),
+        data_collator=PairCollator(batch_tokens, world, settings.batch_size),
+        evaluation_collator=PairCollator(batch_tokens, world),
+        world=world,
     )
     with compiled_layers(model, compile_layers):
         return train(

@@ -1,5 +1,6 @@
 """Supervised fine-tuning of the reference policy: LoRA by TRL's SFTTrainer, loss on the response only."""
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,8 @@ from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.models import check_vocabulary
 from helpsteer_assets.modpo.progress import Progress, silent
 from helpsteer_assets.modpo.tokenization import Sequence
-from helpsteer_assets.modpo.training import TrainingResult, train, training_arguments
+from helpsteer_assets.modpo.training import TrainingResult, WorldTrainer, train, training_arguments
+from helpsteer_assets.modpo.world import ALONE, World
 
 if TYPE_CHECKING:
     from helpsteer_assets.experiment import SftSettings
@@ -34,6 +36,7 @@ def train_sft(
     report_to: list[str],
     checkpoints: Path,
     progress: Progress = silent,
+    world: World = ALONE,
 ) -> TrainingResult:
     """Train the LoRA of `model` on responses and leave its best weights in it.
 
@@ -46,6 +49,7 @@ def train_sft(
         report_to: experiment trackers.
         checkpoints: folder of the checkpoints; an earlier attempt's are gone on from.
         progress: called at each logged step.
+        world: the processes that train together, in each of which this is called.
 
     Raises HelpsteerError where there is nothing to train on, the tokenizer is not the model's, or the training breaks.
     """
@@ -70,17 +74,42 @@ def train_sft(
             ]
         )
 
-    class CountingSFTTrainer(SFTTrainer):
-        """Counts tokens for the progress report."""
+    class SharingSFTTrainer(WorldTrainer, SFTTrainer):
+        """Does this process's share of each batch, and counts tokens for the progress report."""
 
         tokens_seen: torch.Tensor | int = 0
+
+        def training_step(
+            self,
+            model: torch.nn.Module,
+            inputs: dict[str, torch.Tensor],
+            num_items_in_batch: torch.Tensor | int | None = None,
+        ) -> torch.Tensor:
+            self.world.seed_step(self.args.seed, self.state.global_step)
+            total = torch.zeros((), device=self.args.device)
+            for part in _share(self.world, inputs, settings.batch_size):
+                total += super().training_step(model, part, num_items_in_batch)
+            return self.world.sum_step(model, total)
+
+        def prediction_step(
+            self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any
+        ) -> tuple[torch.Tensor, None, None]:
+            if self.world.alone:
+                return super().prediction_step(model, inputs, *args, **kwargs)
+            inputs = self._prepare_inputs(inputs)
+            tokens = (inputs["labels"][:, 1:] != IGNORED).sum()
+            total = torch.zeros((), device=self.args.device)
+            with torch.no_grad():
+                for part in _share(self.world, inputs, settings.batch_size):
+                    total += self.compute_loss(model, part, num_items_in_batch=tokens)
+            return self.world.sum(total), None, None
 
         def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             if model.training:
                 self.tokens_seen = self.tokens_seen + inputs["attention_mask"].sum()
             return super().compute_loss(model, inputs, *args, **kwargs)
 
-    trainer = CountingSFTTrainer(
+    trainer = SharingSFTTrainer(
         model,
         args=training_arguments(
             settings,
@@ -90,6 +119,7 @@ def train_sft(
             seed=seed,
             device=model.device,
             report_to=report_to,
+            world=world,
             arguments=SFTConfig,
             max_length=None,  # they are cut already
             # The sequences train as they are: what scoring and generation read, too.
@@ -99,6 +129,7 @@ def train_sft(
         eval_dataset=tokenized(selection_sequences) if selection_sequences else None,
         processing_class=tokenizer,
     )
+    trainer.world = world
     return train(
         trainer,
         settings,
@@ -110,3 +141,21 @@ def train_sft(
         ),
         progress=progress,
     )
+
+
+def _share(world: World, inputs: dict[str, torch.Tensor], batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
+    """This process's rows of a padded batch, at most `batch_size` at a time, without padding that all of them share.
+
+    Args:
+        world: the processes that share the batch; a single one gets it as it is.
+        inputs: `input_ids`, `attention_mask` and `labels` of it, each [batch, length], padded on the right.
+        batch_size: rows of a forward pass.
+    """
+    if world.alone:
+        yield inputs
+        return
+    lengths = inputs["attention_mask"].sum(dim=1)
+    mine = world.share(lengths.tolist())
+    for start in range(0, len(mine), batch_size):
+        rows = mine[start : start + batch_size]
+        yield {name: tensor[rows, : lengths[rows].max()] for name, tensor in inputs.items()}

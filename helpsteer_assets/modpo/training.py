@@ -34,6 +34,7 @@ from helpsteer_assets.modpo.checkpoints import (
 from helpsteer_assets.modpo.models import non_finite
 from helpsteer_assets.modpo.progress import Progress
 from helpsteer_assets.modpo.schedule import count_steps, evaluation_interval
+from helpsteer_assets.modpo.world import ALONE, World
 
 if TYPE_CHECKING:
     from helpsteer_assets.experiment import TrainingSettings
@@ -59,6 +60,16 @@ class TrainingResult:
     """Per logged step: step, loss, grad_norm, ...; eval_loss where evaluated."""
 
 
+class WorldTrainer(Trainer):
+    """A Trainer whose copies in several processes make the same steps together; the first one writes."""
+
+    world: World = ALONE
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        if self.world.is_first:
+            super()._save_checkpoint(model, trial)
+
+
 def training_arguments(
     settings: "TrainingSettings",
     *,
@@ -69,6 +80,7 @@ def training_arguments(
     device: torch.device,
     report_to: list[str],
     eval_batch_size: int | None = None,
+    world: World = ALONE,
     arguments: type[TrainingArguments] = TrainingArguments,
     **extra: Any,
 ) -> TrainingArguments:
@@ -83,6 +95,7 @@ def training_arguments(
         device: where to train.
         report_to: experiment trackers.
         eval_batch_size: sequences or pairs in a batch of an evaluation; None: as in training.
+        world: the processes that train. Several get an optimizer step whole, as one batch, for each to take its share.
         arguments: the class to make (TRL has its own).
         extra: further arguments of that class.
     """
@@ -90,12 +103,15 @@ def training_arguments(
     evaluate_every = evaluation_interval(settings, steps)
     # Evaluations fall on logged steps, so that a non-finite loss is seen before a checkpoint holds its weights.
     log_every = next(n for n in range(math.ceil(evaluate_every / LOGS_PER_EVALUATION), 0, -1) if not evaluate_every % n)
+    batch_size, accumulation = settings.batch_size, settings.accumulation
+    if not world.alone:
+        batch_size, accumulation = batch_size * accumulation, 1
     made = arguments(
         output_dir=str(output_dir),
         max_steps=steps,
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=eval_batch_size or settings.batch_size,
-        gradient_accumulation_steps=settings.accumulation,
+        gradient_accumulation_steps=accumulation,
         learning_rate=settings.learning_rate,
         lr_scheduler_type={"constant": "constant_with_warmup"}.get(settings.schedule, settings.schedule),
         warmup_steps=round(settings.warmup_share * steps),
@@ -134,7 +150,7 @@ def _checkpointing_argument(arguments: type[TrainingArguments]) -> str:
 
 
 def train(
-    trainer: Trainer,
+    trainer: WorldTrainer,
     settings: "TrainingSettings",
     *,
     what: str,
@@ -155,13 +171,13 @@ def train(
     Raises:
         HelpsteerError: the loss, its gradient or the weights are no longer finite, or the loss exceeds the limit.
     """
-    folder = Path(trainer.args.output_dir)
+    folder, world = Path(trainer.args.output_dir), trainer.world
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Watch(trainer, what, loss_limit, likely_causes, progress))
     if settings.early_stopping is not None:
         trainer.add_callback(_EarlyStopping(settings.early_stopping))
-    trainer.add_callback(_Checkpoints(what, likely_causes))
-    newest = newest_checkpoint(folder)
+    trainer.add_callback(_Checkpoints(world, what, likely_causes))
+    newest = world.from_first(lambda: newest_checkpoint(folder))
     if newest is not None and is_finished(newest):
         # Going on would do a step too many.
         state = TrainerState.load_from_json(str(newest / TRAINER_STATE_NAME))
@@ -218,7 +234,8 @@ class _Checkpoints(TrainerCallback):
     transformers itself would delete first: a death in between could cost the best checkpoint.
     """
 
-    def __init__(self, what: str, likely_causes: str) -> None:
+    def __init__(self, world: World, what: str, likely_causes: str) -> None:
+        self._world = world
         self._what = what
         self._likely_causes = likely_causes
 
@@ -231,27 +248,33 @@ class _Checkpoints(TrainerCallback):
         **_: Any,
     ) -> None:
         assert model is not None  # Trainer always passes it
+        trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
         # A step can break the weights after its loss was seen, and where no prompts are held out nothing else looks.
-        if broken := non_finite((name, weight) for name, weight in model.named_parameters() if weight.requires_grad):
+        if broken := non_finite(trained):
             raise HelpsteerError(
                 f"training {self._what}: {len(broken)} weight(s) are not finite after step {state.global_step} of "
                 f"{state.max_steps}. {_what_to_do(self._likely_causes)}"
             )
-        folder = Path(args.output_dir)
-        mark_complete(
-            checkpoint_folder(folder, state.global_step),
-            state.global_step,
-            state.max_steps,
-            best=state.best_global_step,
-            finished=control.should_training_stop,
-        )
-        prune(folder)
+        self._world.check_equal(weight for _, weight in trained)
+        if self._world.is_first:
+            folder = Path(args.output_dir)
+            mark_complete(
+                checkpoint_folder(folder, state.global_step),
+                state.global_step,
+                state.max_steps,
+                best=state.best_global_step,
+                finished=control.should_training_stop,
+            )
+            prune(folder)
+        self._world.wait()
 
 
 class _Watch(TrainerCallback):
     """Reports progress, and stops the run at the first loss or gradient that is not finite or beyond all bounds."""
 
-    def __init__(self, trainer: Trainer, what: str, loss_limit: float, likely_causes: str, progress: Progress) -> None:
+    def __init__(
+        self, trainer: WorldTrainer, what: str, loss_limit: float, likely_causes: str, progress: Progress
+    ) -> None:
         self._trainer = trainer
         self._what = what
         self._loss_limit = loss_limit
@@ -297,7 +320,7 @@ class _Watch(TrainerCallback):
         self._progress(state.global_step, state.max_steps, **numbers)
 
     def _tokens(self) -> int:
-        return int(getattr(self._trainer, "tokens_seen", 0))
+        return sum(self._trainer.world.joined(int(getattr(self._trainer, "tokens_seen", 0))))
 
 
 def _what_to_do(likely_causes: str) -> str:

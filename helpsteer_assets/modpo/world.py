@@ -1,0 +1,129 @@
+"""The processes that train one model together, and what they have to agree on.
+
+Each holds the whole model and computes its share of every optimizer step: gradients and losses of all shares are added
+up, once a step, and each makes the same step. To transformers and accelerate each is a training of its own, of one
+process: nothing wraps the model, deals out batches or gathers losses but what stands here.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a training as one of them sees them. All of them call each method that speaks to the others."""
+
+    rank: int = 0
+    """Which of them this one is."""
+    size: int = 1
+
+    @property
+    def alone(self) -> bool:
+        """Whether one process trains."""
+        return self.size == 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one that writes files and speaks for all."""
+        return self.rank == 0
+
+    def share(self, lengths: Items[int]) -> list[int]:
+        """Which items are this process's, by index and in their order: all processes get about equally many tokens.
+
+        Args:
+            lengths: tokens of each item.
+        """
+        if self.alone:
+            return list(range(len(lengths)))
+        mine, loads = [], [0] * self.size
+        for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+            least = loads.index(min(loads))
+            loads[least] += lengths[index]
+            if least == self.rank:
+                mine.append(index)
+        return sorted(mine)
+
+    def seed_step(self, seed: int, step: int) -> None:
+        """Random numbers of a step (dropout's): different ones in each process, the same ones when a step is redone."""
+        if not self.alone:
+            torch.manual_seed(int(np.random.SeedSequence((seed, step, self.rank)).generate_state(1, np.uint64)[0]))
+
+    def sum_step(self, model: torch.nn.Module, loss: torch.Tensor) -> torch.Tensor:
+        """Add up the gradients of all shares, in every process; returns the sum of their losses."""
+        if self.alone:
+            return loss
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            if parameter.grad is None:  # a short last batch left nothing for this process
+                parameter.grad = torch.zeros_like(parameter)
+        _sum(parameter.grad for parameter in trained)
+        return self.sum(loss)
+
+    def sum(self, number: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over all processes."""
+        if self.alone:
+            return number
+        total = number.detach().clone()
+        dist.all_reduce(total)
+        return total
+
+    def joined(self, value: T) -> list[T]:
+        """What each process has, in order of rank."""
+        if self.alone:
+            return [value]
+        values: list[T | None] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values  # type: ignore[return-value]
+
+    def joined_tensors(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The tensors of all processes; on the CPU if there are several."""
+        if self.alone:
+            return tensors
+        return [tensor for some in self.joined([tensor.cpu() for tensor in tensors]) for tensor in some]
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What `make` returns in the first process; it is called there only."""
+        if self.alone:
+            return make()
+        made = [make() if self.is_first else None]
+        dist.broadcast_object_list(made, src=0)
+        return made[0]  # type: ignore[return-value]
+
+    def check_equal(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Raise RuntimeError where the tensors are not, bit for bit, the same in all processes."""
+        if not self.alone:
+            digest = hashlib.sha256()
+            for tensor in tensors:
+                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+            if len(set(self.joined(digest.hexdigest()))) > 1:
+                raise RuntimeError(f"the {self.size} processes of a training no longer hold the same weights")
+
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        if not self.alone:
+            dist.barrier()
+
+
+ALONE = World()
+
+
+def _sum(tensors: Iterable[torch.Tensor]) -> None:
+    """Add each tensor up over all processes, in place: one message per dtype."""
+    by_dtype = defaultdict(list)
+    for tensor in tensors:
+        by_dtype[tensor.dtype].append(tensor)
+    for some in by_dtype.values():
+        bucket = torch.cat([tensor.reshape(-1) for tensor in some])
+        dist.all_reduce(bucket)
+        for tensor, total in zip(some, bucket.split([tensor.numel() for tensor in some]), strict=True):
+            tensor.copy_(total.view_as(tensor))
