@@ -438,6 +438,17 @@ def test_a_missing_device_is_a_problem_and_slow_precision_a_warning(
     assert "precision bf16" in bf16.under("Machine") and "MB in bf16; context" in bf16.under("Model:")
 
 
+def test_processes_that_train_together_are_told_and_want_a_gpu_each(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = local(source, {"run.train_processes": 2})
+    assert "training: in 2 processes" in Report(together, tmp_path / "home").under("Machine")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    problems = Report(together, tmp_path / "home").under("Problems (1)")
+    assert "run.train_processes is 2, each process trains on a GPU of its own, and torch sees 1 here" in problems
+
+
 def test_a_full_disk_is_a_problem(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 5000))
