@@ -421,6 +421,12 @@ class RunSettings(Section):
         "none. Each does its share of every optimizer step, so batch_size * accumulation of each training must be a "
         "multiple. Sums are rounded in another order, and each process draws its own random numbers for dropout.",
     )
+    fsdp: bool = Field(
+        False,
+        description="Each of several train_processes holds a part of every layer's frozen weights and gathers a layer "
+        "while it computes: for a base that leaves no room on a GPU to train on. Scoring and generation still hold the "
+        "whole model on one.",
+    )
     batch_tokens: int | None = Field(
         None,
         ge=64,
@@ -510,6 +516,10 @@ class Experiment(Section):
                 raise ValueError(
                     f"{key}.revision: goes with an id on the hub only, and {source} is none; remove it ({_INHERITED})"
                 )
+        if self.run.fsdp and self.run.train_processes == 1:
+            raise ValueError(
+                "run.fsdp: there is nothing to share among one process; raise run.train_processes, or set it to false"
+            )
         trainings = {"sft": self.sft, "margin_adapter": self.margin_adapter, "modpo": self.modpo}
         for name, settings in trainings.items():
             used = settings is not None and settings.trains and (name != "margin_adapter" or self.has_margin_adapter)

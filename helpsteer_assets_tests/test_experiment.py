@@ -360,11 +360,12 @@ RATER = {"model": "./rater", "heads": {"helpfulness": 0}}
         ({"model.precision": "fp16"}, (), "model.precision: must be 'fp32' or 'bf16', got 'fp16'"),
         ({}, ("sft", "modpo"), "sft: missing, and there is no default"),
         ({}, ("margin_adapter",), "margin_adapter: missing; `margin: implicit_reward` needs this section"),
+        ({"run.fsdp": True}, (), "run.fsdp: there is nothing to share among one process"),
         ({"run.train_processes": 0}, (), "run.train_processes: must be greater than or equal to 1, got 0"),
         (
             {"run.train_processes": 3, "sft.batch_size": 6, "margin_adapter.batch_size": 2},
             (),
-            "run.train_processes: 3 processes cannot share a step of margin_adapter evenly, batch_size 2 x accumulation",
+            "run.train_processes: 3 processes cannot share a step of margin_adapter evenly, batch_size 2 x ",
         ),
     ],
 )

@@ -95,7 +95,7 @@ def differs(first: dict[Any, Any], second: dict[Any, Any], asset: str, partition
         ("checks.margin_adapter_min_accuracy", 0.9, set()),
         ("run.device", "cpu", set()),
         ("run.threads", 1, set()),
-        ("run.train_processes", 2, set()),
+        ("run", {"train_processes": 2, "fsdp": True}, set()),
         ("run.report_to", ["wandb"], set()),
         ("generation.max_batch_tokens", 64, set()),
     ],

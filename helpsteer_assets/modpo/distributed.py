@@ -5,8 +5,8 @@
                                      ── ...
 
 The step leaves a job in a scratch folder and waits; the ranks load the model, train together (`world.py`) and leave the
-adapter and what the training came to. Rank 0 speaks to the step through its standard output, a JSON object a line; all
-else that agent and ranks print goes to a log.
+adapter and what the training came to. They speak to the step through its pipe, a JSON object a line, rank 0 alone where
+all would say the same; what else agent and ranks print goes to a log.
 
 Nobody outlives its parent: the kernel kills a process here once the one above it ends, however it ends. The step reads
 the ranks' output to its end, which is when the last of them is gone: no rank holds a GPU, or writes a checkpoint, once
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from helpsteer_assets.modpo.world import World
 
 JOB, LOG, RESULT = "job.pickle", "log", "result.json"
-"""Files of the scratch folder; a rank's error, in words for the user, lies in `error-<rank>`."""
+"""Files of the scratch folder."""
 LOG_LINES = 20
 """Last lines of the log in the message about a process that died."""
 TIMEOUT = timedelta(minutes=30)
@@ -90,7 +90,7 @@ def train_together(
 
     Args:
         job: what to train.
-        scratch: a folder to write into; whoever calls removes it.
+        scratch: a folder, within that of the artifact, to write into; whoever calls removes it.
         progress: called at each logged step.
         log: gets a line about the processes that train.
 
@@ -102,6 +102,7 @@ def train_together(
 
     scratch.mkdir(parents=True, exist_ok=True)
     (scratch / JOB).write_bytes(pickle.dumps(job))
+    errors: list[str] = []
     died: dict[str, Any] = {}
     with (scratch / LOG).open("wb") as file, _agent(job.run, scratch, file) as agent:
         assert agent.stdout is not None
@@ -113,11 +114,13 @@ def train_together(
                     log(text)
                 case {"warning": str(text)}:
                     logger.warning("%s", text)
+                case {"error": str(text)}:
+                    errors.append(text)
                 case {"died": dict(found)}:
                     died = found
         status = agent.wait()
-    for error in sorted(scratch.glob("error-*")):
-        raise HelpsteerError(error.read_text(encoding="utf-8"))
+    if errors:
+        raise HelpsteerError(errors[0])
     if status != 0:
         raise ProcessDiedError(_obituary(died, status, scratch / LOG))
     return TrainingResult(**json.loads((scratch / RESULT).read_text(encoding="utf-8")))
@@ -200,13 +203,15 @@ def _run_agent(job: str, processes: str) -> int:
 
 
 def _run_rank(job: str) -> int:
+    from helpsteer_assets.resources.files import readable_library_errors
+
     messages = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)  # what libraries print is no message
-    rank = int(os.environ["RANK"])
     try:
-        _train(Path(job), messages)
+        with readable_library_errors(Path(job).parents[1]):
+            _train(Path(job), messages)
     except HelpsteerError as error:
-        Path(job).with_name(f"error-{rank}").write_text(str(error), encoding="utf-8")
+        messages.write(json.dumps({"error": str(error)}) + "\n")
         return 1
     return 0
 
@@ -216,7 +221,7 @@ def _train(path: Path, messages: IO[str]) -> None:
 
     job: Job = pickle.loads(path.read_bytes())
     device = choose_device(job.run, job.precision)
-    world = _join(job.run.train_processes, device.type)
+    world = _join(job.run, device)
 
     def say(**message: Any) -> None:
         if world.is_first:
@@ -228,8 +233,11 @@ def _train(path: Path, messages: IO[str]) -> None:
 
     logging.getLogger("helpsteer_assets").addHandler(ToTheStep(logging.WARNING))
     say(say=f"{world.size} processes train together, each on {device.type}")
-    base = load_model(job.base, precision=job.precision, device=device, trust_remote_code=job.trust_remote_code)
+    loaded_on = "cpu" if world.sharded else device
+    base = load_model(job.base, precision=job.precision, device=loaded_on, trust_remote_code=job.trust_remote_code)
     model = attach_lora(base, job.lora, job.seed)
+    if world.sharded:
+        model = world.shard(model, device)
     result = job.train(
         model,
         report_to=job.run.report_to if world.is_first else [],
@@ -242,18 +250,18 @@ def _train(path: Path, messages: IO[str]) -> None:
     world.wait()
 
 
-def _join(processes: int, device_type: str) -> "World":
+def _join(run: "RunSettings", device: "torch.device") -> "World":
     """Meet the other ranks; raises HelpsteerError where there are not as many as there should be."""
     import torch.distributed as dist
 
     from helpsteer_assets.modpo.world import World
 
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo", timeout=TIMEOUT)
-    world = World(dist.get_rank(), dist.get_world_size())
-    if world.size != processes:
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    world = World(dist.get_rank(), dist.get_world_size(), run.fsdp)
+    if world.size != run.train_processes:
         raise HelpsteerError(
-            f"run.train_processes is {processes}, and {world.size} process(es) were started: they would make other "
-            "steps; let `helpsteer run` start them"
+            f"run.train_processes is {run.train_processes}, and {world.size} process(es) were started: they would make "
+            "other steps; let `helpsteer run` start them"
         )
     # To transformers and accelerate, this is a training of one process.
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):

@@ -95,6 +95,10 @@ class PairDataset(Dataset):
         )
 
 
+_Group = tuple[float, Forest, list[PreferencePair], list[tuple[int, int]]]
+"""What the losses of a micro-batch are divided by, its trees, its pairs, and the rows of their responses."""
+
+
 class PairCollator:
     """Packs pairs into micro-batches of prompt trees; a prompt or response that several pairs share is there once.
 
@@ -116,18 +120,26 @@ class PairCollator:
         batches = math.ceil(len(pairs) / size)
         # What the loss of each pair is divided by: the number of batches times the pairs of its own.
         divisors = [batches * min(size, len(pairs) - start) for start in range(0, len(pairs), size)]
-        groups: list[tuple[int, Forest, list[PreferencePair], list[tuple[int, int]]]] = []
-        for index in self._world.share([len(pair.chosen) + len(pair.rejected) for pair in pairs]):
-            pair, divisor = pairs[index], divisors[index // size]
+        hands = self._world.deal([len(pair.chosen) + len(pair.rejected) for pair in pairs])
+        if not self._world.sharded:  # nobody has to know about the others'
+            hands = [hand if rank == self._world.rank else [] for rank, hand in enumerate(hands)]
+        groups = [self._group([(pairs[i], divisors[i // size]) for i in hand]) for hand in hands]
+        shortest = min(pairs, key=lambda pair: len(pair.chosen) + len(pair.rejected))
+        mine = self._world.own(groups, lambda: self._group([(shortest, math.inf)])[0])
+        return {
+            "micro_batches": [self._pack(*group) for _, *group in mine],
+            "shares": [len(members) / divisor for divisor, _, members, _ in mine],
+        }
+
+    def _group(self, pairs: list[tuple[PreferencePair, float]]) -> list[_Group]:
+        groups: list[_Group] = []
+        for pair, divisor in pairs:
             if not groups or divisor != groups[-1][0] or self._is_full(groups[-1][1], pair):
                 groups.append((divisor, Forest(), [], []))
             _, forest, members, rows = groups[-1]
             members.append(pair)
             rows.append((forest.add(pair.chosen), forest.add(pair.rejected)))
-        return {
-            "micro_batches": [self._pack(*group) for _, *group in groups],
-            "shares": [len(members) / divisor for divisor, _, members, _ in groups],
-        }
+        return groups
 
     def _is_full(self, forest: Forest, pair: PreferencePair) -> bool:
         return forest.tokens + forest.growth((pair.chosen, pair.rejected)) > self._max_tokens
@@ -233,6 +245,8 @@ class PreferenceTrainer(WorldTrainer):
         for micro_batch, share in zip(inputs["micro_batches"], inputs["shares"], strict=True):
             losses = pair_losses(model, micro_batch, w=self.w, beta=self.beta)
             loss = loss + share * losses.mean()
+            if not share:
+                continue  # an idle pass, beside those of other processes
             if model.training:
                 self.tokens_seen += micro_batch["trees"].tokens
             # Kept on the device until a log is due, so that a step needs no synchronisation.

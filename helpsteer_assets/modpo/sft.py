@@ -1,5 +1,6 @@
 """Supervised fine-tuning of the reference policy: LoRA by TRL's SFTTrainer, loss on the response only."""
 
+import math
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from pathlib import Path
@@ -87,8 +88,8 @@ def train_sft(
         ) -> torch.Tensor:
             self.world.seed_step(self.args.seed, self.state.global_step)
             total = torch.zeros((), device=self.args.device)
-            for part in _share(self.world, inputs, settings.batch_size):
-                total += super().training_step(model, part, num_items_in_batch)
+            for part, counts in _share(self.world, inputs, settings.batch_size):
+                total += super().training_step(model, part, num_items_in_batch if counts else math.inf)
             return self.world.sum_step(model, total)
 
         def prediction_step(
@@ -100,8 +101,8 @@ def train_sft(
             tokens = (inputs["labels"][:, 1:] != IGNORED).sum()
             total = torch.zeros((), device=self.args.device)
             with torch.no_grad():
-                for part in _share(self.world, inputs, settings.batch_size):
-                    total += self.compute_loss(model, part, num_items_in_batch=tokens)
+                for part, counts in _share(self.world, inputs, settings.batch_size):
+                    total += self.compute_loss(model, part, num_items_in_batch=tokens if counts else math.inf)
             return self.world.sum(total), None, None
 
         def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -143,19 +144,24 @@ def train_sft(
     )
 
 
-def _share(world: World, inputs: dict[str, torch.Tensor], batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
+def _share(
+    world: World, inputs: dict[str, torch.Tensor], batch_size: int
+) -> Iterator[tuple[dict[str, torch.Tensor], bool]]:
     """This process's rows of a padded batch, at most `batch_size` at a time, without padding that all of them share.
 
     Args:
         world: the processes that share the batch; a single one gets it as it is.
         inputs: `input_ids`, `attention_mask` and `labels` of it, each [batch, length], padded on the right.
         batch_size: rows of a forward pass.
+
+    Yields:
+        the rows, and whether they count: an idle pass is one of the shortest row, whose loss is to be nothing.
     """
     if world.alone:
-        yield inputs
+        yield inputs, True
         return
     lengths = inputs["attention_mask"].sum(dim=1)
-    mine = world.share(lengths.tolist())
-    for start in range(0, len(mine), batch_size):
-        rows = mine[start : start + batch_size]
-        yield {name: tensor[rows, : lengths[rows].max()] for name, tensor in inputs.items()}
+    hands = world.deal(lengths.tolist())
+    passes = [[(hand[i : i + batch_size], True) for i in range(0, len(hand), batch_size)] for hand in hands]
+    for rows, counts in world.own(passes, lambda: ([int(lengths.argmin())], False)):
+        yield {name: tensor[rows, : lengths[rows].max()] for name, tensor in inputs.items()}, counts

@@ -15,6 +15,9 @@ from typing import TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from peft import PeftModel
+
+from helpsteer_assets.errors import HelpsteerError
 
 T = TypeVar("T")
 
@@ -26,6 +29,8 @@ class World:
     rank: int = 0
     """Which of them this one is."""
     size: int = 1
+    sharded: bool = False
+    """Whether each holds a part of the frozen weights only: then all have to make equally many passes."""
 
     @property
     def alone(self) -> bool:
@@ -37,21 +42,50 @@ class World:
         """Whether this is the one that writes files and speaks for all."""
         return self.rank == 0
 
-    def share(self, lengths: Items[int]) -> list[int]:
-        """Which items are this process's, by index and in their order: all processes get about equally many tokens.
+    def deal(self, lengths: Items[int]) -> list[list[int]]:
+        """Which items are each process's, by index and in their order: about equally many tokens for all.
 
         Args:
             lengths: tokens of each item.
         """
         if self.alone:
-            return list(range(len(lengths)))
-        mine, loads = [], [0] * self.size
+            return [list(range(len(lengths)))]
+        hands, loads = [[] for _ in range(self.size)], [0] * self.size
         for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
             least = loads.index(min(loads))
             loads[least] += lengths[index]
-            if least == self.rank:
-                mine.append(index)
-        return sorted(mine)
+            hands[least].append(index)
+        return [sorted(hand) for hand in hands]
+
+    def own(self, passes: list[list[T]], idle: Callable[[], T]) -> list[T]:
+        """This process's of the `passes` of all; where weights are sharded, as many as any has, the rest `idle()`."""
+        mine = passes[self.rank]
+        return mine + [idle() for _ in range(max(map(len, passes)) - len(mine))] if self.sharded else mine
+
+    def shard(self, model: PeftModel, device: torch.device) -> PeftModel:
+        """Keep a part of the frozen weights of each layer, and gather a layer while it computes (FSDP).
+
+        The weights that are trained, embeddings, norms and head stay whole. Returns the model, moved to the device.
+
+        Raises HelpsteerError where the model does not say which of its modules are its layers.
+        """
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        base = model.get_base_model()
+        names = set(base._no_split_modules or ())
+        layers = [module for module in base.base_model.modules() if type(module).__name__ in names]
+        sharded = {p for layer in layers for p in layer.parameters() if not p.requires_grad}
+        if not sharded:
+            raise HelpsteerError(
+                f"run.fsdp: {type(base).__name__} does not say which of its modules are layers; set run.fsdp: false"
+            )
+        mesh = init_device_mesh(device.type, (self.size,))
+        for layer in layers:
+            fully_shard(layer, mesh=mesh, ignored_params={p for p in layer.parameters() if p.requires_grad})
+        # It holds nothing of its own, and lets the next layer be fetched while one computes.
+        fully_shard(base.base_model, mesh=mesh, ignored_params=set(base.base_model.parameters()) - sharded)
+        return model.to(device)
 
     def seed_step(self, seed: int, step: int) -> None:
         """Random numbers of a step (dropout's): different ones in each process, the same ones when a step is redone."""

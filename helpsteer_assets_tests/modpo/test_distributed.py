@@ -1,5 +1,6 @@
 """A training in processes that torchrun starts: it ends as one process ends it, and nobody outlives anybody."""
 
+import json
 import multiprocessing
 import os
 import pickle
@@ -23,7 +24,7 @@ from helpsteer_assets.modpo.training import TrainingResult
 from helpsteer_assets.modpo.world import World
 from helpsteer_assets_tests.conftest import die
 from helpsteer_assets_tests.modpo.test_preference_trainer import as_dataset
-from helpsteer_assets_tests.modpo.test_world import adapter, assert_same_training, by_preference
+from helpsteer_assets_tests.modpo.test_world import adapter, assert_same_training, by_preference, in_processes
 
 ROOT = Path(__file__).parents[2]
 LORA = LoraSettings(r=4, alpha=8)
@@ -36,14 +37,16 @@ def _ranks_find_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
-def job_of(base: Path, folder: Path, pairs: Any, *, train: Any = train_preference, lora=LORA, **how: Any) -> Job:
+def job_of(
+    base: Path, folder: Path, pairs: Any, *, train: Any = train_preference, lora=LORA, fsdp=False, **how: Any
+) -> Job:
     return Job(
         base=base,
         precision="fp32",
         trust_remote_code=False,
         lora=lora,
         seed=0,
-        run=RunSettings(device="cpu", threads=1, train_processes=2),
+        run=RunSettings(device="cpu", threads=1, train_processes=2, fsdp=fsdp),
         train=partial(
             train,
             train_pairs=as_dataset(pairs[:14]),
@@ -102,10 +105,11 @@ def state_of(process: int) -> str:
         return ""
 
 
-def test_it_is_the_training_of_one_process(tiny_model_path, pairs, tmp_path) -> None:
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_it_is_the_training_of_one_process(tiny_model_path, pairs, tmp_path, fsdp: bool) -> None:
     steps, said = [], []
     result = train_together(
-        job_of(tiny_model_path, tmp_path / "several", pairs),
+        job_of(tiny_model_path, tmp_path / "several", pairs, fsdp=fsdp),
         tmp_path / "scratch",
         progress=lambda done, total, **numbers: steps.append((done, total, numbers)),
         log=said.append,
@@ -130,8 +134,8 @@ def test_a_rank_that_is_killed_is_named_and_the_next_attempt_ends_as_if_nothing_
     assert "rank 0" not in str(died.value).partition("\n")[0]
     assert checkpoint_progress(tmp_path / "killed" / "checkpoints") == (3, 10)
     resumed = train_together(job, tmp_path / "scratch")
-    whole = train_together(
-        job_of(tiny_model_path, tmp_path / "whole", pairs, lora=DROPOUT), tmp_path / "scratch of the whole"
+    whole, _ = in_processes(
+        2, tmp_path / "whole", by_preference(tiny_model_path, tmp_path / "whole", pairs[:17], DROPOUT, **HOW)
     )
     assert resumed.resumed_from == 3 and whole.resumed_from is None
     assert resumed.history == whole.history
@@ -154,11 +158,13 @@ def test_a_job_for_another_number_of_processes_is_refused(tiny_model_path, pairs
     command += [str(tmp_path / "job.pickle"), str(os.getpid())]
     done = subprocess.run(command, env=os.environ | place, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
-    assert (tmp_path / "error-0").read_text().startswith("run.train_processes is 2, and 1 process(es) were started")
+    error = json.loads(done.stdout)["error"]
+    assert error.startswith("run.train_processes is 2, and 1 process(es) were started")
     assert not list(tmp_path.glob("checkpoints/*"))
 
 
-def test_all_of_them_end_when_the_step_is_killed(tiny_model_path, pairs, tmp_path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_all_of_them_end_when_the_step_is_killed(tiny_model_path, pairs, tmp_path, number: signal.Signals) -> None:
     job = job_of(tiny_model_path, tmp_path, pairs, train=goes_on_for_ever)
     step = multiprocessing.get_context("fork").Process(target=train_together, args=(job, tmp_path / "scratch"))
     step.start()
@@ -167,21 +173,18 @@ def test_all_of_them_end_when_the_step_is_killed(tiny_model_path, pairs, tmp_pat
         assert step.is_alive() and time.monotonic() < deadline
         time.sleep(0.1)
     assert len(living(tmp_path)) == 3
-    os.kill(step.pid, signal.SIGKILL)
+    os.kill(step.pid, number)
     step.join()
     while living(tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError])
-def test_all_of_them_have_ended_when_the_step_is_interrupted(
-    tiny_model_path, pairs, tmp_path, interruption: type[BaseException]
-) -> None:
+def test_all_of_them_have_ended_when_the_step_is_interrupted(tiny_model_path, pairs, tmp_path) -> None:
     def interrupt(done: int, total: int, **numbers: float) -> None:
-        raise interruption
+        raise KeyboardInterrupt
 
     job = job_of(tiny_model_path, tmp_path, pairs, train=goes_on_for_ever)
-    with pytest.raises(interruption):
+    with pytest.raises(KeyboardInterrupt):
         train_together(job, tmp_path / "scratch", progress=interrupt)
     assert not living(tmp_path)
