@@ -120,12 +120,12 @@ class PairCollator:
         batches = math.ceil(len(pairs) / size)
         # What the loss of each pair is divided by: the number of batches times the pairs of its own.
         divisors = [batches * min(size, len(pairs) - start) for start in range(0, len(pairs), size)]
-        hands = self._world.deal([len(pair.chosen) + len(pair.rejected) for pair in pairs])
+        lengths = [len(pair.chosen) + len(pair.rejected) for pair in pairs]
+        hands = self._world.deal(lengths)
         if not self._world.sharded:  # nobody has to know about the others'
             hands = [hand if rank == self._world.rank else [] for rank, hand in enumerate(hands)]
         groups = [self._group([(pairs[i], divisors[i // size]) for i in hand]) for hand in hands]
-        shortest = min(pairs, key=lambda pair: len(pair.chosen) + len(pair.rejected))
-        mine = self._world.own(groups, lambda: self._group([(shortest, math.inf)])[0])
+        mine = self._world.own(groups, lambda: self._group([(pairs[lengths.index(min(lengths))], math.inf)])[0])
         return {
             "micro_batches": [self._pack(*group) for _, *group in mine],
             "shares": [len(members) / divisor for divisor, _, members, _ in mine],

@@ -18,11 +18,13 @@ from safetensors.torch import load_file
 from helpsteer_assets.experiment import LoraSettings, ModpoSettings, SftSettings
 from helpsteer_assets.modpo.models import attach_lora, load_model
 from helpsteer_assets.modpo.preference_trainer import PreferencePair, train_preference
+from helpsteer_assets.modpo.progress import Progress, silent
 from helpsteer_assets.modpo.sft import train_sft
 from helpsteer_assets.modpo.training import TrainingResult
 from helpsteer_assets.modpo.world import ALONE, World
-from helpsteer_assets_tests.conftest import make_sequences
+from helpsteer_assets_tests.conftest import make_sequences, run_to_its_death
 from helpsteer_assets_tests.modpo.test_preference_trainer import as_dataset
+from helpsteer_assets_tests.modpo.test_training_resume import at_step
 
 LORA = LoraSettings(r=4, alpha=8)
 
@@ -51,7 +53,15 @@ def loaded(base: Path, lora: LoraSettings, world: World) -> PeftModel:
     return world.shard(model, torch.device("cpu")) if world.sharded else model
 
 
-def by_preference(base: Path, folder: Path, pairs: list[PreferencePair], lora: LoraSettings, **settings: Any) -> Any:
+def by_preference(
+    base: Path,
+    folder: Path,
+    pairs: list[PreferencePair],
+    lora: LoraSettings,
+    *,
+    progress: Progress = silent,
+    **settings: Any,
+) -> Callable[[World], TrainingResult]:
     """A MODPO training in a world, whose adapter lies in folder/<rank> afterwards."""
 
     def train(world: World) -> TrainingResult:
@@ -68,6 +78,7 @@ def by_preference(base: Path, folder: Path, pairs: list[PreferencePair], lora: L
             report_to=[],
             what="w=0.3",
             checkpoints=folder / "checkpoints",
+            progress=progress,
             world=world,
         )
         model.save_pretrained(folder / str(world.rank))
@@ -182,6 +193,16 @@ class TestSteps:
             lambda folder: by_sft(tiny_model_path, folder, tokenizer, 20, LORA, learning_rate=5e-3, **how),
             sharded=True,
         )
+
+
+def test_a_training_goes_on_in_another_number_of_processes(tiny_model_path, pairs, tmp_path) -> None:
+    how = {"batch_size": 2, "accumulation": 2, "steps": 10, "evaluate_every": 3, "learning_rate": 5e-3}
+    killed = tmp_path / "killed"
+    run_to_its_death(lambda: by_preference(tiny_model_path, killed, pairs, LORA, progress=at_step(5), **how)(ALONE))
+    resumed, _ = in_processes(2, killed, by_preference(tiny_model_path, killed, pairs, LORA, **how))
+    assert resumed.resumed_from == 3
+    one = by_preference(tiny_model_path, tmp_path / "one", pairs, LORA, **how)(ALONE)
+    assert_same_training(one, replace(resumed, resumed_from=None))
 
 
 def test_sharded_weights_lie_in_parts(tiny_model_path, tmp_path) -> None:
