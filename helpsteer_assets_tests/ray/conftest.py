@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -92,6 +93,11 @@ class Cluster:
         """The jobs of steps that ran on a node, or run there."""
         return [job for job in self.client.list_jobs() if job.driver_node_id == node and "dagster/op" in job.metadata]
 
+    def log(self, node: str, job: str) -> str:
+        """What a job printed on a node."""
+        (path,) = (self._folder / node).glob(f"session_2*/logs/job-driver-{job}.log")
+        return path.read_text(encoding="utf-8")
+
     def kill(self, name: str) -> None:
         """All processes of a node at once, as a power cut does."""
         self._nodes.remove(name)
@@ -131,6 +137,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield cluster
     finally:
         cluster.end()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class Deployment:

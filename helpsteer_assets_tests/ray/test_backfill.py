@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import dagster as dg
+import pyarrow.parquet as pq
 import pytest
 
 from helpsteer_assets.experiment import Experiment, load_experiment
@@ -28,6 +29,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(2400)]
 
 WEIGHTS = ["0.1", "0.5", "0.9"]
 MODEL = "modpo_models"
+SHARDS = [f"generations_shard_{number}_of_2" for number in (1, 2)]
 
 
 @dataclass
@@ -45,9 +47,9 @@ class Story:
     killed_worker: str = ""
     """The weight whose run's process died."""
 
-    def policy(self, weight: str, home: Path | None = None) -> Artifact:
-        value = fingerprints(self.experiment)[MODEL, weight].value
-        found = ArtifactStore(home or self.deployment.home).get(MODEL, weight, value)
+    def artifact(self, weight: str, home: Path | None = None, asset: str = MODEL) -> Artifact:
+        value = fingerprints(self.experiment)[asset, weight].value
+        found = ArtifactStore(home or self.deployment.home).get(asset, weight, value)
         assert found is not None
         return found
 
@@ -56,7 +58,7 @@ class Story:
 def story(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     folder = tmp_path_factory.mktemp("backfill")
     changes = {"modpo": {"steps": 24, "evaluate_every": 8}, "objective": {"weights": [float(w) for w in WEIGHTS]}}
-    path = write_experiment(folder, run={"threads": 1, "device": "cpu"}, **changes)
+    path = write_experiment(folder, run={"threads": 1, "device": "cpu"}, evaluation={"shards": 2}, **changes)
     experiment = load_experiment(str(path))
     # What comes before the weights, by this machine alone.
     before = " or ".join(f'key:"{name}"' for name in phases(experiment)["prepare"])
@@ -118,12 +120,12 @@ def test_every_weight_has_its_scores(story: Story) -> None:
     runs = story.deployment.runs()
     assert {weight: run.status for weight, run in runs.items()} == dict.fromkeys(WEIGHTS, dg.DagsterRunStatus.SUCCESS)
     _, rows = Warehouse(story.deployment.home).query("SELECT w, count(*) FROM scores WHERE policy='modpo' GROUP BY w")
-    assert sorted(rows) == [(weight, story.experiment.evaluation.prompts) for weight in WEIGHTS]
+    assert sorted(rows) == [(float(weight), story.experiment.evaluation.prompts) for weight in WEIGHTS]
 
 
 @pytest.mark.parametrize("node", ["head", "second", "third"])
 def test_every_node_got_work(story: Story, cluster: Cluster, node: str) -> None:
-    models = {MODEL, "generations", "kl_to_sft", "scores"}
+    models = {MODEL, *SHARDS, "kl_to_sft", "scores"}
     assert models & {job.metadata["dagster/op"] for job in cluster.steps(story.nodes[node])}
 
 
@@ -132,18 +134,38 @@ def test_the_training_of_a_killed_node_ends_in_the_identical_adapter(story: Stor
     assert run_experiment(
         story.experiment, story.undisturbed, select=f'key:"{MODEL}"', weights=[weight], announce=lambda _: None
     )
-    resumed, straight = story.policy(weight), story.policy(weight, story.undisturbed)
+    resumed, straight = story.artifact(weight), story.artifact(weight, story.undisturbed)
     assert resumed.manifest["metrics"]["resumed_from"] is not None
     assert straight.manifest["metrics"]["resumed_from"] is None
     name = "adapter/adapter_model.safetensors"
     assert resumed.file(name).read_bytes() == straight.file(name).read_bytes()
 
 
+def test_shards_are_jobs_of_their_own_that_make_the_rows_of_one_step(story: Story, cluster: Cluster) -> None:
+    ran = [job.metadata["dagster/op"] for job in cluster.client.list_jobs() if "dagster/op" in job.metadata]
+    assert {shard: ran.count(shard) for shard in SHARDS} == dict.fromkeys(SHARDS, len(WEIGHTS))
+    weight = story.killed_node
+    evaluation = story.experiment.evaluation.model_copy(update={"shards": 1})
+    in_one = story.experiment.model_copy(update={"evaluation": evaluation})
+    assert run_experiment(
+        in_one,
+        story.undisturbed,
+        select='key:"modpo_models" or key:"generations"',
+        weights=[weight],
+        announce=lambda _: None,
+    )
+    rows = [
+        pq.read_table(story.artifact(weight, home, "generations").file("generations.parquet"))
+        for home in (story.deployment.home, story.undisturbed)
+    ]
+    assert rows[0].equals(rows[1])
+
+
 def test_the_training_of_a_run_whose_process_died_is_not_begun_again(story: Story) -> None:
     events = story.deployment.events(story.deployment.runs()[story.killed_worker].run_id)
     started = [event for event in events if event.event_type_value == "STEP_START" and event.step_key == MODEL]
     assert len(started) == 1
-    assert story.policy(story.killed_worker).manifest["metrics"]["resumed_from"] is None
+    assert story.artifact(story.killed_worker).manifest["metrics"]["resumed_from"] is None
 
 
 def test_no_more_steps_with_a_model_are_handed_to_ray_than_the_pool_lets(story: Story) -> None:

@@ -151,7 +151,7 @@ def test_a_node_that_sees_another_home_is_named_by_the_check_and_does_nothing(
         },
     )
     wait(lambda: cluster.client.get_job_status(job).is_terminal(), "the step")
-    said = cluster.client.get_job_logs(job)
+    said = cluster.log("stranger", job)
     assert f"HelpsteerError: node stranger does not see the home of this run at {deployment.home}" in said
     assert said.strip().splitlines()[-1] == str(deployment.home), "something was written there"
     cluster.kill("stranger")
