@@ -15,6 +15,7 @@ import helpsteer_assets.embedded
 from helpsteer_assets import disk, preflight
 from helpsteer_assets.embedded.generator import build_rows
 from helpsteer_assets.errors import HelpsteerError
+from helpsteer_assets.estimate import ASSUMED_GPU
 from helpsteer_assets.experiment import Experiment, SftSettings, load_experiment
 from helpsteer_assets.modpo import schedule, training
 from helpsteer_assets.modpo.attributes import ATTRIBUTES
@@ -445,6 +446,7 @@ def test_processes_that_train_together_are_told_and_want_a_gpu_each(
     assert "training: in 2 processes" in Report(together, tmp_path / "home").under("Machine")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("helpsteer_assets.preflight.measure_machine", lambda device, precision: ASSUMED_GPU)
     problems = Report(together, tmp_path / "home").under("Problems (1)")
     assert "run.train_processes is 2, each process trains on a GPU of its own, and torch sees 1 here" in problems
 

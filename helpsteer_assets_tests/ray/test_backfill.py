@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(2400)]
 
 WEIGHTS = ["0.1", "0.5", "0.9"]
 MODEL = "modpo_models"
-SHARDS = [f"generations_shard_{number}_of_2" for number in (1, 2)]
+SHARDS = [f"generations.generations_shard_{number}_of_2" for number in (1, 2)]
 
 
 @dataclass
