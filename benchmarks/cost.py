@@ -79,7 +79,7 @@ _SIZES: dict[str, dict[str, Any]] = {
         "evaluation": {"prompts": 10},
     },
 }
-"""The demo with another model and fewer steps; the coefficients of `modpo/cost.py` were fitted to these."""
+"""The demo with another model and fewer steps. docs/scaling.md holds what was found with them."""
 
 
 @dataclass
