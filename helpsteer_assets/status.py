@@ -90,7 +90,7 @@ def partial_progress(checkpoints: Path) -> str:
     rows = 0
     with readable_os_errors("read", checkpoints), suppress(FileNotFoundError):  # a running process may finish meanwhile
         rows = sum(path.read_bytes().count(b"\n") for path in checkpoints.glob("*.jsonl"))
-    return f"{rows} rows done" if rows else ""
+    return f"{rows} row{'' if rows == 1 else 's'} done" if rows else ""
 
 
 def _why(
