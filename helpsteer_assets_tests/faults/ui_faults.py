@@ -69,6 +69,30 @@ class Ui:
         run_id: str = launched["run"]["runId"]
         return run_id
 
+    def backfill(self) -> str:
+        """Materialize the weight by a backfill, which the daemon launches; the backfill's id."""
+        launched = self._ask(
+            """mutation($p: LaunchBackfillParams!) { launchPartitionBackfill(backfillParams: $p) {
+                 __typename ... on LaunchBackfillSuccess { backfillId } ... on PythonError { message } } }""",
+            {"p": {"partitionNames": [WEIGHT], "assetSelection": [{"path": [ASSET]}]}},
+        )["launchPartitionBackfill"]
+        assert launched["__typename"] == "LaunchBackfillSuccess", launched
+        backfill_id: str = launched["backfillId"]
+        return backfill_id
+
+    def wait_for_backfill(self, backfill_id: str) -> None:
+        """Wait until a backfill has ended, and well."""
+        query = (
+            "query($id: String!) { partitionBackfillOrError(backfillId: $id) { ... on PartitionBackfill { status } } }"
+        )
+
+        def status() -> str:
+            found: str = self._ask(query, {"id": backfill_id})["partitionBackfillOrError"]["status"]
+            return found
+
+        self._trial.wait(lambda: status() not in ("REQUESTED", "CANCELING"), "the backfill to end")
+        assert status() == "COMPLETED_SUCCESS", f"the backfill is {status()}"
+
     def terminate(self, run_id: str) -> None:
         """What the UI's button does."""
         query = "mutation($id: String!) { terminateRun(runId: $id) { __typename } }"
@@ -255,6 +279,18 @@ def ui_and_command(trial: Trial) -> None:
     command = trial.run("run")
     assert command.wait() == 0, f"ended with {command.wait()}"
     ui.wait(run_id, "SUCCESS")
+    ui.close()
+    manifest = json.loads((trial.artifact(ASSET, WEIGHT) / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["metrics"]["resumed_from"] is None and not manifest["resumed"]
+
+
+@fault("two backfills of the UI at once")
+def two_backfills(trial: Trial) -> None:
+    """One trains, the other reuses."""
+    trial.begin_with(ASSET)
+    ui = Ui(trial)
+    for backfill_id in [ui.backfill(), ui.backfill()]:
+        ui.wait_for_backfill(backfill_id)
     ui.close()
     manifest = json.loads((trial.artifact(ASSET, WEIGHT) / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["metrics"]["resumed_from"] is None and not manifest["resumed"]
