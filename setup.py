@@ -4,6 +4,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+POSTGRES = ["dagster-postgres>=0.29.27,<0.30", "psycopg2-binary>=2.9.13"]
+
 setup(
     name="helpsteer_assets",
     version="0.1.0",
@@ -42,13 +44,8 @@ setup(
     extras_require={
         "smollm2": ["gguf>=0.17"],
         "vllm": ["vllm>=0.11"],
-        "postgres": ["dagster-postgres==0.29.27", "psycopg2-binary>=2.9"],
-        "ray": [
-            "dagster-postgres>=0.29.27,<0.30",
-            "dagster-ray>=0.4.8,<0.5",
-            "psycopg2-binary>=2.9.13",
-            "ray[default]>=2.60,<3",
-        ],
+        "postgres": POSTGRES,
+        "ray": [*POSTGRES, "dagster-ray>=0.4.8,<0.5", "ray[default]>=2.60,<3"],
         "dev": [
             "dagster-dg-cli>=1.13.27,<1.14",
             "hypothesis>=6.100",
