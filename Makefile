@@ -33,7 +33,7 @@ ui: $(READY)
 
 # A real 135M-parameter model on your own ratings: make smollm2 DATA=path/to/folder
 smollm2: $(READY)
-	$(BIN)/python -m helpsteer_assets.prepare_smollm2 $(if $(DATA),--data "$(DATA)")
+	$(BIN)/python -m tools.prepare_smollm2 $(if $(DATA),--data "$(DATA)")
 
 # Speed against the reference procedure, in about three minutes; make bench LONG=1 for all of it.
 bench: $(READY)
@@ -45,7 +45,7 @@ faults: $(READY)
 
 # The parts of docs/ that are generated from code.
 docs: $(READY)
-	$(BIN)/python -m helpsteer_assets.reference
+	$(BIN)/python -m tools.reference
 
 lint: $(READY)
 	$(BIN)/ruff check .

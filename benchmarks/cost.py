@@ -27,20 +27,21 @@ import yaml
 from benchmarks.models import ALL_LINEAR, contenders, load_base, smollm2_folder
 from benchmarks.setting import Setting
 from benchmarks.timing import ratio, seconds
-from helpsteer_assets.estimate import Texts, estimate, measure_texts
-from helpsteer_assets.executor import MODEL_MODULES
-from helpsteer_assets.experiment import Experiment, load_experiment
-from helpsteer_assets.modpo.cost import Machine, decoding, forward, measure_machine, training, tree
-from helpsteer_assets.modpo.decoding import Decoding, decode
-from helpsteer_assets.modpo.log_probs import response_log_probs
-from helpsteer_assets.modpo.models import batch_tokens, load_tokenizer, model_size, size_of
-from helpsteer_assets.modpo.pairs import unique_responses
-from helpsteer_assets.modpo.tokenization import Sequence, count_response_tokens, encode_prompts
-from helpsteer_assets.modpo.trees import pack
-from helpsteer_assets.resources.artifacts import ALL
-from helpsteer_assets.running import run_experiment
-from helpsteer_assets.stages import local_path
-from helpsteer_assets.status import status
+from helpsteer_assets.assets.sources import local_path
+from helpsteer_assets.assets.status import status
+from helpsteer_assets.commands.cost import Machine, decoding, forward, measure_machine, training, tree
+from helpsteer_assets.commands.estimate import Texts, estimate, measure_texts
+from helpsteer_assets.commands.run import run_experiment
+from helpsteer_assets.execution.executor import MODEL_MODULES
+from helpsteer_assets.experiment.reading import load_experiment
+from helpsteer_assets.experiment.settings import Experiment
+from helpsteer_assets.modpo.data.pairs import unique_responses
+from helpsteer_assets.modpo.generation.decoding import Decoding, decode
+from helpsteer_assets.modpo.models.loading import batch_tokens, load_tokenizer, model_size, size_of
+from helpsteer_assets.modpo.models.tokenization import Sequence, count_response_tokens, encode_prompts
+from helpsteer_assets.modpo.scoring.log_probs import response_log_probs
+from helpsteer_assets.modpo.scoring.trees import pack
+from helpsteer_assets.store.artifacts import ALL
 
 CPU = torch.device("cpu")
 ROUNDS = 3

@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from helpsteer_assets.modpo.attributes import ATTRIBUTES
+from helpsteer_assets.modpo.data.attributes import ATTRIBUTES
 
 HELPSTEER_ROWS = 37_120
 RESPONSES_PER_PROMPT = 4
@@ -99,7 +99,7 @@ def _tokenizer_folder(folder: Path) -> Path:
 
 
 def _ratings(folder: Path, tokenizer_folder: Path) -> Work:
-    from helpsteer_assets.modpo.ratings import read_ratings
+    from helpsteer_assets.modpo.data.ratings import read_ratings
 
     def work() -> dict[str, Any]:
         report = read_ratings(
@@ -117,7 +117,7 @@ def _ratings(folder: Path, tokenizer_folder: Path) -> Work:
 
 def _pairs(attribute: str) -> Callable[[Path, Path], Work]:
     def prepare(folder: Path, tokenizer_folder: Path) -> Work:
-        from helpsteer_assets.modpo.pairs import build_pairs
+        from helpsteer_assets.modpo.data.pairs import build_pairs
 
         ratings, pairs = folder / "ratings.parquet", folder / f"{attribute}.parquet"
         return lambda: {"kept": sum(build_pairs(ratings, attribute, 0.05, pairs).values())}
@@ -126,23 +126,23 @@ def _pairs(attribute: str) -> Callable[[Path, Path], Work]:
 
 
 def _description(folder: Path, tokenizer_folder: Path) -> Work:
-    from helpsteer_assets.modpo.pairs import describe_pairs
+    from helpsteer_assets.modpo.data.pairs import describe_pairs
 
     ratings, pairs = folder / "ratings.parquet", folder / "helpfulness.parquet"
     return lambda: {"kept": sum(describe_pairs(pairs, ratings, "helpfulness", "verbosity")["pairs"].values())}
 
 
 def _unique_responses(folder: Path, tokenizer_folder: Path) -> Work:
-    from helpsteer_assets.modpo.pairs import unique_responses
+    from helpsteer_assets.modpo.data.pairs import unique_responses
 
     pairs = [folder / f"{attribute}.parquet" for attribute in ("helpfulness", "verbosity")]
     return lambda: {"kept": len(unique_responses(*pairs))}
 
 
 def _tokenization(folder: Path, tokenizer_folder: Path) -> Work:
-    from helpsteer_assets.modpo.models import load_tokenizer
-    from helpsteer_assets.modpo.pairs import unique_responses
-    from helpsteer_assets.modpo.tokenization import encode_responses
+    from helpsteer_assets.modpo.data.pairs import unique_responses
+    from helpsteer_assets.modpo.models.loading import load_tokenizer
+    from helpsteer_assets.modpo.models.tokenization import encode_responses
 
     tokenizer = load_tokenizer(tokenizer_folder)
     responses = unique_responses(folder / "helpfulness.parquet", folder / "verbosity.parquet")
@@ -151,9 +151,9 @@ def _tokenization(folder: Path, tokenizer_folder: Path) -> Work:
 
 def _batching(folder: Path, tokenizer_folder: Path) -> Work:
     from benchmarks.timing import ratio
-    from helpsteer_assets.modpo.models import load_tokenizer
-    from helpsteer_assets.modpo.pairs import unique_responses
-    from helpsteer_assets.modpo.tokenization import Sequence, encode_prompt, encode_response, encode_responses
+    from helpsteer_assets.modpo.data.pairs import unique_responses
+    from helpsteer_assets.modpo.models.loading import load_tokenizer
+    from helpsteer_assets.modpo.models.tokenization import Sequence, encode_prompt, encode_response, encode_responses
 
     tokenizer = load_tokenizer(tokenizer_folder)
     responses = unique_responses(folder / "helpfulness.parquet").slice(0, SAMPLE)

@@ -18,8 +18,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from benchmarks.models import SMOLLM2, draw_lora, load_base, smollm2_folder
 from benchmarks.timing import interleave, ratio
-from helpsteer_assets.modpo.decoding import Decoding, decode
-from helpsteer_assets.modpo.lending import merged
+from helpsteer_assets.modpo.generation.decoding import Decoding, decode
+from helpsteer_assets.modpo.models.lending import merged
 
 BATCH = 4
 """Of the reference procedure."""

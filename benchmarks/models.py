@@ -16,13 +16,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from benchmarks import ours
 from benchmarks.reference_procedure import MARGIN, POLICY
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.modpo.models import load_model
+from helpsteer_assets.modpo.models.loading import load_model
 
 SMOLLM2 = "smollm2"
 SMOLLM2_VARIABLE = "HELPSTEER_BENCH_SMOLLM2"
 """Environment variable: folder of SmolLM2-135M-Instruct."""
 SMOLLM2_FOLDER = Path("models/smollm2-135m-instruct")
-"""Where `python -m helpsteer_assets.prepare_smollm2` puts it."""
+"""Where `python -m tools.prepare_smollm2` puts it."""
 
 _SHAPES: dict[str, dict[str, int]] = {
     "tiny": dict(

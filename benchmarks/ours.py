@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 
 from benchmarks.pairs import Pair
 from benchmarks.reference_procedure import MARGIN, MARGIN_BETA
-from helpsteer_assets.modpo.log_probs import BASE, score_sequences
-from helpsteer_assets.modpo.models import attach_lora, batch_tokens, load_adapters, scoring_batch_tokens
-from helpsteer_assets.modpo.preference_trainer import PairCollator, PreferencePair, pair_losses
-from helpsteer_assets.modpo.tokenization import Sequence
+from helpsteer_assets.modpo.models.loading import attach_lora, batch_tokens, load_adapters, scoring_batch_tokens
+from helpsteer_assets.modpo.models.tokenization import Sequence
+from helpsteer_assets.modpo.scoring.log_probs import BASE, score_sequences
+from helpsteer_assets.modpo.training.preference import PairCollator, PreferencePair, pair_losses
 
 _DEFAULT_RUN: Any = SimpleNamespace(batch_tokens=None)
 """An experiment's `run` that leaves batch sizes to the library."""

@@ -16,10 +16,10 @@ from typing import Any
 
 import dagster as dg
 
-from helpsteer_assets.assets.materialization import GPU_POOL
-from helpsteer_assets.executor import MODEL_MODULES, step_executor
-from helpsteer_assets.resources.artifacts import ALL
-from helpsteer_assets.resources.warehouse import Warehouse
+from helpsteer_assets.defs.lab import GPU_POOL
+from helpsteer_assets.execution.executor import MODEL_MODULES, step_executor
+from helpsteer_assets.store.artifacts import ALL
+from helpsteer_assets.store.warehouse import Warehouse
 
 COMMANDS = {"--help": ["--help"], "status": ["status"], "query": ["query", "SELECT count(*) FROM materializations"]}
 STEPS = 2

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.experiment import Experiment, load_experiment
-from helpsteer_assets.home import home_path
+from helpsteer_assets.experiment.reading import load_experiment
+from helpsteer_assets.experiment.settings import Experiment
+from helpsteer_assets.store.home import home_path
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -46,7 +47,7 @@ class Policy:
         `generation.engine` is. In fp32 on a CPU the evaluation prompts, in their order, get the responses of the table
         `generations`. With `do_sample` a response depends on its prompt's place in the list.
         """
-        from helpsteer_assets.modpo.generation import generate
+        from helpsteer_assets.modpo.generation.responses import generate
 
         if isinstance(prompts, str):
             raise HelpsteerError("generate takes a list of prompts: put the one into brackets")
@@ -73,7 +74,7 @@ def load_table(
     Raises:
         HelpsteerError: there is no such table or experiment, or nothing has been published.
     """
-    from helpsteer_assets.resources.warehouse import Warehouse
+    from helpsteer_assets.store.warehouse import Warehouse
 
     whose = None if all_experiments else _experiment(experiment).name
     return Warehouse(_home(home)).read(name, whose)
@@ -92,8 +93,8 @@ def load_policy(
     Raises:
         HelpsteerError: the experiment has no such weight, or its policy is not finished with the present settings.
     """
-    from helpsteer_assets.export import chosen_policy, held, policy_artifacts, require_finished
-    from helpsteer_assets.modpo.models import choose_device, load_adapters, load_model, load_tokenizer
+    from helpsteer_assets.commands.export import chosen_policy, held, policy_artifacts, require_finished
+    from helpsteer_assets.modpo.models.loading import choose_device, load_adapters, load_model, load_tokenizer
 
     of, where = _experiment(experiment), _home(home)
     weight = chosen_policy(w, of)

@@ -5,13 +5,9 @@ Modules that take seconds to import (dagster, torch) are imported by the command
 
 import csv
 import json
-import math
 import os
-import re
-import shutil
 import socket
 import sys
-from collections import Counter
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -19,12 +15,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from helpsteer_assets.commands.console import (
+    cell,
+    command_name,
+    garbage_rows,
+    json_value,
+    print_table,
+    printable,
+    unique,
+)
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.experiment import SHIPPED, Experiment, load_experiment
-from helpsteer_assets.home import home_path
+from helpsteer_assets.experiment.reading import SHIPPED, load_experiment
+from helpsteer_assets.experiment.settings import Experiment
+from helpsteer_assets.store.home import home_path
 
 if TYPE_CHECKING:
-    from helpsteer_assets.garbage import Garbage
+    pass
 
 
 def _readable_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -60,7 +66,7 @@ def main(experiment: str | None, home: Path | None) -> None:
 @_readable_errors
 def check() -> None:
     """Validate the experiment, its source, its model and this machine without computing. Exits with 2 on problems."""
-    from helpsteer_assets.preflight import report
+    from helpsteer_assets.commands.check import report
 
     for line in report(load_experiment(), home_path()):
         click.echo(line)
@@ -74,8 +80,8 @@ def check() -> None:
 @_readable_errors
 def run(select: str | None, weights: str | None) -> None:
     """Materialize what is missing, and show the trade-off. Finished assets are reused, killed ones go on."""
-    from helpsteer_assets.assets.progress import Console
-    from helpsteer_assets.running import run_experiment
+    from helpsteer_assets.commands.console import Console
+    from helpsteer_assets.commands.run import run_experiment
 
     experiment = load_experiment()
     chosen = None if weights is None else _chosen_weights(weights, experiment)
@@ -92,8 +98,8 @@ def run(select: str | None, weights: str | None) -> None:
 @_readable_errors
 def status(as_json: bool) -> None:
     """Print the state of every asset and weight, and why what is out of date is."""
-    from helpsteer_assets.status import label
-    from helpsteer_assets.status import status as find_status
+    from helpsteer_assets.assets.status import label
+    from helpsteer_assets.assets.status import status as find_status
 
     experiment = load_experiment()
     found = find_status(experiment, home_path())
@@ -102,7 +108,7 @@ def status(as_json: bool) -> None:
         return
     click.echo(f"experiment {experiment.name}, home {home_path()}")
     rows = [(label(s.asset, s.partition), s.state, s.detail, s.fingerprint[:8]) for s in found]
-    _print_table(["asset", "state", "detail", "fingerprint"], rows)
+    print_table(["asset", "state", "detail", "fingerprint"], rows)
 
 
 @main.command()
@@ -111,7 +117,7 @@ def status(as_json: bool) -> None:
 @_readable_errors
 def query(sql: str, form: str) -> None:
     """Read the warehouse by SQL, read-only. Tables: `helpsteer query "show tables"`."""
-    from helpsteer_assets.resources.warehouse import Warehouse
+    from helpsteer_assets.store.warehouse import Warehouse
 
     names, rows = Warehouse(home_path()).query(sql)
     if form == "csv":
@@ -119,11 +125,11 @@ def query(sql: str, form: str) -> None:
         writer.writerow(names)
         writer.writerows(rows)
     elif form == "json":
-        keys = _unique(names)
-        objects = [{key: _json_value(value) for key, value in zip(keys, row, strict=True)} for row in rows]
+        keys = unique(names)
+        objects = [{key: json_value(value) for key, value in zip(keys, row, strict=True)} for row in rows]
         click.echo(json.dumps(objects, default=str, ensure_ascii=False))
     else:
-        _print_table([_printable(name) for name in names], [[_cell(value) for value in row] for row in rows])
+        print_table([printable(name) for name in names], [[cell(value) for value in row] for row in rows])
 
 
 @main.command()
@@ -134,7 +140,7 @@ def query(sql: str, form: str) -> None:
 @_readable_errors
 def report(to: Path | None, open_it: bool) -> None:
     """Print where the report of the trade-off is: one HTML file, which needs no network."""
-    from helpsteer_assets.export import take_report
+    from helpsteer_assets.commands.export import take_report
 
     path = take_report(load_experiment(), home_path(), to)
     click.echo(path)
@@ -164,8 +170,8 @@ def export(policy: str, to: Path, merged: bool, force: bool, repo: str | None, p
 
     With it go the tokenizer, the generation settings, a model card with its scores and licences, and its provenance.
     """
-    from helpsteer_assets.disk import size_in_words
-    from helpsteer_assets.export import check_repository, export_policy, push, repository
+    from helpsteer_assets.commands.export import check_repository, export_policy, push, repository
+    from helpsteer_assets.files.durable import size_in_words
 
     if repo is None and (public or yes):
         raise HelpsteerError(f"{'--public' if public else '--yes'} goes with --push REPO")
@@ -186,7 +192,7 @@ def export(policy: str, to: Path, merged: bool, force: bool, repo: str | None, p
         return
     click.echo(f"{'sending' if yes else 'would send'} to {url}, {'public' if public else 'private'}:")
     rows = [(name, size_in_words(size)) for name, size in made.files.items()]
-    _print_table(["file", "size"], [*rows, ("in all", size_in_words(sum(made.files.values())))])
+    print_table(["file", "size"], [*rows, ("in all", size_in_words(sum(made.files.values())))])
     if yes:
         click.echo(f"sent: {push(made, repo, public=public)}")
     else:
@@ -207,10 +213,10 @@ def verify(deep: bool, samples: int, seed: int, as_json: bool) -> None:
     With --deep, log-probabilities, scores, ratings and (in fp32) responses are computed again from the stored models.
     They may differ from the stored ones by rounding only.
     """
-    from helpsteer_assets.assets.progress import Console
-    from helpsteer_assets.verify import as_json as to_json
-    from helpsteer_assets.verify import lines
-    from helpsteer_assets.verify import verify as find_problems
+    from helpsteer_assets.commands.console import Console
+    from helpsteer_assets.commands.verify import as_json as to_json
+    from helpsteer_assets.commands.verify import lines
+    from helpsteer_assets.commands.verify import verify as find_problems
 
     experiment, console = load_experiment(), Console()
     report = find_problems(
@@ -226,7 +232,7 @@ def verify(deep: bool, samples: int, seed: int, as_json: bool) -> None:
     else:
         click.echo(f"experiment {experiment.name}, home {home_path()}")
         for line in lines(report):
-            click.echo(_printable(line))
+            click.echo(printable(line))
     if report.problems:
         sys.exit(1)
 
@@ -251,8 +257,8 @@ def gc(delete: bool, keep: tuple[str, ...], older_than: int | None, as_json: boo
     --keep; every experiment's latest materializations; what a running process uses; and all that these were made from.
     Dagster's own state is left alone.
     """
-    from helpsteer_assets.disk import size_in_words
-    from helpsteer_assets.garbage import delete_garbage, find_garbage
+    from helpsteer_assets.commands.gc import delete_garbage, find_garbage
+    from helpsteer_assets.files.durable import size_in_words
 
     experiments = [load_experiment(), *map(load_experiment, (*SHIPPED, *keep))]
     home = home_path()
@@ -269,7 +275,7 @@ def gc(delete: bool, keep: tuple[str, ...], older_than: int | None, as_json: boo
         return
     click.echo(f"home {home}")
     if survey.garbage:
-        _print_table(["size", "what", "reason"], _garbage_rows(survey.garbage, home))
+        print_table(["size", "what", "reason"], garbage_rows(survey.garbage, home))
     for note in survey.notes:
         click.echo(f"note: {note}")
     if survey.kept:
@@ -288,7 +294,7 @@ def gc(delete: bool, keep: tuple[str, ...], older_than: int | None, as_json: boo
 @_readable_errors
 def ui(port: int, host: str) -> None:
     """Open the Dagster UI on the same home as `helpsteer run`: each shows the other's work."""
-    from helpsteer_assets.recovery import make_dagster_home
+    from helpsteer_assets.execution.dagster_home import make_dagster_home
 
     experiment = load_experiment()
     home = home_path()
@@ -315,7 +321,7 @@ def _require_free_port(host: str, port: int) -> None:
 
 
 def _chosen_weights(text: str, experiment: Experiment) -> list[str]:
-    from helpsteer_assets.experiment import canonical_weight
+    from helpsteer_assets.experiment.settings import canonical_weight
 
     chosen = []
     for item in text.split(","):
@@ -330,64 +336,6 @@ def _chosen_weights(text: str, experiment: Experiment) -> list[str]:
             )
         chosen.append(weight)
     return list(dict.fromkeys(chosen))
-
-
-def _unique(names: list[str]) -> list[str]:
-    """Column names as the keys of an object: a join can bring the same name twice."""
-    keys: list[str] = []
-    for name in names:
-        repeated = names[: len(keys)].count(name)
-        keys.append(f"{name}_{repeated}" if repeated else name)
-    return keys
-
-
-def _json_value(value: object) -> object:
-    """JSON has no NaN and no infinity."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _cell(value: object) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else _printable(str(value))
-
-
-_COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def _printable(text: str) -> str:
-    """Text with what a terminal would obey written out: control characters, and those that turn the direction."""
-    return _COMMANDS.sub(lambda found: ascii(found[0])[1:-1], text)
-
-
-def _garbage_rows(garbage: "list[Garbage]", home: Path) -> list[tuple[str, str, str]]:
-    """One row for each; those of a few bytes, such as locks, are counted."""
-    from helpsteer_assets.disk import size_in_words
-
-    small = Counter(item.reason for item in garbage if item.bytes < 1000)
-    large = [item for item in garbage if item.bytes >= 1000]
-    rows = [(size_in_words(item.bytes), str(item.path.relative_to(home)), item.reason) for item in large]
-    return rows + [("", f"{count} small ones", reason) for reason, count in small.items()]
-
-
-def _print_table(names: list[str], rows: list[Any]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in names:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    # A file or a pipe has no width to fold to.
-    Console(width=None if sys.stdout.isatty() else 200, markup=False, emoji=False, highlight=False).print(table)
-
-
-def command_name() -> str:
-    """How to call `helpsteer` from the working directory: by its name where it is on the PATH, else by its path."""
-    if shutil.which("helpsteer"):
-        return "helpsteer"
-    beside = Path(sys.executable).with_name("helpsteer")
-    return str(beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside)
 
 
 def entry() -> None:

@@ -3,14 +3,14 @@
 import dagster as dg
 
 from helpsteer_assets.assets import build_assets
-from helpsteer_assets.assets.checks import build_checks
-from helpsteer_assets.assets.materialization import Lab
-from helpsteer_assets.automation import build_sensors
-from helpsteer_assets.executor import chosen_executor
-from helpsteer_assets.experiment import load_experiment
-from helpsteer_assets.home import home_path
-from helpsteer_assets.jobs import build_jobs
-from helpsteer_assets.ray_cluster import require_shared_home
+from helpsteer_assets.defs.automation import build_sensors
+from helpsteer_assets.defs.checks import build_checks
+from helpsteer_assets.defs.jobs import build_jobs
+from helpsteer_assets.defs.lab import Lab
+from helpsteer_assets.execution.executor import chosen_executor
+from helpsteer_assets.execution.ray_cluster import require_shared_home
+from helpsteer_assets.experiment.reading import load_experiment
+from helpsteer_assets.store.home import home_path
 
 require_shared_home(home_path())
 experiment = load_experiment()

@@ -15,8 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 if TYPE_CHECKING:
-    from helpsteer_assets.modpo.preference_trainer import PreferencePair
-    from helpsteer_assets.modpo.tokenization import Sequence
+    from helpsteer_assets.modpo.models.tokenization import Sequence
+    from helpsteer_assets.modpo.training.preference import PreferencePair
 
 torch.set_num_threads(1)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests fork
@@ -109,7 +109,7 @@ def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(tiny_model_path: Path) -> PreTrainedTokenizerBase:
     """The tiny model's tokenizer. Don't change it."""
-    from helpsteer_assets.modpo.models import load_tokenizer
+    from helpsteer_assets.modpo.models.loading import load_tokenizer
 
     return load_tokenizer(tiny_model_path)
 
@@ -117,14 +117,14 @@ def tokenizer(tiny_model_path: Path) -> PreTrainedTokenizerBase:
 @pytest.fixture
 def model(tiny_model_path: Path) -> PreTrainedModel:
     """The tiny model, fp32, a copy for each test."""
-    from helpsteer_assets.modpo.models import load_model
+    from helpsteer_assets.modpo.models.loading import load_model
 
     return load_model(tiny_model_path, precision="fp32")
 
 
 def make_sequences(tokenizer: PreTrainedTokenizerBase, count: int) -> "list[Sequence]":
     """Short prompts and responses of differing lengths as token ids, always the same ones."""
-    from helpsteer_assets.modpo.tokenization import Sequence, encode_prompt, encode_response
+    from helpsteer_assets.modpo.models.tokenization import Sequence, encode_prompt, encode_response
 
     words = [word for sentence in SENTENCES for word in sentence.split()]
     texts = [(" ".join(words[i : i + 3]), " ".join(words[2 * i : 2 * i + 1 + i % 5])) for i in range(count)]
@@ -134,10 +134,10 @@ def make_sequences(tokenizer: PreTrainedTokenizerBase, count: int) -> "list[Sequ
 @pytest.fixture(scope="session")
 def pairs(tiny_model_path: Path, tokenizer: PreTrainedTokenizerBase) -> "list[PreferencePair]":
     """Twenty preference pairs with the tiny model's log-probabilities as reference and margins of some size."""
-    from helpsteer_assets.modpo.log_probs import BASE, score_sequences
-    from helpsteer_assets.modpo.models import load_model
-    from helpsteer_assets.modpo.preference_trainer import PreferencePair
-    from helpsteer_assets.modpo.tokenization import Sequence
+    from helpsteer_assets.modpo.models.loading import load_model
+    from helpsteer_assets.modpo.models.tokenization import Sequence
+    from helpsteer_assets.modpo.scoring.log_probs import BASE, score_sequences
+    from helpsteer_assets.modpo.training.preference import PreferencePair
 
     chosen = make_sequences(tokenizer, 20)
     rejected = [

@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 
 from helpsteer_assets.cli import main
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.resources.warehouse import Warehouse
+from helpsteer_assets.store.warehouse import Warehouse
 
 Run = Callable[..., Result]
 
@@ -245,7 +245,7 @@ def test_run_passes_on_what_is_asked_and_exits_by_what_came_of_it(
     succeeds: bool,
     code: int,
 ) -> None:
-    import helpsteer_assets.running
+    import helpsteer_assets.commands.run
 
     asked: list[Any] = []
 
@@ -254,7 +254,7 @@ def test_run_passes_on_what_is_asked_and_exits_by_what_came_of_it(
         options["announce"]("working")
         return succeeds
 
-    monkeypatch.setattr(helpsteer_assets.running, "run_experiment", run_experiment)
+    monkeypatch.setattr(helpsteer_assets.commands.run, "run_experiment", run_experiment)
     result = run("--home", "h", "run", "--select", "scores", "--weights", "0.90, .1,0.9")
     assert (result.exit_code, capfd.readouterr().out) == (code, "working\n")
     assert asked == ["demo", tmp_path / "h", "scores", ["0.9", "0.1"]]
@@ -264,14 +264,14 @@ def test_run_passes_on_what_is_asked_and_exits_by_what_came_of_it(
 def test_check_exits_by_whether_there_are_problems(
     run: Run, monkeypatch: pytest.MonkeyPatch, problem: bool, code: int
 ) -> None:
-    import helpsteer_assets.preflight
+    import helpsteer_assets.commands.check
 
     def report(experiment: Any, home: Path) -> Any:
         yield f"{experiment.name} in {home.name}"
         if problem:
             raise HelpsteerError("1 problem")
 
-    monkeypatch.setattr(helpsteer_assets.preflight, "report", report)
+    monkeypatch.setattr(helpsteer_assets.commands.check, "report", report)
     result = run("--home", "h", "check")
     assert (result.exit_code, result.stdout) == (code, "demo in h\n")
     assert result.stderr == ("error: 1 problem\n" if problem else "")

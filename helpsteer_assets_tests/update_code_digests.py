@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import helpsteer_assets
-from helpsteer_assets.stages import CODE_VERSIONS
+from helpsteer_assets.assets.graph import CODE_VERSIONS
 
 PACKAGE = Path(helpsteer_assets.__file__).parent
 STORED = Path(__file__).with_name("code_digests.json")

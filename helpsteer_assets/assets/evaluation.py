@@ -13,21 +13,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from helpsteer_assets.assets.display import table_metadata
-from helpsteer_assets.assets.loading import load_sft_tokenizer, sft_model_on_loan
-from helpsteer_assets.assets.materialization import AssetDeclaration, Inputs, Metrics, StageRun
-from helpsteer_assets.experiment import Experiment, RewardModelSettings
-from helpsteer_assets.modpo.attributes import ATTRIBUTES
-from helpsteer_assets.modpo.diagnostics import kl_by_prompt
-from helpsteer_assets.modpo.kl import kl_estimate, sample_responses
-from helpsteer_assets.modpo.margins import margin, margin_reward
-from helpsteer_assets.modpo.statistics import PolicyScores, bootstrap_interval
-from helpsteer_assets.resources.artifacts import Artifact
-from helpsteer_assets.stages import fetch
+from helpsteer_assets.assets.run import Metrics, StageRun, load_sft_tokenizer, sft_model_on_loan
+from helpsteer_assets.assets.sources import fetch
+from helpsteer_assets.defs.lab import AssetDeclaration
+from helpsteer_assets.defs.metadata import _describe_generations, _describe_kl, _describe_scores
+from helpsteer_assets.experiment.settings import Experiment, RewardModelSettings
+from helpsteer_assets.modpo.comparison.scores import PolicyScores
+from helpsteer_assets.modpo.data.attributes import ATTRIBUTES
+from helpsteer_assets.modpo.generation.kl import kl_estimate, sample_responses
+from helpsteer_assets.modpo.training.margins import margin, margin_reward
+from helpsteer_assets.store.artifacts import Artifact
 
 if TYPE_CHECKING:
-    from helpsteer_assets.modpo.generation import Generation
-    from helpsteer_assets.modpo.raters import Rater
+    from helpsteer_assets.modpo.generation.responses import Generation
+    from helpsteer_assets.modpo.scoring.raters import Rater
 
 SCORES_SCHEMA = pa.schema(
     [
@@ -108,9 +107,9 @@ def _responses(run: StageRun, shard: int | None = None) -> "list[Generation]":
 @contextmanager
 def _answering(run: StageRun, policy: Artifact | None) -> "Iterator[Callable[..., list[Generation]]]":
     """`generate` without its first arguments, model and tokenizer: a policy's, or None for the SFT model's."""
-    from helpsteer_assets.modpo.generation import generate, generate_by
-    from helpsteer_assets.modpo.lending import merged
-    from helpsteer_assets.modpo.models import check_lengths
+    from helpsteer_assets.modpo.generation.responses import generate, generate_by
+    from helpsteer_assets.modpo.models.lending import merged
+    from helpsteer_assets.modpo.models.loading import check_lengths
 
     experiment, settings = run.experiment, run.experiment.generation
     base = run.input("sft_model").path / "model"
@@ -168,9 +167,9 @@ def _score(run: StageRun, source: str, policy: Artifact | None) -> Metrics:
 
 def _log_ratios(run: StageRun, rows: list[dict[str, Any]], policy: Artifact | None) -> dict[str, list[float]]:
     """log p_adapter - log p_sft of generated responses, by adapter: `margin`, `policy`, as far as there are such."""
-    from helpsteer_assets.modpo.log_probs import BASE, score_sequences
-    from helpsteer_assets.modpo.models import load_adapters, scoring_batch_tokens
-    from helpsteer_assets.modpo.tokenization import Sequence, encode_prompts
+    from helpsteer_assets.modpo.models.loading import load_adapters, scoring_batch_tokens
+    from helpsteer_assets.modpo.models.tokenization import Sequence, encode_prompts
+    from helpsteer_assets.modpo.scoring.log_probs import BASE, score_sequences
 
     experiment = run.experiment
     adapters = {} if policy is None else {"policy": policy.path / "adapter"}
@@ -266,11 +265,11 @@ def _rater(run: StageRun) -> "Rater | None":
     settings = run.experiment.evaluation.rater
     if settings == "none":
         return None
-    from helpsteer_assets.modpo.raters import RewardModelRater, embedded_rater
+    from helpsteer_assets.modpo.scoring.raters import RewardModelRater, embedded_rater
 
     if not isinstance(settings, RewardModelSettings):
         return embedded_rater()
-    from helpsteer_assets.modpo.models import choose_device
+    from helpsteer_assets.modpo.models.loading import choose_device
 
     device = choose_device(run.experiment.run, run.experiment.model.precision)
     run.models.release_model()
@@ -302,30 +301,6 @@ def policy_scores(artifact: Artifact, experiment: Experiment) -> PolicyScores:
             "capped": np.array([reason == "length" for reason in table["finish_reason"].to_pylist()], dtype=np.float64),
         },
     )
-
-
-def _describe_generations(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
-    preview = pq.read_table(artifact.file("generations.parquet")).slice(0, 5).to_pylist()
-    shown = [{"prompt": r["prompt"], "response": r["response"], "tokens": r["response_tokens"]} for r in preview]
-    return {**artifact.manifest["metrics"], "preview": table_metadata(shown)}
-
-
-def _describe_scores(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
-    scores = policy_scores(artifact, experiment)
-    return {"responses": len(scores.prompt_ids)} | {f"mean_{k}": float(np.mean(v)) for k, v in scores.measures.items()}
-
-
-def _describe_kl(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
-    table, metrics = pq.read_table(artifact.file("kl.parquet")), artifact.manifest["metrics"]
-    capped = [reason == "length" for reason in table["finish_reason"].to_pylist()]
-    estimates = kl_by_prompt(table["prompt_id"].to_pylist(), table["log_ratio"].to_numpy(), capped)
-    kl = bootstrap_interval(estimates.kl, experiment.evaluation.bootstrap_samples, experiment.seed)
-    return {
-        "kl_in_words": f"{kl.mean:.3g} [{kl.low:.3g}, {kl.high:.3g}] nats per response (95% interval over prompts)",
-        **metrics,
-        "capped_share": metrics["capped"] / metrics["samples"],
-        "preview": table_metadata(table.select(["response", "log_ratio", "response_tokens"]).slice(0, 5).to_pylist()),
-    }
 
 
 def _generations_asset(compute: Any) -> AssetDeclaration:

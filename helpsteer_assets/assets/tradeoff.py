@@ -7,19 +7,19 @@ tradeoff: tradeoff.json, and each plot as PNG and SVG (front, kl, lengths). trad
 import json
 from typing import TYPE_CHECKING, Any
 
-import dagster as dg
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from helpsteer_assets.assets.display import table_metadata
 from helpsteer_assets.assets.evaluation import policy_scores
-from helpsteer_assets.assets.materialization import AssetDeclaration, Inputs, Metrics, StageRun
-from helpsteer_assets.experiment import Experiment
-from helpsteer_assets.modpo.diagnostics import is_empty, kl_by_prompt, repetition
-from helpsteer_assets.modpo.plots import markdown_image
-from helpsteer_assets.modpo.statistics import PolicyScores, summarize
-from helpsteer_assets.resources.artifacts import ALL, Artifact
+from helpsteer_assets.assets.run import Metrics, StageRun
+from helpsteer_assets.defs.lab import AssetDeclaration
+from helpsteer_assets.defs.metadata import _describe_report, _describe_summary, _describe_tradeoff
+from helpsteer_assets.experiment.settings import Experiment
+from helpsteer_assets.modpo.comparison.scores import PolicyScores, summarize
+from helpsteer_assets.modpo.comparison.text import is_empty, repetition
+from helpsteer_assets.modpo.generation.kl import kl_by_prompt
+from helpsteer_assets.store.artifacts import ALL, Artifact
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -100,8 +100,8 @@ def read_measures(summary: Artifact) -> list[PolicyScores]:
 
 def tradeoff(run: StageRun) -> Metrics:
     """What is gained and lost as w moves: the Pareto front, how sure it is, what differs from SFT, and the plots."""
-    from helpsteer_assets.modpo.plots import png_bytes, svg_bytes
-    from helpsteer_assets.modpo.tradeoff import analyse
+    from helpsteer_assets.modpo.comparison.plots import png_bytes, svg_bytes
+    from helpsteer_assets.modpo.comparison.tradeoff import analyse
 
     policies = read_measures(run.input("score_summary"))
     result = analyse(run.experiment, policies)
@@ -113,8 +113,8 @@ def tradeoff(run: StageRun) -> Metrics:
 
 
 def _figures(experiment: Experiment, policies: list[PolicyScores], result: dict[str, Any]) -> dict[str, "Figure"]:
-    from helpsteer_assets.modpo.plots import lengths_plot, reward_against_kl_plot, tradeoff_plot
-    from helpsteer_assets.modpo.tradeoff import axis_label, length_points, measures_of, points_on
+    from helpsteer_assets.modpo.comparison.plots import lengths_plot, reward_against_kl_plot, tradeoff_plot
+    from helpsteer_assets.modpo.comparison.tradeoff import axis_label, length_points, measures_of, points_on
 
     samples, seed = experiment.evaluation.bootstrap_samples, experiment.seed
     measures = measures_of(experiment, list(policies[0].measures))
@@ -177,13 +177,6 @@ def tradeoff_report(run: StageRun) -> Metrics:
 REPORT = "report.html"
 
 
-def _describe_summary(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
-    policies = wide_summary(pq.read_table(artifact.file("score_summary.parquet")).to_pylist())
-    measures = [measure for measure in policies[0] if measure != "policy"]
-    rows = [{"measure": m} | {policy["policy"]: policy[m] for policy in policies} for m in measures]
-    return {"summary": table_metadata(rows)}
-
-
 def wide_summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per policy with `mean [low, high]` of each measure, for people to read."""
     wide: dict[tuple[str, str | None], dict[str, Any]] = {}
@@ -191,48 +184,6 @@ def wide_summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         policy = wide.setdefault((row["policy"], row["w"]), {"policy": "SFT" if row["w"] is None else f"w={row['w']}"})
         policy[row["measure"]] = f"{row['mean']:.3g} [{row['ci_low']:.3g}, {row['ci_high']:.3g}]"
     return list(wide.values())
-
-
-def _describe_tradeoff(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
-    result = json.loads(artifact.file("tradeoff.json").read_text(encoding="utf-8"))
-    area = result["hypervolume_above_sft"]
-    shown = [name for name in PLOTS if f"{name}.png" in artifact.manifest["files"]]
-    return {
-        **{name: _image(artifact, name) for name in shown},
-        "headlines": dg.MetadataValue.md("\n".join(f"- {sentence}" for sentence in result["headlines"])),
-        **(
-            {"caveats": dg.MetadataValue.md("\n".join(f"- {c}" for c in result["caveats"]))}
-            if result["caveats"]
-            else {}
-        ),
-        "front_probabilities": table_metadata(
-            [
-                {"policy": point["label"], "on_front": point["on_front"], "probability": point["front_probability"]}
-                for point in result["points"]
-            ]
-        ),
-        "hypervolume_above_sft": f"{area['mean']:.3g} [{area['low']:.3g}, {area['high']:.3g}]",
-        "direction": result["direction"]["sentence"],
-        "preference_measured": result["preference_measured"],
-        **({"note": result["note"]} if result["note"] else {}),
-        "plot_files": dg.MetadataValue.path(str(artifact.path)),
-    }
-
-
-def _describe_report(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
-    (tradeoff,) = inputs["tradeoff"].values()
-    shown = [name for name in PLOTS if f"{name}.png" in tradeoff.manifest["files"]]
-    return {
-        # No link: browsers follow none from here to a file.
-        "report": dg.MetadataValue.path(str(artifact.file(REPORT))),
-        "open_it_by": "helpsteer report --open",
-        **dict(artifact.manifest["metrics"]),
-        **{name: _image(tradeoff, name) for name in shown},
-    }
-
-
-def _image(artifact: Artifact, name: str) -> dg.MarkdownMetadataValue:
-    return dg.MetadataValue.md(markdown_image(artifact.file(f"{name}.png").read_bytes(), PLOTS[name]))
 
 
 TRADEOFF_ASSETS = (

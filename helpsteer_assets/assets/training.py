@@ -12,28 +12,32 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import dagster as dg
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from helpsteer_assets.assets.display import table_metadata
-from helpsteer_assets.assets.loading import load_sft_tokenizer, sft_model_on_loan
-from helpsteer_assets.assets.materialization import AssetDeclaration, Inputs, Metrics, StageRun
+from helpsteer_assets.assets.run import Inputs, Metrics, StageRun, load_sft_tokenizer, sft_model_on_loan
+from helpsteer_assets.assets.sources import fetch
+from helpsteer_assets.defs.lab import AssetDeclaration
+from helpsteer_assets.defs.metadata import (
+    _describe_adapter,
+    _describe_counts,
+    _describe_quality,
+    _describe_training,
+)
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.experiment import Experiment
-from helpsteer_assets.modpo import diagnostics
-from helpsteer_assets.modpo.pairs import unique_responses
-from helpsteer_assets.modpo.plots import loss_curve, markdown_image, png_bytes
-from helpsteer_assets.modpo.statistics import judge_margin_adapter
-from helpsteer_assets.resources.artifacts import ALL, SCRATCH, Artifact
-from helpsteer_assets.stages import fetch
+from helpsteer_assets.experiment.settings import Experiment
+from helpsteer_assets.modpo.comparison import length as diagnostics
+from helpsteer_assets.modpo.comparison.margin_adapter import judge_margin_adapter
+from helpsteer_assets.modpo.comparison.plots import loss_curve, png_bytes
+from helpsteer_assets.modpo.data.pairs import unique_responses
+from helpsteer_assets.store.artifacts import ALL, SCRATCH
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from helpsteer_assets.modpo.tokenization import EncodedResponses, Sequence
-    from helpsteer_assets.modpo.training import TrainingResult
+    from helpsteer_assets.modpo.models.tokenization import EncodedResponses, Sequence
+    from helpsteer_assets.modpo.training.loop import TrainingResult
 
 
 LOSS_CURVE = "loss_curve.png"
@@ -44,7 +48,7 @@ def sft_model(run: StageRun) -> Metrics:
     """The base model fine-tuned on chosen responses by LoRA and merged: the reference policy of all that follows."""
     from transformers import GenerationConfig
 
-    from helpsteer_assets.modpo.models import (
+    from helpsteer_assets.modpo.models.loading import (
         attach_lora,
         check_lengths,
         choose_device,
@@ -52,7 +56,7 @@ def sft_model(run: StageRun) -> Metrics:
         load_model,
         load_tokenizer,
     )
-    from helpsteer_assets.modpo.sft import train_sft
+    from helpsteer_assets.modpo.training.sft import train_sft
 
     experiment, settings = run.experiment, run.experiment.model
     device = choose_device(experiment.run, settings.precision)
@@ -96,7 +100,7 @@ def sft_model(run: StageRun) -> Metrics:
 
 def _chosen(run: StageRun, tokenizer: "PreTrainedTokenizerBase", pairs: Path, split: str) -> "list[Sequence]":
     """Tokens of the unique chosen responses of a split."""
-    from helpsteer_assets.modpo.tokenization import encode_responses
+    from helpsteer_assets.modpo.models.tokenization import encode_responses
 
     chosen = unique_responses(pairs, splits=(split,), sides=("chosen",))
     model = run.experiment.model
@@ -105,7 +109,7 @@ def _chosen(run: StageRun, tokenizer: "PreTrainedTokenizerBase", pairs: Path, sp
 
 def reference_log_probs(run: StageRun) -> Metrics:
     """log p_sft(y|x) and token count of every unique (prompt, response) of the pairs, computed once for all weights."""
-    from helpsteer_assets.modpo.log_probs import BASE
+    from helpsteer_assets.modpo.scoring.log_probs import BASE
 
     pair_files = [
         run.input(name).file("pairs.parquet") for name in ("preference_pairs", "margin_pairs") if name in run.inputs
@@ -129,8 +133,8 @@ def reference_log_probs(run: StageRun) -> Metrics:
 
 def margin_adapter(run: StageRun) -> Metrics:
     """LoRA trained by DPO on the margin pairs; margin_beta (log p_adapter - log p_sft) is its implicit reward."""
-    from helpsteer_assets.modpo.margins import judge_pairs
-    from helpsteer_assets.modpo.models import load_adapters
+    from helpsteer_assets.modpo.comparison.margin_adapter import judge_pairs
+    from helpsteer_assets.modpo.models.loading import load_adapters
 
     experiment = run.experiment
     settings = experiment.margin_adapter
@@ -157,7 +161,7 @@ def margin_adapter(run: StageRun) -> Metrics:
 
 def margin_adapter_quality(run: StageRun) -> Metrics:
     """What the margin adapter's reward measures on validation pairs: the attribute, or only the length."""
-    from helpsteer_assets.modpo.models import load_adapters
+    from helpsteer_assets.modpo.models.loading import load_adapters
 
     experiment = run.experiment
     pairs = run.input("margin_pairs").file("pairs.parquet")
@@ -191,8 +195,8 @@ def margin_adapter_quality(run: StageRun) -> Metrics:
 
 def margin_rewards(run: StageRun) -> Metrics:
     """The unscaled margin reward of every response in the preference pairs, once for all weights and roles."""
-    from helpsteer_assets.modpo.models import load_adapters
-    from helpsteer_assets.modpo.tokenization import count_response_tokens
+    from helpsteer_assets.modpo.models.loading import load_adapters
+    from helpsteer_assets.modpo.models.tokenization import count_response_tokens
 
     responses = unique_responses(run.input("preference_pairs").file("pairs.parquet"))
     tokenizer = load_sft_tokenizer(run)
@@ -218,7 +222,7 @@ def margin_rewards(run: StageRun) -> Metrics:
 
 def modpo_models(run: StageRun) -> Metrics:
     """The policy of one weight: a LoRA on the SFT model, trained by MODPO; w on the preference, 1 - w on the margin."""
-    from helpsteer_assets.modpo.margins import margins_by_response
+    from helpsteer_assets.modpo.training.margins import margins_by_response
 
     experiment = run.experiment
     result = _train(
@@ -250,7 +254,7 @@ def adapter_gate(experiment: Experiment, inputs: Inputs) -> None:
 
 
 def _encode(run: StageRun, tokenizer: "PreTrainedTokenizerBase", responses: pa.Table) -> "EncodedResponses":
-    from helpsteer_assets.modpo.tokenization import encode_responses
+    from helpsteer_assets.modpo.models.tokenization import encode_responses
 
     model = run.experiment.model
     return encode_responses(tokenizer, responses, model.max_length, model.max_prompt_length)
@@ -263,8 +267,8 @@ def _log_probs(
 
     Resumable is what a stage scores with a finished model: no other attempt has other weights.
     """
-    from helpsteer_assets.modpo.log_probs import score_sequences
-    from helpsteer_assets.modpo.models import scoring_batch_tokens
+    from helpsteer_assets.modpo.models.loading import scoring_batch_tokens
+    from helpsteer_assets.modpo.scoring.log_probs import score_sequences
 
     scored = score_sequences(
         model,
@@ -295,9 +299,9 @@ def _train(
     what: str,
 ) -> "TrainingResult":
     """Train a LoRA on the SFT model by MODPO (DPO at w = 1) and save it with its model card."""
-    from helpsteer_assets.modpo.model_card import model_card
-    from helpsteer_assets.modpo.models import attach_lora, batch_tokens, choose_device
-    from helpsteer_assets.modpo.preference_trainer import PairDataset, train_preference
+    from helpsteer_assets.assets.model_card import model_card
+    from helpsteer_assets.modpo.models.loading import attach_lora, batch_tokens, choose_device
+    from helpsteer_assets.modpo.training.preference import PairDataset, train_preference
 
     experiment = run.experiment
     sequences = _encode(run, tokenizer, unique_responses(pairs, splits=("train", "selection")))
@@ -344,8 +348,8 @@ def _train_together(
     run: StageRun, base: Path, train: "Callable[..., TrainingResult]", adapter: Path
 ) -> "TrainingResult":
     """Train a LoRA on a model in `run.train_processes` processes, which leave it in the folder `adapter`."""
-    from helpsteer_assets.modpo.distributed import Job, require_devices, train_together
-    from helpsteer_assets.modpo.models import choose_device
+    from helpsteer_assets.modpo.models.loading import choose_device
+    from helpsteer_assets.modpo.training.launch import Job, require_devices, train_together
 
     experiment, model = run.experiment, run.experiment.model
     require_devices(experiment.run, choose_device(experiment.run, model.precision))
@@ -368,62 +372,6 @@ def _record(run: StageRun, result: "TrainingResult") -> Metrics:
     title = run.asset if run.partition == ALL else f"{run.asset} w={run.partition}"
     (run.folder / LOSS_CURVE).write_bytes(png_bytes(loss_curve(result.history, title)))
     return asdict(result)
-
-
-def _describe_training(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
-    metrics = artifact.manifest["metrics"]
-    if "history" not in metrics:
-        return {"trained": False}
-    history = metrics["history"]
-    described = {
-        "trained": True,
-        "steps": metrics["steps"],
-        "best_step": metrics["best_step"],
-        "loss_curve": dg.MetadataValue.md(markdown_image(artifact.file(LOSS_CURVE).read_bytes(), "loss curve")),
-    }
-    last = next((row for row in reversed(history) if "loss" in row), {})
-    described |= {f"final_{key}": last[key] for key in ("loss", "accuracy", "grad_norm") if key in last}
-    if metrics["best_loss"] is not None:
-        described["best_selection_loss"] = metrics["best_loss"]
-    return described
-
-
-def _describe_adapter(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
-    sanity = artifact.manifest["metrics"]["sanity"]
-    return _describe_training(artifact, inputs, experiment) | {
-        "sanity": table_metadata(
-            [{"measure": key, "value": "" if value is None else f"{value:.4g}"} for key, value in sanity.items()]
-        ),
-        "worst_failures": table_metadata(artifact.manifest["metrics"]["worst_failures"]),
-    }
-
-
-def _describe_quality(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
-    quality = artifact.manifest["metrics"]
-
-    def shown(share: dict[str, Any]) -> dict[str, Any]:
-        if share["mean"] is None:
-            return {"pairs": 0, "share": ""}
-        return {"pairs": share["n"], "share": f"{share['mean']:.1%} [{share['low']:.1%}, {share['high']:.1%}]"}
-
-    shares = ("accuracy", "longer_wins", "prefers_longer", "length_rule_right", "length_rule_wrong", "gain_over_length")
-    described: dict[str, Any] = {"verdict": quality["sentence"], "pairs": quality["n"], "prompts": quality["prompts"]}
-    for name in ("pearson", "spearman"):
-        if quality[name]["value"] is not None:
-            described[f"{name}_with_length"] = quality[name]["value"]
-    return described | {
-        "shares": table_metadata([{"measure": name} | shown(quality[name]) for name in shares]),
-        "accuracy_by_rating_gap": table_metadata(
-            [{"rating_gap": row["rating_gap"]} | shown(row) for row in quality["by_rating_gap"]]
-        ),
-        "accuracy_by_length": table_metadata(
-            [{"chosen_is": row["chosen_is"]} | shown(row) for row in quality["by_length"]]
-        ),
-    }
-
-
-def _describe_counts(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
-    return dict(artifact.manifest["metrics"])
 
 
 TRAINING_ASSETS = (

@@ -18,7 +18,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from helpsteer_assets.modpo.plots import policy_colour
+from helpsteer_assets.modpo.comparison.plots import policy_colour
 from helpsteer_assets.report.figures import inline_figure
 
 ROLES = {

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from helpsteer_assets.experiment import is_hub_id
-from helpsteer_assets.modpo.attributes import ATTRIBUTES, OVERALL
-from helpsteer_assets.modpo.comparisons import Measure, number
-from helpsteer_assets.modpo.statistics import Floats, PolicyScores
-from helpsteer_assets.modpo.tradeoff import label_of, measures_of
+from helpsteer_assets.experiment.settings import is_hub_id
+from helpsteer_assets.modpo.comparison.bootstrap import Floats
+from helpsteer_assets.modpo.comparison.differences import Measure, number
+from helpsteer_assets.modpo.comparison.scores import PolicyScores
+from helpsteer_assets.modpo.comparison.tradeoff import label_of, measures_of
+from helpsteer_assets.modpo.data.attributes import ATTRIBUTES, OVERALL
 
 if TYPE_CHECKING:
-    from helpsteer_assets.experiment import Experiment
+    from helpsteer_assets.experiment.settings import Experiment
 
 Rows = Sequence[Mapping[str, Any]]
 CAPTIONS = {

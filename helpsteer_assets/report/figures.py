@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup
 
-from helpsteer_assets.modpo.plots import GRID, INK, MUTED, NOTE, NOTE_ID, PAPER, TITLE_ID, policy_colour
+from helpsteer_assets.modpo.comparison.plots import GRID, INK, MUTED, NOTE, NOTE_ID, PAPER, TITLE_ID, policy_colour
 
 _ELEMENTS = {"svg", "g", "defs", "path", "use", "text", "tspan", "clipPath", "rect", "circle", "line", "polyline"}
 _ELEMENTS |= {"polygon"}

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
-from helpsteer_assets.experiment import Experiment, load_experiment
-from helpsteer_assets.running import run_experiment
+from helpsteer_assets.commands.run import run_experiment
+from helpsteer_assets.experiment.reading import load_experiment
+from helpsteer_assets.experiment.settings import Experiment
 
 QUICK: dict[str, Any] = {
     "extends": "demo",

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import helpsteer_assets as hs
+from helpsteer_assets.commands.export import require_finished
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.export import require_finished
-from helpsteer_assets.resources.artifacts import ArtifactStore
-from helpsteer_assets.resources.warehouse import TABLES, Warehouse
+from helpsteer_assets.store.artifacts import ArtifactStore
+from helpsteer_assets.store.tables import TABLES
+from helpsteer_assets.store.warehouse import Warehouse
 from helpsteer_assets_tests.assets.conftest import Finished
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from helpsteer_assets.experiment import load_experiment
-from helpsteer_assets.resources.warehouse import Warehouse
+from helpsteer_assets.experiment.reading import load_experiment
+from helpsteer_assets.store.warehouse import Warehouse
 from helpsteer_assets_tests.assets.conftest import Finished
 
 

@@ -19,9 +19,9 @@ import pytest
 import yaml
 
 from benchmarks.__main__ import _parse
+from helpsteer_assets.assets.sources import local_path
 from helpsteer_assets.embedded.generator import build_rows
-from helpsteer_assets.resources.warehouse import Warehouse
-from helpsteer_assets.stages import local_path
+from helpsteer_assets.store.warehouse import Warehouse
 from helpsteer_assets_tests.assets.conftest import QUICK, Finished
 
 ROOT = Path(__file__).parents[2]

@@ -9,20 +9,21 @@ import dagster as dg
 import pytest
 from click.testing import CliRunner
 
+from helpsteer_assets.assets.graph import Fingerprint, fingerprints
+from helpsteer_assets.assets.status import label, status
 from helpsteer_assets.cli import main
-from helpsteer_assets.experiment import Experiment
-from helpsteer_assets.garbage import delete_garbage, find_garbage
-from helpsteer_assets.home import dagster_home
-from helpsteer_assets.resources.artifacts import ArtifactStore
-from helpsteer_assets.resources.uses import ArtifactName, in_use
-from helpsteer_assets.resources.warehouse import TABLES, Warehouse
-from helpsteer_assets.running import run_experiment
-from helpsteer_assets.stages import Fingerprint, fingerprints
-from helpsteer_assets.status import label, status
-from helpsteer_assets.verify import verify
+from helpsteer_assets.commands.gc import delete_garbage, find_garbage
+from helpsteer_assets.commands.run import run_experiment
+from helpsteer_assets.commands.verify import verify
+from helpsteer_assets.execution.dagster_home import dagster_home
+from helpsteer_assets.experiment.settings import Experiment
+from helpsteer_assets.store.artifacts import ArtifactStore
+from helpsteer_assets.store.tables import TABLES
+from helpsteer_assets.store.uses import ArtifactName, in_use
+from helpsteer_assets.store.warehouse import Warehouse
 from helpsteer_assets_tests.assets.conftest import Finished, write_experiment
-from helpsteer_assets_tests.test_garbage import contents
-from helpsteer_assets_tests.test_stages import POLICIES
+from helpsteer_assets_tests.assets.test_graph_fingerprints import POLICIES
+from helpsteer_assets_tests.commands.test_gc import contents
 
 Copied = Callable[..., Finished]
 

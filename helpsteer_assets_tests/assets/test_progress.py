@@ -6,8 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from helpsteer_assets.assets import progress
-from helpsteer_assets.assets.progress import ProgressReporter
+from helpsteer_assets.modpo import progress_bars as progress
+from helpsteer_assets.modpo.progress import ProgressReporter
 
 ROOT = Path(__file__).parents[2]
 
@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[2]
 def test_a_terminal_shows_a_bar_while_dagster_has_the_standard_streams(tmp_path: Path) -> None:
     code = """
 import os, sys
-from helpsteer_assets.assets.progress import Console, ProgressReporter
+from helpsteer_assets.modpo.progress import ProgressReporter
+from helpsteer_assets.commands.console import Console
 console = Console()
 captured = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)
 os.dup2(captured, 1); os.dup2(captured, 2)

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from helpsteer_assets.resources.artifacts import ALL, Artifact, ArtifactStore
-from helpsteer_assets.stages import fingerprints
+from helpsteer_assets.assets.graph import fingerprints
+from helpsteer_assets.store.artifacts import ALL, Artifact, ArtifactStore
 from helpsteer_assets_tests.assets.conftest import Finished, quick_experiment
 
 

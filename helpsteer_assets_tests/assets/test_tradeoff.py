@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from helpsteer_assets.assets.graph import fingerprints
 from helpsteer_assets.assets.tradeoff import read_measures
-from helpsteer_assets.modpo.diagnostics import repetition
+from helpsteer_assets.modpo.comparison.text import repetition
 from helpsteer_assets.report.content import report_content
-from helpsteer_assets.resources.artifacts import ALL, Artifact, ArtifactStore
-from helpsteer_assets.stages import fingerprints
+from helpsteer_assets.store.artifacts import ALL, Artifact, ArtifactStore
 from helpsteer_assets_tests.assets.conftest import Finished
 
 

@@ -3,7 +3,7 @@
 import random
 from typing import Any
 
-from helpsteer_assets.modpo import plots
+from helpsteer_assets.modpo.comparison import plots
 
 SCRIPT = '<script>window.attacked = true</script><img src=x onerror="window.attacked = true"></script><!--'
 HOSTILE = {

@@ -20,13 +20,13 @@ from typing import Any
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
-from helpsteer_assets.experiment import load_experiment
-from helpsteer_assets.jobs import phases
-from helpsteer_assets.modpo.checkpoints import checkpoint_progress
-from helpsteer_assets.resources.artifacts import CHECKPOINTS, Artifact, ArtifactStore
-from helpsteer_assets.resources.warehouse import Warehouse
-from helpsteer_assets.stages import fingerprints, stages
-from helpsteer_assets.status import Status, status
+from helpsteer_assets.assets.graph import fingerprints, stages
+from helpsteer_assets.assets.status import Status, status
+from helpsteer_assets.defs.jobs import phases
+from helpsteer_assets.experiment.reading import load_experiment
+from helpsteer_assets.modpo.training.checkpoints import checkpoint_progress
+from helpsteer_assets.store.artifacts import CHECKPOINTS, Artifact, ArtifactStore
+from helpsteer_assets.store.warehouse import Warehouse
 from helpsteer_assets_tests.assets.conftest import write_experiment
 from helpsteer_assets_tests.browser.conftest import FAILED
 from helpsteer_assets_tests.faults.ui_faults import descendants

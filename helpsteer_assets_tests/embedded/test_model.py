@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 
 from helpsteer_assets.embedded.generator import build_rows
-from helpsteer_assets.embedded.make_model import (
+from tools.make_model import (
     MODEL_PATH,
     Settings,
     build_config,

@@ -46,12 +46,13 @@ import dagster as dg
 import duckdb
 import yaml
 
-from helpsteer_assets.executor import MODEL_MODULES, STEP_MODULES
-from helpsteer_assets.experiment import Experiment, load_experiment
-from helpsteer_assets.home import dagster_home
-from helpsteer_assets.resources.artifacts import ALL, ArtifactStore
-from helpsteer_assets.resources.locks import lock_if_free
-from helpsteer_assets.stages import Fingerprint, fingerprints
+from helpsteer_assets.assets.graph import Fingerprint, fingerprints
+from helpsteer_assets.execution.dagster_home import dagster_home
+from helpsteer_assets.execution.executor import MODEL_MODULES, STEP_MODULES
+from helpsteer_assets.experiment.reading import load_experiment
+from helpsteer_assets.experiment.settings import Experiment
+from helpsteer_assets.store.artifacts import ALL, ArtifactStore
+from helpsteer_assets.store.locks import lock_if_free
 from helpsteer_assets_tests.faults import operations
 
 EXPERIMENT: dict[str, Any] = {
@@ -85,7 +86,7 @@ Operation = tuple[str, str]
 """What was done to a file, and the file's path in the home."""
 
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload([*STEP_MODULES, *MODEL_MODULES, "helpsteer_assets.running", __name__])
+_processes.set_forkserver_preload([*STEP_MODULES, *MODEL_MODULES, "helpsteer_assets.commands.run", __name__])
 
 
 class Command:
@@ -162,7 +163,7 @@ def _count_work(file: Path) -> None:
     """Note each optimizer step, and each batch of rows that a scoring or a generation finished, by artifact."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
-    from helpsteer_assets.modpo.resumable import ResumableRows
+    from helpsteer_assets.files.rows import ResumableRows
 
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     build, append = ArtifactStore.build, ResumableRows.append

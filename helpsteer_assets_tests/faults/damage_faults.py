@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from random import Random
 
-from helpsteer_assets.modpo.resumable import ResumableRows
-from helpsteer_assets.resources.artifacts import MANIFEST
+from helpsteer_assets.files.rows import ResumableRows
+from helpsteer_assets.store.artifacts import MANIFEST
 from helpsteer_assets_tests.faults.campaign import Trial, fault
 from helpsteer_assets_tests.faults.homes import TRACEBACK, finished_home, says_what_is_wrong
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from helpsteer_assets.resources.files import write_atomically
+from helpsteer_assets.files.durable import write_atomically
 from helpsteer_assets_tests.faults import operations
 from helpsteer_assets_tests.faults.campaign import Command, Hook, Trial, fault
 from helpsteer_assets_tests.faults.homes import TRACEBACK

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import duckdb
 
-from helpsteer_assets.resources.warehouse import Warehouse
+from helpsteer_assets.store.warehouse import Warehouse
 from helpsteer_assets_tests.faults.campaign import DEADLINE, Trial, fault
 from helpsteer_assets_tests.faults.homes import finished_home, forget
 

@@ -17,8 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from helpsteer_assets.modpo.checkpoints import step_of
-from helpsteer_assets.recovery import PROCESS_TAG
+from helpsteer_assets.execution.recovery import PROCESS_TAG
+from helpsteer_assets.modpo.training.checkpoints import step_of
 from helpsteer_assets_tests.faults.campaign import Trial, fault, instance_of
 
 ROOT = Path(__file__).parents[2]

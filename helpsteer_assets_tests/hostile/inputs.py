@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from hypothesis import HealthCheck, settings
 
-from helpsteer_assets.modpo.attributes import ATTRIBUTES
-from helpsteer_assets.modpo.ratings import COLUMNS, RATINGS_SCHEMA, prompt_id, read_ratings, response_id
+from helpsteer_assets.modpo.data.attributes import ATTRIBUTES
+from helpsteer_assets.modpo.data.ratings import RATINGS_SCHEMA, prompt_id, read_ratings, response_id
+from helpsteer_assets.modpo.data.readers import COLUMNS
 
 LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
 

@@ -13,14 +13,15 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpsteer_assets.assets.graph import fingerprints
+from helpsteer_assets.defs.partitions import weight_partitions
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.experiment import SHIPPED, Experiment, canonical_weight, load_experiment
-from helpsteer_assets.home import dagster_home
-from helpsteer_assets.partitions import weight_partitions
-from helpsteer_assets.resources.artifacts import ArtifactStore
-from helpsteer_assets.stages import fingerprints
+from helpsteer_assets.execution.dagster_home import dagster_home
+from helpsteer_assets.experiment.reading import SHIPPED, load_experiment
+from helpsteer_assets.experiment.settings import Experiment, canonical_weight
+from helpsteer_assets.store.artifacts import ArtifactStore
+from helpsteer_assets_tests.experiment.test_experiment import VALID, changed
 from helpsteer_assets_tests.hostile.inputs import TEXTS, examples
-from helpsteer_assets_tests.test_experiment import VALID, changed
 
 SHIPPED_FILES = [resources.files("helpsteer_assets") / "experiments" / f"{name}.yaml" for name in SHIPPED]
 

@@ -10,11 +10,11 @@ import dagster as dg
 import pyarrow.parquet as pq
 import pytest
 
-from helpsteer_assets.home import dagster_home
-from helpsteer_assets.resources.artifacts import ArtifactStore
-from helpsteer_assets.resources.warehouse import Warehouse
-from helpsteer_assets.stages import fingerprints
-from helpsteer_assets.status import status
+from helpsteer_assets.assets.graph import fingerprints
+from helpsteer_assets.assets.status import status
+from helpsteer_assets.execution.dagster_home import dagster_home
+from helpsteer_assets.store.artifacts import ArtifactStore
+from helpsteer_assets.store.warehouse import Warehouse
 from helpsteer_assets_tests.assets.conftest import Finished, quick_experiment
 from helpsteer_assets_tests.hostile.inputs import TEXTS, row
 from helpsteer_assets_tests.hostile.planted import Planted

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from helpsteer_assets.cli import main
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.resources.warehouse import QUERY_ROWS, Warehouse
+from helpsteer_assets.store.warehouse import QUERY_ROWS, Warehouse
 
 SECRET = "canary-7f3a"
 ENDLESS = "SELECT count(*) FROM range(1000000000) a, range(1000000000) b WHERE a.range * b.range = 7"
@@ -196,8 +196,8 @@ def test_what_a_query_may_use_is_bounded_and_lies_outside_the_home(watched: Watc
 
 
 def test_a_query_that_needs_more_is_told_what_it_may_have(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("helpsteer_assets.resources.warehouse.QUERY_MEMORY", "64MB")
-    monkeypatch.setattr("helpsteer_assets.resources.warehouse.QUERY_SPILL", "1MB")
+    monkeypatch.setattr("helpsteer_assets.store.warehouse.QUERY_MEMORY", "64MB")
+    monkeypatch.setattr("helpsteer_assets.store.warehouse.QUERY_SPILL", "1MB")
     numbered = "SELECT row_number() OVER (ORDER BY hash(i)) AS n FROM range(9000000) AS r(i)"
     for sql in ("SELECT list(i) FROM range(100000000) AS r(i)", f"SELECT max(n) FROM ({numbered})"):
         assert "needs more than the 64MB of memory and 1MB of temporary files that it may have" in ask(watched, sql)
@@ -207,7 +207,7 @@ def test_a_query_that_needs_more_is_told_what_it_may_have(watched: Watched, monk
 def test_a_query_that_would_never_end_ends_by_ctrl_c(watched: Watched) -> None:
     """DuckDB itself, in the main thread, would not hear of it before the first row."""
     program = (
-        "import signal, sys; from pathlib import Path; from helpsteer_assets.resources.warehouse import Warehouse\n"
+        "import signal, sys; from pathlib import Path; from helpsteer_assets.store.warehouse import Warehouse\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored where tests run in the background
         "print('begins', flush=True); Warehouse(Path(sys.argv[1])).query(sys.argv[2])"
     )

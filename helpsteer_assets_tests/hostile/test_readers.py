@@ -19,9 +19,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.modpo.attributes import ATTRIBUTES
-from helpsteer_assets.modpo.pairs import build_pairs, describe_pairs
-from helpsteer_assets.modpo.ratings import COLUMNS, prompt_id
+from helpsteer_assets.modpo.data.attributes import ATTRIBUTES
+from helpsteer_assets.modpo.data.pairs import build_pairs, describe_pairs
+from helpsteer_assets.modpo.data.ratings import prompt_id
+from helpsteer_assets.modpo.data.readers import COLUMNS
 from helpsteer_assets_tests.hostile.inputs import TEXTS, examples, read, row
 
 ROWS = [row(f"{text}{number % 3}", text, helpfulness=number % 5) for number, text in enumerate(TEXTS)]
@@ -394,7 +395,8 @@ import sys
 from pathlib import Path
 
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.modpo import ratings, tables
+from helpsteer_assets.modpo.data import ratings
+from helpsteer_assets.modpo.data import tables
 
 def kilobytes():
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
@@ -471,7 +473,7 @@ def test_thousands_of_equal_rows_take_no_longer_than_one(tmp_path: Path) -> None
 
 
 def test_a_prompt_with_all_too_many_responses_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("helpsteer_assets.modpo.pairs._MOST_COMPARED", 500)
+    monkeypatch.setattr("helpsteer_assets.modpo.data.pairs._MOST_COMPARED", 500)
     rows = [row("few", f"{n}", n, 1, 1, 1, 1) for n in range(4)] + [
         row("many", f"{n}", n % 5, 1, 1, 1, 1) for n in range(30)
     ]

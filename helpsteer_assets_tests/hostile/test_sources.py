@@ -10,17 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpsteer_assets.assets.graph import fingerprints
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.experiment import Experiment
-from helpsteer_assets.home import home_path
-from helpsteer_assets.modpo.hub import content_digest
-from helpsteer_assets.modpo.pairs import build_pairs
-from helpsteer_assets.modpo.tables import literal_path, query
-from helpsteer_assets.resources.artifacts import ArtifactStore
-from helpsteer_assets.stages import fingerprints
+from helpsteer_assets.experiment.settings import Experiment
+from helpsteer_assets.files.digests import content_digest
+from helpsteer_assets.modpo.data.pairs import build_pairs
+from helpsteer_assets.modpo.data.tables import literal_path, query
+from helpsteer_assets.store.artifacts import ArtifactStore
+from helpsteer_assets.store.home import home_path
+from helpsteer_assets_tests.experiment.test_experiment import changed
 from helpsteer_assets_tests.hostile.inputs import examples, read, row
 from helpsteer_assets_tests.hostile.test_readers import jsonl, parquet
-from helpsteer_assets_tests.test_experiment import changed
 
 ROWS = [row("asked", f"answer {number}", number, 1, 1, 1, number) for number in range(3)]
 

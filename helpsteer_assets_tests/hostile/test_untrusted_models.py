@@ -9,13 +9,13 @@ import torch
 from huggingface_hub import constants
 from transformers import LlamaForCausalLM
 
+from helpsteer_assets.assets import hub
+from helpsteer_assets.commands.check import report
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.experiment import RewardModelSettings
-from helpsteer_assets.modpo import hub
-from helpsteer_assets.modpo.models import load_model, load_tokenizer
-from helpsteer_assets.modpo.raters import RewardModelRater
-from helpsteer_assets.modpo.tokenization import encode_prompt
-from helpsteer_assets.preflight import report
+from helpsteer_assets.experiment.settings import RewardModelSettings
+from helpsteer_assets.modpo.models.loading import load_model, load_tokenizer
+from helpsteer_assets.modpo.models.tokenization import encode_prompt
+from helpsteer_assets.modpo.scoring.raters import RewardModelRater
 from helpsteer_assets_tests.assets.conftest import quick_experiment
 from helpsteer_assets_tests.hostile.planted import EMBEDDED, Planted
 

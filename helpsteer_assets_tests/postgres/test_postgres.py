@@ -21,15 +21,14 @@ import dagster as dg
 import pytest
 import yaml
 
-from helpsteer_assets.assets.materialization import GPU_POOL
+from helpsteer_assets.assets.graph import fingerprints
+from helpsteer_assets.assets.status import status
+from helpsteer_assets.commands.run import run_experiment
+from helpsteer_assets.defs.lab import GPU_POOL
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.experiment import Experiment
-from helpsteer_assets.home import DAGSTER_YAML, dagster_home
-from helpsteer_assets.recovery import make_dagster_home
-from helpsteer_assets.resources.artifacts import ArtifactStore
-from helpsteer_assets.running import run_experiment
-from helpsteer_assets.stages import fingerprints
-from helpsteer_assets.status import status
+from helpsteer_assets.execution.dagster_home import DAGSTER_YAML, dagster_home, make_dagster_home
+from helpsteer_assets.experiment.settings import Experiment
+from helpsteer_assets.store.artifacts import ArtifactStore
 from helpsteer_assets_tests.assets.conftest import quick_experiment
 from helpsteer_assets_tests.faults.ui_faults import descendants
 from helpsteer_assets_tests.postgres.conftest import Server

@@ -16,12 +16,13 @@ import dagster as dg
 import pyarrow.parquet as pq
 import pytest
 
-from helpsteer_assets.experiment import Experiment, load_experiment
-from helpsteer_assets.jobs import phases
-from helpsteer_assets.resources.artifacts import Artifact, ArtifactStore
-from helpsteer_assets.resources.warehouse import Warehouse
-from helpsteer_assets.running import run_experiment
-from helpsteer_assets.stages import fingerprints
+from helpsteer_assets.assets.graph import fingerprints
+from helpsteer_assets.commands.run import run_experiment
+from helpsteer_assets.defs.jobs import phases
+from helpsteer_assets.experiment.reading import load_experiment
+from helpsteer_assets.experiment.settings import Experiment
+from helpsteer_assets.store.artifacts import Artifact, ArtifactStore
+from helpsteer_assets.store.warehouse import Warehouse
 from helpsteer_assets_tests.assets.conftest import write_experiment
 from helpsteer_assets_tests.ray.conftest import Cluster, Deployment, command_line, holder, processes, wait
 

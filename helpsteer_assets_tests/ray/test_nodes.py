@@ -13,9 +13,9 @@ from dagster_postgres import DagsterPostgresStorage
 from dagster_postgres.utils import pg_url_from_config
 
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.experiment import RunSettings
-from helpsteer_assets.ray_cluster import HOME_TOKEN, Node, _installed, forwarded_variables, judge
-from helpsteer_assets.ray_executor import ray_step_executor
+from helpsteer_assets.execution.ray_cluster import HOME_TOKEN, Node, _installed, forwarded_variables, judge
+from helpsteer_assets.execution.ray_executor import ray_step_executor
+from helpsteer_assets.experiment.settings import RunSettings
 from helpsteer_assets_tests.assets.conftest import write_experiment
 from helpsteer_assets_tests.ray.conftest import DEPLOY, Cluster, Deployment, wait
 

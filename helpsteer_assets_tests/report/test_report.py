@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from helpsteer_assets.modpo.plots import policy_colour
+from helpsteer_assets.modpo.comparison.plots import policy_colour
 from helpsteer_assets.report import render
 from helpsteer_assets.report.figures import inline_figure
 from helpsteer_assets_tests.browser.report_data import HOSTILE, SCRIPT, hostile_data, report_data

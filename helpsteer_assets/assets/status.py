@@ -1,0 +1,160 @@
+"""What is there, what is missing, and what is out of date because of which setting.
+
+Dagster cannot say this: its staleness is not transitive, does not see deleted files, and never shows a partitioned
+asset as out of date. Here the present fingerprints are compared with the store and with each asset's latest
+materialization. Imports neither Dagster nor torch.
+"""
+
+import re
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from helpsteer_assets.assets.graph import Fingerprint, fingerprints
+from helpsteer_assets.experiment.settings import Experiment
+from helpsteer_assets.files.os_errors import readable_os_errors
+from helpsteer_assets.store.artifacts import ALL, CHECKPOINTS, ArtifactStore
+from helpsteer_assets.store.home import digest_cache
+from helpsteer_assets.store.warehouse import Warehouse
+
+_REVISION = re.compile(r"(?P<id>.+)@(?P<revision>[0-9a-f]{40})")
+
+
+@dataclass(frozen=True)
+class Status:
+    """One asset, or one of its weights."""
+
+    asset: str
+    partition: str
+    state: str
+    """`complete`: materialized with the present settings. `reusable`: the artifact is there, from another run or
+    experiment or from earlier settings, and materializing takes it up at once. `partial`: begun; materializing goes on
+    from its checkpoint. `out of date`: materialized with other settings. `missing`: never materialized."""
+    detail: str
+    """How far a partial one is; what changed since an out-of-date one."""
+    fingerprint: str
+    path: str | None
+    """Folder of the finished or partial artifact."""
+
+
+def status(experiment: Experiment, home: Path) -> list[Status]:
+    """The state of every asset and weight, in topological order."""
+    store, warehouse = ArtifactStore(home), Warehouse(home)
+    present = fingerprints(experiment, digest_cache(home))
+    with readable_os_errors("read", home):
+        return [_status(fingerprint, present, experiment.name, store, warehouse) for fingerprint in present.values()]
+
+
+def _status(
+    fingerprint: Fingerprint,
+    present: dict[tuple[str, str], Fingerprint],
+    experiment: str,
+    store: ArtifactStore,
+    warehouse: Warehouse,
+) -> Status:
+    asset, partition = fingerprint.asset, fingerprint.partition
+
+    def result(state: str, detail: str = "", path: Path | None = None) -> Status:
+        return Status(asset, partition, state, detail, fingerprint.value, None if path is None else str(path))
+
+    latest = warehouse.latest(experiment, asset, partition)
+    artifact = store.find(asset, partition, fingerprint.value)
+    if artifact is not None:
+        complete = latest is not None and latest["fingerprint"] == fingerprint.value
+        return result("complete" if complete else "reusable", path=artifact.path)
+    partial = store.partial(asset, partition, fingerprint.value)
+    if partial.is_dir():
+        return result("partial", partial_progress(partial / CHECKPOINTS) or "just begun", partial)
+    if latest is None:
+        return result("missing")
+    reasons = _why(fingerprint, latest["fingerprint"], present, store)
+    told: set[str] = set()
+    parts = []
+    for origin, found in reasons.items():
+        # A setting that several assets depend on is named once.
+        new = [reason for reason in found if reason not in told]
+        told.update(new)
+        if new:
+            parts.append(", ".join(new) if origin == asset else f"{origin}: {', '.join(new)}")
+    return result("out of date", "; ".join(parts))
+
+
+def partial_progress(checkpoints: Path) -> str:
+    """How far unfinished work is, in words; empty where it has kept nothing yet."""
+    from helpsteer_assets.modpo.training.checkpoints import checkpoint_progress
+
+    found = checkpoint_progress(checkpoints)
+    if found is not None:
+        return f"step {found[0]} of {found[1]}"
+    rows = 0
+    with readable_os_errors("read", checkpoints), suppress(FileNotFoundError):  # a running process may finish meanwhile
+        rows = sum(path.read_bytes().count(b"\n") for path in checkpoints.glob("*.jsonl"))
+    return f"{rows} row{'' if rows == 1 else 's'} done" if rows else ""
+
+
+def _why(
+    fingerprint: Fingerprint, then: str, present: dict[tuple[str, str], Fingerprint], store: ArtifactStore
+) -> dict[str, list[str]]:
+    """What differs between an earlier fingerprint and the present one: reasons by the asset where they began."""
+    asset = fingerprint.asset
+    if then == fingerprint.value:
+        return {asset: ["its artifact is gone from the disk, or damaged"]}
+    earlier = store.find(asset, fingerprint.partition, then)
+    if earlier is None:
+        return {asset: ["other settings (the earlier artifact is gone, so nothing says which)"]}
+    manifest = earlier.manifest
+    code, inputs = manifest.get("code", {}), manifest.get("inputs", {})
+    changes = _differences(manifest.get("settings", {}), fingerprint.settings)
+    changes += [f"code of {piece}" for piece, version in fingerprint.code.items() if code.get(piece) != version]
+    reasons = {asset: changes} if changes else {}
+    for name, partitions in fingerprint.inputs.items():
+        for partition, value in partitions.items():
+            before = inputs.get(name, {}).get(partition)
+            if before is not None and before != value:
+                for origin, found in _why(present[name, partition], before, present, store).items():
+                    known = reasons.setdefault(origin, [])
+                    known += [reason for reason in found if reason not in known]
+    return reasons or {asset: ["it reads other inputs"]}
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    absent = object()
+    return [
+        f"the content of {key}"
+        if _is_digest(before.get(key)) and _is_digest(now.get(key))
+        else f"{key} {_shown(before.get(key))} -> {_shown(now.get(key))}"
+        for key in sorted({*before, *now})
+        if before.get(key, absent) != now.get(key, absent)
+    ]
+
+
+def _is_digest(value: Any) -> bool:
+    """Whether it stands for the content of a local source or model."""
+    return isinstance(value, str) and value.startswith("sha256:")
+
+
+def _shown(value: Any) -> str:
+    """A setting's value, a local source's digest or a hub id with its revision, short enough for a table."""
+    if isinstance(value, str) and (match := _REVISION.fullmatch(value)):
+        return f"{match['id']}@{match['revision'][:8]}"
+    text = "a local path" if _is_digest(value) else "null" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def label(asset: str, partition: str) -> str:
+    """An asset, with its weight where it has one."""
+    return asset if partition == ALL else f"{asset} w={partition}"
+
+
+def unfinished(found: Iterable[Status]) -> list[tuple[str, str]]:
+    """The assets and partitions that are still to be made or ended."""
+    return [(s.asset, s.partition) for s in found if s.state not in ("complete", "reusable")]
+
+
+def finished_folders(found: Iterable[Status]) -> dict[str, Path]:
+    """Folders of the finished artifacts that have no weight, by asset."""
+    return {
+        s.asset: Path(s.path) for s in found if s.partition == ALL and s.path and s.state in ("complete", "reusable")
+    }

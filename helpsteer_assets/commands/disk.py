@@ -1,0 +1,149 @@
+"""The disk that a run needs: of what is not finished yet, by file sizes and the model's config; no source is read."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from helpsteer_assets.assets.sources import local_path
+from helpsteer_assets.execution.dagster_home import pool_limit
+from helpsteer_assets.experiment.settings import Experiment, is_hub_id
+from helpsteer_assets.files.durable import free_space, size_in_words
+
+if TYPE_CHECKING:
+    from helpsteer_assets.modpo.models.loading import ModelSize
+
+NEARLY_ALL = 0.8
+"""Share of what is free from which a warning is due."""
+BYTES = {"fp32": 4, "bf16": 2}
+"""Of a number, by precision."""
+_ADAPTER_BYTES = 4
+"""LoRA weights are kept in fp32 whatever the model's precision."""
+_CHECKPOINT_BYTES = 12
+"""Per trained number: the weight and AdamW's two moments."""
+_CHECKPOINTS = 5
+"""The newest two and the best of each are kept while another is written."""
+_TEXTS = {"helpsteer_ratings": 1, "preference_pairs": 3, "margin_pairs": 3}
+"""How often the source's text is written: a response stands in several pairs, and pairs in the warehouse, too."""
+_COMPRESSED = {".gz": 4, ".parquet": 4}
+"""Bytes of text in a byte of such a file, about."""
+_EMBEDDED_TEXT = 500_000
+_ANSWER_BYTES = 6
+"""Per generated token: its text and its id."""
+
+
+@dataclass(frozen=True)
+class DiskNeed:
+    """What will be written."""
+
+    parts: dict[str, int]
+    """Bytes by what they are for."""
+    unknown: str | None
+    """What is not counted, since it has to be downloaded first."""
+
+    @property
+    def bytes(self) -> int:
+        """All of it that is known."""
+        return sum(self.parts.values())
+
+
+def needs_model(to_make: Collection[tuple[str, str]]) -> bool:
+    """Whether what is to be made depends on the size of the model."""
+    return not {asset for asset, _ in to_make}.isdisjoint({"sft_model", "margin_adapter", "modpo_models"})
+
+
+def disk_need(
+    experiment: Experiment,
+    to_make: Collection[tuple[str, str]],
+    made: Mapping[str, Path],
+    home: Path,
+    model: "ModelSize | None",
+) -> DiskNeed:
+    """About how many bytes making some assets writes into a home, at the most at one time.
+
+    Args:
+        experiment: the experiment.
+        to_make: assets and partitions that are not finished.
+        made: folders of finished unpartitioned artifacts, by asset.
+        home: where results are kept.
+        model: the base model's size; None: what depends on it is not counted.
+    """
+    assets = [asset for asset, _ in to_make]
+    parts: dict[str, int] = {}
+    unknown = None
+    if texts := sum(_TEXTS.get(asset, 0) for asset in assets):
+        text = _text_bytes(experiment, made.get("helpsteer_ratings"))
+        if text is None:
+            unknown = f"the data ({experiment.data.source} has to be downloaded first)"
+        else:
+            parts["data"] = texts * text
+    if model is not None and needs_model(to_make):
+        if "sft_model" in assets:
+            parts["SFT model"] = model.parameters * BYTES[experiment.model.precision]
+        policies = assets.count("modpo_models")
+        if adapters := policies + assets.count("margin_adapter"):
+            parts[f"{adapters} adapter{'' if adapters == 1 else 's'}"] = (
+                adapters * model.adapter_parameters * _ADAPTER_BYTES
+            )
+        if adapters or experiment.sft.enabled:
+            at_once = max(1, min(pool_limit(), policies))
+            checkpoints = at_once * _CHECKPOINTS * model.adapter_parameters * _CHECKPOINT_BYTES
+            parts["checkpoints while training"] = checkpoints
+    rounds = assets.count("generations") + assets.count("sft_generations")
+    rounds += assets.count("kl_to_sft") * experiment.evaluation.kl_samples
+    if rounds:
+        tokens = experiment.evaluation.prompts * experiment.generation.max_new_tokens
+        parts["answers"] = rounds * tokens * _ANSWER_BYTES
+    published = home / "warehouse" / "helpsteer.duckdb"
+    if to_make and published.exists():
+        parts["the warehouse anew"] = published.stat().st_size
+    return DiskNeed(parts, unknown)
+
+
+def in_words(need: DiskNeed, home: Path) -> str:
+    """`disk: about 310 MB will be written (data 3 MB, ...); 40 GB free in /data`."""
+    where, free = free_space(home)
+    parts = ", ".join(f"{what} {size_in_words(count)}" for what, count in need.parts.items())
+    listed = f" ({parts})" if parts else ""
+    beside = f", beside {need.unknown}" if need.unknown else ""
+    needed = f"about {size_in_words(need.bytes)} will be written{listed}{beside}"
+    return f"disk: {needed}; {size_in_words(free)} free in {where}"
+
+
+def shortage(need: DiskNeed, home: Path) -> str | None:
+    """Why a run cannot start, and what to do; None where there is room."""
+    where, free = free_space(home)
+    if need.bytes <= free:
+        return None
+    return (
+        f"about {size_in_words(need.bytes)} will be written and {where} has {size_in_words(free)} free; free some, or "
+        "set HELPSTEER_HOME to a folder on a larger disk"
+    )
+
+
+def _text_bytes(experiment: Experiment, ratings: Path | None) -> int | None:
+    """Bytes of the source's text, about; None where it is on the hub and not in the cache."""
+    settings = experiment.data
+    if ratings is not None:
+        return _uncompressed(ratings)
+    if settings.source == "embedded":
+        return _EMBEDDED_TEXT
+    if is_hub_id(settings.source):
+        from huggingface_hub import errors, snapshot_download
+
+        try:
+            source = Path(
+                snapshot_download(
+                    settings.source, repo_type="dataset", revision=settings.revision, local_files_only=True
+                )
+            )
+        except errors.LocalEntryNotFoundError:
+            return None
+    else:
+        source = local_path("data.source", settings.source)
+    return _uncompressed(source)
+
+
+def _uncompressed(path: Path) -> int:
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size * _COMPRESSED.get(file.suffix, 1) for file in files)

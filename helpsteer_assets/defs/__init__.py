@@ -1,0 +1,1 @@
+"""Dagster: assets, checks, jobs, partitions and sensors, made from the graph in `assets/`."""

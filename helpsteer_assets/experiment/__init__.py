@@ -1,0 +1,1 @@
+"""The experiment: one YAML file that says everything that determines a result."""

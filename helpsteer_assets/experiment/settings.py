@@ -1,0 +1,568 @@
+"""The experiment: one declarative description of everything that determines a result.
+
+An experiment is a YAML file. Three are shipped (`demo`, `smollm2`, `helpsteer`); another is named by its path, and may
+say `extends: <name or path>` to change only a few keys. `HELPSTEER_EXPERIMENT` chooses it. Two sections determine no
+result and enter no fingerprint: `run` (how things run) and `checks` (thresholds).
+"""
+
+import re
+from collections import Counter
+from decimal import Decimal, InvalidOperation
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
+
+MOST_MISTAKES = 20
+Attribute = Literal["helpfulness", "correctness", "coherence", "complexity", "verbosity", "overall"]
+_INHERITED = "in a file that extends another, set it to null"
+
+
+def canonical_weight(value: object) -> str:
+    """The one spelling of a weight, which is also its partition key: `0.50` and `.5` are `0.5`.
+
+    Raises ValueError for what is no number in (0, 1].
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
+        raise ValueError(f"a weight is a number in (0, 1], got {shown(value)}")
+    try:
+        number = Decimal(str(value).strip())
+    except InvalidOperation:
+        raise ValueError(f"a weight is a number in (0, 1], got {shown(value)}") from None
+    if not number.is_finite() or not 0 < number <= 1:
+        raise ValueError(f"a weight is a number in (0, 1] (0 is excluded: the loss divides by w), got {shown(value)}")
+    text = format(number.normalize(), "f")
+    if len(text) > 12 or Decimal(text) != number:
+        raise ValueError(f"a weight has at most ten decimals, got {shown(value)}")
+    return text
+
+
+class Section(BaseModel):
+    """Strict and closed: a wrong type or an unknown key is an error, never a guess."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class DataSettings(Section):
+    """Which ratings, and what is learnt from them."""
+
+    source: str = Field(
+        min_length=1,
+        description="Where the ratings come from: `embedded`, a path that starts with `.`, `/` or `~` (a folder with "
+        "train and validation files, or one file; jsonl, json, csv or parquet, gzipped or not), or a data set id on "
+        "the hub such as `nvidia/HelpSteer`. A relative path is relative to the experiment file (for the shipped "
+        "experiments: to the working directory).",
+    )
+    revision: str | None = Field(
+        None, description="Commit hash of the hub data set; required there, refused elsewhere."
+    )
+    preference_attribute: Attribute = Field(
+        "helpfulness", description="The attribute the policy is trained to prefer; `overall` is the sum of all five."
+    )
+    margin_attribute: Attribute = Field(
+        "verbosity", description="The attribute the margin adapter learns; unused under `margin: length_penalty`."
+    )
+    on_bad_rows: Literal["error", "drop"] = Field(
+        "error", description="`error` stops and lists the bad rows, `drop` drops and counts them."
+    )
+    selection_share: float = Field(
+        0.05, gt=0, lt=0.5, description="Share of the train prompts held out, by a stable hash, to choose checkpoints."
+    )
+    validation_share: float = Field(
+        0.05,
+        gt=0,
+        lt=1,
+        description="Share of prompts, by a stable hash, that becomes validation where the source is one file.",
+    )
+    max_train_prompts: int | None = Field(
+        None, ge=2, description="Keep only so many train prompts, chosen by a stable hash; null keeps all."
+    )
+    max_validation_prompts: int | None = Field(
+        None, ge=1, description="Keep only so many validation prompts, chosen by a stable hash; null keeps all."
+    )
+
+
+class ModelSettings(Section):
+    """The base model, its precision, and how long its texts may be in training and scoring."""
+
+    base: str = Field(
+        min_length=1,
+        description="Base model: `embedded`, a path that starts with `.`, `/` or `~`, or a model id on the hub.",
+    )
+    revision: str | None = Field(None, description="Commit hash of the hub model; required there, refused elsewhere.")
+    precision: Literal["fp32", "bf16"] = Field(
+        description="Precision of the weights and of training. Stated, never guessed from the machine."
+    )
+    trust_remote_code: bool = Field(False, description="Run the modelling code that comes with the base model.")
+    max_length: int = Field(512, ge=8, description="Tokens of prompt and response together in training and scoring.")
+    max_prompt_length: int = Field(
+        256, ge=4, description="A longer prompt keeps its last so many tokens in training and scoring."
+    )
+
+    @model_validator(mode="after")
+    def _response_has_room(self) -> "ModelSettings":
+        if self.max_prompt_length >= self.max_length:
+            raise ValueError(
+                f"max_prompt_length ({self.max_prompt_length}) must be below max_length ({self.max_length}): "
+                "the rest is what a response gets"
+            )
+        return self
+
+
+def _target_modules(value: object) -> object:
+    names = isinstance(value, list) and value and all(isinstance(name, str) for name in value)
+    if value != "all-linear" and not names:
+        raise ValueError(
+            f"expected `all-linear` or a list of module names such as [q_proj, v_proj], got {shown(value)}"
+        )
+    return value
+
+
+class LoraSettings(Section):
+    """The adapters that the SFT model, the margin adapter and the policies are trained as."""
+
+    r: int = Field(16, ge=1, description="Rank.")
+    alpha: int = Field(32, ge=1, description="Scale; the update is multiplied by alpha / r.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input while training.")
+    target_modules: Annotated[Literal["all-linear"] | list[str], BeforeValidator(_target_modules)] = Field(
+        "all-linear", description="`all-linear` (every linear layer of attention and MLP) or a list of module names."
+    )
+
+
+class TrainingSettings(Section):
+    """How one stage trains. The batch an optimizer step sees is batch_size times accumulation."""
+
+    epochs: float | None = Field(None, gt=0, description="Passes over the train pairs; give this or `steps`.")
+    steps: int | None = Field(None, ge=1, description="Optimizer steps; give this or `epochs`.")
+    batch_size: int = Field(8, ge=1, description="Sequences (SFT) or pairs (DPO, MODPO) per micro-batch.")
+    accumulation: int = Field(1, ge=1, description="Micro-batches per optimizer step.")
+    learning_rate: float = Field(gt=0, description="Peak learning rate of AdamW.")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="Learning rate after the warm-up.")
+    warmup_share: float = Field(0.05, ge=0, lt=1, description="Share of the steps in which the learning rate rises.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass: less memory.")
+    evaluate_every: int | None = Field(
+        None,
+        ge=1,
+        description="Steps between losses on the held-out train prompts. Each leaves a checkpoint, from which a killed "
+        "training goes on. null: ten times in a training.",
+    )
+    early_stopping: int | None = Field(
+        None, ge=1, description="Stop after so many evaluations in a row without a better loss; null: never."
+    )
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainingSettings":
+        if self.epochs is None and self.steps is None and self.trains:
+            raise ValueError("give `steps` (optimizer steps) or `epochs` (passes over the train pairs)")
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError(f"give `steps` or `epochs`, not both; remove one ({_INHERITED})")
+        return self
+
+    @property
+    def trains(self) -> bool:
+        """Whether the stage trains at all."""
+        return True
+
+
+class SftSettings(TrainingSettings):
+    """How the SFT model trains: on chosen responses, the loss on the response only."""
+
+    enabled: bool = Field(True, description="false uses the base model itself as the reference policy.")
+    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is an SFT at all."""
+        return self.enabled
+
+
+class MarginAdapterSettings(TrainingSettings):
+    """How the margin adapter trains: by DPO on the margin pairs."""
+
+    beta: float = Field(0.1, gt=0, description="DPO beta that trains the margin adapter.")
+
+
+class ModpoSettings(TrainingSettings):
+    """How the policy of each weight trains."""
+
+
+def _canonical_weights(value: object) -> object:
+    if not isinstance(value, list) or not value:
+        raise ValueError("give a list of at least one weight in (0, 1], such as [0.1, 0.5, 0.9]")
+    weights, mistakes = [], []
+    for item in value:
+        try:
+            weights.append(canonical_weight(item))
+        except ValueError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise ValueError("; ".join(mistakes[:MOST_MISTAKES]))
+    for weight, count in Counter(weights).items():
+        if count > 1:
+            spelled = ", ".join(str(item) for item, w in zip(value, weights, strict=True) if w == weight)
+            raise ValueError(f"weight {weight} stands there more than once ({spelled}); leave one")
+    return weights
+
+
+class ObjectiveSettings(Section):
+    """MODPO's objective: beta, the weights, and the margin with its direction."""
+
+    beta: float = Field(0.1, gt=0, description="MODPO's beta: how strongly the policy is held to the SFT model.")
+    weights: Annotated[list[str], BeforeValidator(_canonical_weights)] = Field(
+        max_length=99,
+        description="The weights w in (0, 1], one policy each: w on the preference, 1 - w on the margin. "
+        "At 1 it is DPO.",
+    )
+    margin: Literal["implicit_reward", "length_penalty"] = Field(
+        "implicit_reward",
+        description="`implicit_reward`: r_m = margin_beta (log p_adapter - log p_sft). "
+        "`length_penalty`: r_m = -penalty * response tokens, always encouraged; needs no adapter.",
+    )
+    margin_role: Literal["cost", "reward"] | None = Field(
+        None,
+        description="`cost` penalizes what the margin adapter prefers (m = -r_m), `reward` encourages it (m = +r_m). "
+        "Required with an implicit reward, refused with a length penalty.",
+    )
+    margin_beta: float | None = Field(
+        None,
+        description="Magnitude that scales the margin adapter's log-ratio. Positive: the direction is margin_role. "
+        "Default 0.1; refused with a length penalty.",
+    )
+    penalty: float | None = Field(
+        None, gt=0, description="Reward lost per response token under `length_penalty`; required there."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _margin_defaults(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("margin", "implicit_reward") == "implicit_reward":
+            return data if data.get("margin_beta") is not None else {**data, "margin_beta": 0.1}
+        return data
+
+    @model_validator(mode="after")
+    def _margin_is_complete(self) -> "ObjectiveSettings":
+        if self.margin == "length_penalty":
+            wrong = [key for key in ("margin_role", "margin_beta") if getattr(self, key) is not None]
+            if wrong:
+                raise ValueError(
+                    f"{' and '.join(wrong)} cannot stand beside `margin: length_penalty`, under which shorter is "
+                    f"always encouraged, by `penalty` per token; remove what is too much ({_INHERITED})"
+                )
+            if self.penalty is None:
+                raise ValueError("`margin: length_penalty` needs `penalty`, the reward lost per response token")
+            return self
+        if self.penalty is not None:
+            raise ValueError(f"`penalty` goes with `margin: length_penalty` only; remove it ({_INHERITED})")
+        if self.margin_beta == 0:
+            raise ValueError("margin_beta must be positive, got 0: with 0 the margin counts for nothing")
+        if self.margin_beta is not None and self.margin_beta < 0:
+            raise ValueError(
+                f"margin_beta is a magnitude and must be positive, got {self.margin_beta}. In the described pipeline a "
+                "negative MARGIN_BETA was documented as reward and acted as cost; choose `margin_role: cost` (penalize "
+                "what the margin adapter prefers) or `margin_role: reward` (encourage it) by what you want"
+            )
+        if self.margin_role is None:
+            raise ValueError(
+                "margin_role is missing: `cost` penalizes what the margin adapter prefers, `reward` encourages it"
+            )
+        return self
+
+    @property
+    def margin_sign(self) -> int:
+        """m = margin_sign * r_m: -1 for the role `cost`, +1 for `reward` and for a length penalty."""
+        return -1 if self.margin_role == "cost" else 1
+
+
+class GenerationSettings(Section):
+    """How the policies answer the evaluation prompts."""
+
+    engine: Literal["transformers", "vllm"] = Field(
+        "transformers",
+        description="What decodes. vllm: on a GPU, with the extra `vllm` installed, in bf16.",
+    )
+    max_prompt_length: int = Field(1536, ge=4, description="A longer prompt keeps its last so many tokens.")
+    max_new_tokens: int = Field(512, ge=1, description="Longest response in tokens, its end-of-text token included.")
+    do_sample: bool = Field(False, description="false: greedy. true: sample with temperature and top_p.")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature; used with do_sample.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus share; used with do_sample.")
+    repetition_penalty: float = Field(1.0, gt=0, description="1.0: none.")
+    no_repeat_ngram_size: int = Field(0, ge=0, description="0: none.")
+    max_batch_tokens: int = Field(
+        16384,
+        ge=1,
+        description="Tokens (prompts and longest responses) that are decoded together: room for their keys and "
+        "values. In fp32 it changes no response. vllm takes the room there is.",
+    )
+
+    @model_validator(mode="after")
+    def _within_the_engine(self) -> "GenerationSettings":
+        if self.engine == "vllm" and self.no_repeat_ngram_size > 0:
+            raise ValueError(
+                f"no_repeat_ngram_size: {self.no_repeat_ngram_size} with `engine: vllm`, which has no such rule; set "
+                "no_repeat_ngram_size: 0 or engine: transformers"
+            )
+        return self
+
+
+class RewardModelSettings(Section):
+    """A sequence-classification reward model that rates the answers."""
+
+    model: str = Field(
+        min_length=1, description="Sequence-classification reward model: a path or a model id on the hub."
+    )
+    revision: str | None = Field(None, description="Commit hash of the hub model; required there, refused elsewhere.")
+    heads: dict[Literal["helpfulness", "correctness", "coherence", "complexity", "verbosity"], int] = Field(
+        min_length=1, description="Which output of the model rates which attribute."
+    )
+    scale: float = Field(1.0, description="rating = scale * output + shift.")
+    shift: float = Field(0.0, description="rating = scale * output + shift.")
+    output: Literal["logits", "rewards"] = Field(
+        "logits", description="Which field of the model's output holds the heads (`rewards` for ArmoRM)."
+    )
+    max_length: int = Field(4096, ge=8, description="Tokens of prompt and response; a longer text keeps its last ones.")
+    batch_size: int = Field(8, ge=1, description="Responses per forward pass.")
+    trust_remote_code: bool = Field(False, description="Run the modelling code that comes with the reward model.")
+
+
+def _rater_kind(value: object) -> str | None:
+    if isinstance(value, dict | RewardModelSettings):
+        return "RewardModelSettings"
+    return "name" if value in ("none", "embedded") else None
+
+
+class EvaluationSettings(Section):
+    """How many prompts are answered, and who rates the answers."""
+
+    prompts: int = Field(300, ge=2, description="Unique held-out prompts that every policy answers.")
+    rater: Annotated[
+        Annotated[Literal["none", "embedded"], Tag("name")]
+        | Annotated[RewardModelSettings, Tag("RewardModelSettings")],
+        Discriminator(
+            _rater_kind,
+            custom_error_type="rater",
+            custom_error_message="expected `none`, `embedded`, or a section that describes a reward model "
+            "(`model`, `heads`, ...)",
+        ),
+    ] = Field(
+        "none",
+        description="Who rates the generated responses: `none`, `embedded` (the demo generator's own rules), or a "
+        "sequence-classification reward model.",
+    )
+    kl_samples: int = Field(
+        1,
+        ge=0,
+        description="Responses per evaluation prompt, sampled from each policy as it is (temperature 1, top_p 1, no "
+        "penalty), from which its KL divergence to the SFT model is estimated. Each costs about as much as the "
+        "responses that are evaluated. 0: no estimate.",
+    )
+    bootstrap_samples: int = Field(2000, ge=100, description="Resamples of the prompts behind every interval.")
+    shards: int = Field(
+        1,
+        ge=1,
+        le=256,
+        description="Steps among which a policy's responses are divided, for several GPUs or machines to make at the "
+        "same time. In fp32 the responses are the same for any number.",
+    )
+
+    @model_validator(mode="after")
+    def _shards_have_prompts(self) -> "EvaluationSettings":
+        if self.shards > self.prompts:
+            raise ValueError(f"shards ({self.shards}) must not be more than prompts ({self.prompts})")
+        return self
+
+
+class CheckSettings(Section):
+    """Thresholds. They judge results and determine none."""
+
+    margin_adapter_min_accuracy: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="The margin adapter must prefer chosen over rejected in a larger share of the "
+        "validation pairs than this, with the lower end of the 95% interval of its mean margin above 0.",
+    )
+
+
+class RunSettings(Section):
+    """How things run. Results do not depend on it, but for rounding: the manifest records what was used."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one, else cpu.")
+    threads: int | None = Field(
+        None,
+        ge=1,
+        description="CPU threads of torch, in each process; 1 gives the same bytes in every run. null: torch's choice, "
+        "which processes that train together divide among them.",
+    )
+    train_processes: int = Field(
+        1,
+        ge=1,
+        description="Processes that train one model together, each on a GPU of its own, or on the CPU where there is "
+        "none. Each does its share of every optimizer step, so batch_size * accumulation of each training must be a "
+        "multiple. Sums are rounded in another order, and each process draws its own random numbers for dropout.",
+    )
+    fsdp: bool = Field(
+        False,
+        description="Each of several train_processes holds a part of every layer's frozen weights and gathers a layer "
+        "while it computes: for a base that leaves no room on a GPU to train on. Scoring and generation still hold the "
+        "whole model on one.",
+    )
+    batch_tokens: int | None = Field(
+        None,
+        ge=64,
+        description="Tokens in one forward and backward pass of the preference trainings: a batch with more is done "
+        "in several. Scoring, which keeps no activations, takes four times as many. null: 1024 on a CPU, 4096 on a "
+        "GPU.",
+    )
+    compile: bool = Field(
+        False, description="torch.compile the layers' MLPs and norms in trainings; it costs a minute at the start."
+    )
+    gpus: float = Field(
+        1.0,
+        ge=0,
+        description="GPUs of a Ray cluster (HELPSTEER_EXECUTOR=ray) for a step that loads a model: a whole number, or "
+        "a share below 1 for several steps on one GPU; 0: it runs on CPUs.",
+    )
+    report_to: list[str] = Field(
+        default_factory=list, description="Experiment trackers of transformers' Trainer: wandb, tensorboard, trackio."
+    )
+    automation: bool = Field(
+        False,
+        description="Evaluate by itself what a training made, while the UI runs: answers, scores, summary, trade-off, "
+        "report. Trainings are never started by it.",
+    )
+
+    @field_validator("gpus")
+    @classmethod
+    def _whole_above_one(cls, gpus: float) -> float:
+        if gpus > 1 and not gpus.is_integer():
+            raise ValueError(f"must be a whole number, or below 1 for a share of a GPU, got {gpus:g}")
+        return gpus
+
+
+class Experiment(Section):
+    """Everything that determines a result."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$",
+        description="Names Dagster's state folder and stands in every row of the warehouse.",
+    )
+    description: str = Field("", description="What it is for, in a sentence.")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of initialisation, data order and sampling.")
+    data: DataSettings = Field(description="The ratings and what is learnt from them.")
+    model: ModelSettings = Field(description="The base model, its precision and its limits.")
+    objective: ObjectiveSettings = Field(description="What MODPO optimizes, and the weights.")
+    lora: LoraSettings = Field(default_factory=LoraSettings, description="The adapters of all three trainings.")
+    sft: SftSettings = Field(description="How the SFT model trains.")
+    margin_adapter: MarginAdapterSettings | None = Field(
+        None, description="How the margin adapter trains; needed with an implicit reward, unused with a length penalty."
+    )
+    modpo: ModpoSettings = Field(description="How each weight's policy trains.")
+    generation: GenerationSettings = Field(default_factory=GenerationSettings, description="How policies answer.")
+    evaluation: EvaluationSettings = Field(
+        default_factory=EvaluationSettings, description="Which prompts are answered and who rates the answers."
+    )
+    checks: CheckSettings = Field(default_factory=CheckSettings, description="Thresholds; they determine no result.")
+    run: RunSettings = Field(default_factory=RunSettings, description="How things run; it determines no result.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Experiment":
+        if self.has_margin_adapter:
+            if self.margin_adapter is None:
+                raise ValueError(
+                    "margin_adapter: missing; `margin: implicit_reward` needs this section (how the adapter trains)"
+                )
+            if self.data.margin_attribute == self.data.preference_attribute:
+                raise ValueError(
+                    f"data.margin_attribute: the same as data.preference_attribute ({self.data.margin_attribute}); "
+                    "choose two attributes to trade against each other"
+                )
+        for key, source, revision in self.hub_references().values():
+            if "://" in source:
+                raise ValueError(
+                    f"{key}: {source} is a URL; what is read is a folder, a file or a repository of the hub. Copy it "
+                    "to a folder, and give the path of that"
+                )
+            key = key.rpartition(".")[0]
+            if is_hub_id(source):
+                if revision is None or not re.fullmatch(r"[0-9a-f]{40}", revision):
+                    found = "missing" if revision is None else f"got {revision!r}"
+                    raise ValueError(
+                        f"{key}.revision: {found}; {source} comes from the hub and needs its full commit hash (40 "
+                        "lower-case hex digits), because a branch can move under finished results. "
+                        f"If {source} is meant to be a path, write ./{source}"
+                    )
+            elif revision is not None:
+                raise ValueError(
+                    f"{key}.revision: goes with an id on the hub only, and {source} is none; remove it ({_INHERITED})"
+                )
+        if self.run.fsdp and self.run.train_processes == 1:
+            raise ValueError(
+                "run.fsdp: there is nothing to share among one process; raise run.train_processes, or set it to false"
+            )
+        trainings = {"sft": self.sft, "margin_adapter": self.margin_adapter, "modpo": self.modpo}
+        for name, settings in trainings.items():
+            used = settings is not None and settings.trains and (name != "margin_adapter" or self.has_margin_adapter)
+            if used and settings.batch_size * settings.accumulation % self.run.train_processes:
+                raise ValueError(
+                    f"run.train_processes: {self.run.train_processes} processes cannot share a step of {name} evenly, "
+                    f"batch_size {settings.batch_size} x accumulation {settings.accumulation}; make their product a "
+                    "multiple, or choose another number of processes"
+                )
+        if self.generation.engine == "vllm" and self.model.precision != "bf16":
+            raise ValueError(
+                f"generation.engine: vllm, whose LoRA kernels know no {self.model.precision}; set model.precision: "
+                "bf16, or engine: transformers"
+            )
+        if self.data.source != "embedded" and self.evaluation.rater == "embedded":
+            raise ValueError(
+                "evaluation.rater: `embedded` rates answers to the embedded data's prompts only; use `none`, or "
+                "describe a reward model"
+            )
+        return self
+
+    def hub_references(self) -> dict[str, tuple[str, str, str | None]]:
+        """(key, value, revision) of what may come from the hub: `data`, `model` and, where it is a model, `rater`."""
+        found = {
+            "data": ("data.source", self.data.source, self.data.revision),
+            "model": ("model.base", self.model.base, self.model.revision),
+        }
+        if isinstance(self.evaluation.rater, RewardModelSettings):
+            rater = self.evaluation.rater
+            found["rater"] = ("evaluation.rater.model", rater.model, rater.revision)
+        return found
+
+    @property
+    def has_margin_adapter(self) -> bool:
+        """Whether the graph has `margin_pairs` and `margin_adapter`: a length penalty needs neither."""
+        return self.objective.margin == "implicit_reward"
+
+
+def is_path(source: str) -> bool:
+    """Whether a source or model is a local path: it starts with `.`, `/` or `~`."""
+    return source.startswith((".", "/", "~"))
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a source or model is an id on the hub, such as `nvidia/HelpSteer`."""
+    return source != "embedded" and not is_path(source)
+
+
+def shown(value: object) -> str:
+    """A value as YAML spells it, shortened."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return clipped(repr(value))
+
+
+def clipped(text: str) -> str:
+    return text if len(text) <= 120 else text[:117] + "..."

@@ -1,0 +1,1 @@
+"""What policies gain and lose: intervals, differences, fronts and plots."""

@@ -1,0 +1,294 @@
+"""What each weight gains and loses against the SFT model, in numbers that hold for all weights at once, and in words.
+
+Several weights are compared, so one of them would look different by chance more often than 1 time in 20. Intervals and
+p-values are therefore simultaneous over the weights, within each measure; over measures nothing is adjusted. A
+difference whose interval holds 0 is "not shown", never "none".
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from helpsteer_assets.modpo.comparison.bootstrap import LEVEL, bootstrap_means, simultaneous_interval
+from helpsteer_assets.modpo.comparison.fronts import FrontUncertainty
+from helpsteer_assets.modpo.comparison.scores import PolicyScores, reference_and_weights, score_table
+
+Verdict = Literal["higher", "lower", "undecided"]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How words speak of a measure.
+
+    `title` stands in sentences ("rated helpfulness"). `unit` is "tokens", "nats", "words", "share" (a number from 0 to
+    1, shown in percentage points), "0 to 4" (shown in points) or "" (none). `better` says which way is better, None
+    where neither is. `comparatives` name responses for which it is higher or lower ("longer", "shorter"); without them
+    the measure itself is called higher or lower. `to_sft` marks a distance to SFT (KL), which is told as a value, for
+    SFT's own is 0.
+    """
+
+    name: str
+    title: str
+    unit: str = ""
+    better: Literal["higher", "lower"] | None = None
+    comparatives: tuple[str, str] | None = None
+    to_sft: bool = False
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of a measure under weight `w` minus the SFT model's on the same prompts, in the measure's unit.
+
+    `low` and `high` are the ends of a 95% interval, `p_value` tests against no difference; both hold for all weights
+    compared. `verdict` says on which side of 0 the whole interval lies.
+    """
+
+    w: str
+    measure: str
+    prompts: int
+    mean: float
+    low: float
+    high: float
+    p_value: float
+    verdict: Verdict
+
+
+Differences = Mapping[str, Mapping[str, Difference]]
+"""By weight, ascending, then by measure."""
+
+
+def differences_to_sft(
+    policies: Sequence[PolicyScores], measures: Sequence[str], samples: int, seed: int
+) -> dict[str, dict[str, Difference]]:
+    """Paired differences of every weight to the SFT model, with `simultaneous_interval`s over the weights per measure.
+
+    `policies` are the SFT model's scores and those of the weights, on the same prompts. A difference that is the same
+    on every prompt has an interval of no width; it is decided only where that many prompts cannot agree by chance
+    (p-value up to 0.05, see `simultaneous_interval`). Raises HelpsteerError without the SFT model, else as
+    `score_table`.
+    """
+    reference, compared = reference_and_weights(policies)
+    table = score_table([reference, *compared], measures)
+    found: dict[str, dict[str, Difference]] = {scores.w or "": {} for scores in compared}
+    if not found:
+        return found
+    changes = table[:, 1:] - table[:, :1]
+    rows = len(changes)
+    for m, measure in enumerate(measures):
+        column = changes[:, :, m]
+        mean = column[0] + (column - column[0]).mean(axis=0)
+        ends = simultaneous_interval(mean, bootstrap_means(column, samples, seed), rows)
+        for i, w in enumerate(found):
+            low, high, p_value = (float(end[i]) for end in ends)
+            verdict: Verdict = "higher" if low > 0 else "lower" if high < 0 else "undecided"
+            if p_value > 1 - LEVEL and low == high:
+                verdict = "undecided"
+            found[w][measure] = Difference(w, measure, rows, float(mean[i]), low, high, p_value, verdict)
+    return found
+
+
+def statements(differences: Differences, measures: Sequence[Measure]) -> dict[str, list[str]]:
+    """One sentence per weight and measure, in the order of `measures`; measures without a difference are left out."""
+    return {
+        w: [_statement(own[measure.name], measure) for measure in measures if measure.name in own]
+        for w, own in differences.items()
+    }
+
+
+def _statement(difference: Difference, measure: Measure) -> str:
+    title = measure.title[:1].upper() + measure.title[1:]
+    if measure.to_sft:
+        return f"{title}: {_value(difference, measure)}."
+    if difference.verdict == "undecided":
+        return f"{title}: {_undecided(difference, measure)}."
+    side = _side(difference.verdict, measure)
+    if measure.comparatives:
+        return f"{side[:1].upper() + side[1:]} than SFT by {_amount(difference, measure)}."
+    return f"{title}: {side} than SFT's by {_amount(difference, measure)}."
+
+
+def _value(difference: Difference, measure: Measure) -> str:
+    return with_interval(difference.mean, difference.low, difference.high, measure)
+
+
+def _side(verdict: Verdict, measure: Measure) -> str:
+    higher, lower = measure.comparatives or ("higher", "lower")
+    return higher if verdict == "higher" else lower
+
+
+def _amount(difference: Difference, measure: Measure) -> str:
+    """`31 tokens [24, 38]`: the size of a difference whose side the words beside it name."""
+    ends = (difference.low, difference.high) if difference.mean > 0 else (-difference.high, -difference.low)
+    return with_interval(abs(difference.mean), *ends, measure)
+
+
+def _undecided(difference: Difference, measure: Measure) -> str:
+    if difference.low == difference.high == 0:
+        return f"the same as SFT's on each of {difference.prompts} prompts"
+    if difference.low == difference.high:
+        return f"no difference shown by {difference.prompts} prompts ({number(difference.mean, 0, measure)})"
+    numbers = _value(difference, measure)
+    bound = max(-difference.low, difference.high)
+    largest = f"{number(bound, difference.high - difference.low, measure)}{_unit(measure)}"
+    return f"no difference shown ({numbers}); one of up to {largest} is not ruled out"
+
+
+def with_interval(mean: float, low: float, high: float, measure: Measure) -> str:
+    """`31.2 tokens [24.0, 38.1]`, in the words of the measure's unit."""
+    width = high - low
+    # An end that lies beyond 0 must not be rounded to 0.
+    nearest = min(abs(low), abs(high)) if low * high > 0 else width
+    numbers = [number(value, min(width, 10 * nearest) if width else 0, measure) for value in (mean, low, high)]
+    return f"{numbers[0]}{_unit(measure)} [{numbers[1]}, {numbers[2]}]"
+
+
+def number(value: float, width: float, measure: Measure) -> str:
+    """`value` with the decimals that two digits of an interval's `width` have; three digits where it has no width."""
+    scale = 100 if measure.unit == "share" else 1
+    if not width:
+        return f"{value * scale:.3g}"
+    decimals = min(max(0, 1 - math.floor(math.log10(width * scale))), 9)
+    rounded = round(value * scale, decimals)
+    return f"{rounded if rounded else 0.0:.{decimals}f}"
+
+
+def _unit(measure: Measure) -> str:
+    unit = {"share": "percentage points", "0 to 4": "points"}.get(measure.unit, measure.unit)
+    return f" {unit}" if unit else ""
+
+
+def headlines(
+    differences: Differences,
+    preference: Measure | None,
+    margin: Measure,
+    others: Sequence[Measure] = (),
+    front: FrontUncertainty | None = None,
+) -> list[str]:
+    """The most important statements, as whole sentences: what moves where, which w to look at, how sure the front is.
+
+    `preference` and `margin` are the two axes, each with its `better`; `others` (length, say) are told after them.
+    Without a rater there is no `preference` (None), and nothing is said about what a weight costs in it.
+    `front` holds SFT first, then the weights as in `differences`. A weight is recommended for reading, not proven best:
+    the sentences name the estimates that lead and what is shown about them.
+    """
+    if not differences:
+        return ["There is no weight to compare with SFT."]
+    measures = [margin, *others] if preference is None else [preference, margin, *others]
+    found = [_movement(differences, measure) for measure in measures]
+    if preference is not None:
+        found.append(_both(differences, preference, margin))
+        found += [_best(differences, preference, margin), _best(differences, margin, preference)]
+    if front is not None:
+        found.append(_front(front, ["SFT", *(f"w={w}" for w in differences)]))
+    if front is not None and preference is not None:
+        found.append(_area(front, preference, margin))
+    return found
+
+
+def listed(weights: Sequence[str]) -> str:
+    """`w=0.1, w=0.3 and w=0.5`."""
+    names = [f"w={w}" for w in weights]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _with_verdict(differences: Differences, measure: Measure, verdict: Verdict) -> list[str]:
+    return [w for w, own in differences.items() if own[measure.name].verdict == verdict]
+
+
+def _movement(differences: Differences, measure: Measure) -> str:
+    if measure.to_sft:
+        title = measure.title[:1].upper() + measure.title[1:]
+        return (
+            f"{title}: {'; '.join(f'{_value(own[measure.name], measure)} at w={w}' for w, own in differences.items())}."
+        )
+    parts = []
+    for verdict in ("higher", "lower"):
+        weights = _with_verdict(differences, measure, verdict)
+        if weights:
+            largest = max(weights, key=lambda w: abs(differences[w][measure.name].mean))
+            amount = _amount(differences[largest][measure.name], measure)
+            at = f", most at w={largest}" if len(weights) > 1 else ""
+            parts.append(f"{_side(verdict, measure)} at {listed(weights)} (by {amount}{at})")
+    undecided = _with_verdict(differences, measure, "undecided")
+    if undecided:
+        parts.append(f"not shown to differ at {listed(undecided)}")
+    # "Responses are not shown to differ" would say more than was measured.
+    told = measure.comparatives and len(undecided) < len(differences)
+    subject = "responses are" if told else f"{measure.title} is"
+    return f"Against SFT, {subject} {'; '.join(parts)}."
+
+
+def _worse(measure: Measure) -> Verdict:
+    return "lower" if measure.better == "higher" else "higher"
+
+
+def _better(measure: Measure) -> Verdict:
+    return "higher" if measure.better == "higher" else "lower"
+
+
+def _both(differences: Differences, one: Measure, other: Measure) -> str:
+    both = [
+        w
+        for w, own in differences.items()
+        if own[one.name].verdict == _better(one) and own[other.name].verdict == _better(other)
+    ]
+    if both:
+        return f"Shown to be better than SFT in both {one.title} and {other.title}: {listed(both)}."
+    return f"No weight is shown to be better than SFT in both {one.title} and {other.title}."
+
+
+def _best(differences: Differences, kept: Measure, gained: Measure) -> str:
+    """Of the weights that are not shown to be worse in `kept`, the one with the best estimate of `gained`.
+
+    SFT is not worse than itself, so where its own estimate is the better one, that is said.
+    """
+    candidates = [w for w, own in differences.items() if own[kept.name].verdict != _worse(kept)]
+    if not candidates:
+        return f"At every weight {kept.title} is shown to be worse than SFT's."
+    sign = 1 if gained.better == "higher" else -1
+    best = max(candidates, key=lambda w: sign * differences[w][gained.name].mean)
+    own = differences[best]
+    if len(candidates) == 1:
+        start = f"Only at w={best} is {kept.title} not shown to be worse than SFT's"
+    else:
+        start = (
+            f"Of the weights whose {kept.title} is not shown to be worse than SFT's ({listed(candidates)}), w={best} "
+            f"has the {'highest' if sign > 0 else 'lowest'} mean {gained.title}"
+        )
+        if sign * own[gained.name].mean < 0:
+            start += f", but SFT's own is {'higher' if sign > 0 else 'lower'}"
+    return f"{start}. There, {_phrase(own[gained.name], gained)}; {_phrase(own[kept.name], kept)}."
+
+
+def _phrase(difference: Difference, measure: Measure) -> str:
+    if difference.verdict == "undecided":
+        return f"{measure.title}: {_undecided(difference, measure)}"
+    return f"{measure.title} is {difference.verdict} than SFT's by {_amount(difference, measure)}"
+
+
+def _front(front: FrontUncertainty, labels: Sequence[str]) -> str:
+    if len(labels) != len(front.on_front):
+        raise ValueError(f"the front holds {len(front.on_front)} policies and there are {len(labels)} labels")
+    on, off = [], []
+    for label, is_on, probability in zip(labels, front.on_front, front.probability, strict=True):
+        (on if is_on else off).append(f"{label} ({_percent(float(probability))})")
+    beside = f"; off it: {', '.join(off)}" if off else ""
+    return f"On the front of the means, with the share of resamples in which each is: {', '.join(on)}{beside}."
+
+
+def _percent(share: float) -> str:
+    """A share in percent that says 0% and 100% only where it is."""
+    if 0 < share < 0.01:
+        return "below 1%"
+    return "above 99%" if 0.99 < share < 1 else f"{share:.0%}"
+
+
+def _area(front: FrontUncertainty, preference: Measure, margin: Measure) -> str:
+    area = front.hypervolume
+    numbers = f"{area.mean:.3g} [{area.low:.3g}, {area.high:.3g}]"
+    shown = "some policy is" if area.low > 0 else "it is not shown that any policy is"
+    return (
+        f"Area above SFT (hypervolume of {preference.title} and {margin.title}): {numbers}; {shown} better than SFT in "
+        "both."
+    )

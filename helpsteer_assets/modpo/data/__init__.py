@@ -1,0 +1,1 @@
+"""From rated responses to pairs."""

@@ -1,0 +1,1 @@
+"""How policies answer, and how far they are from the SFT model."""

@@ -1,0 +1,132 @@
+"""KL divergence of a policy to the SFT model, estimated from the policy's own samples.
+
+KL(p || q) = E_{y ~ p} [log p(y|x) - log q(y|x)]: the mean of the log-ratio over samples of p is unbiased, and may be
+negative by chance (estimator k1 of Schulman, "Approximating KL divergence", 2020). That holds for samples of p itself,
+so nothing that alters how responses are chosen may be at work.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from helpsteer_assets.errors import HelpsteerError
+from helpsteer_assets.modpo.comparison.bootstrap import Floats
+from helpsteer_assets.modpo.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from helpsteer_assets.experiment.settings import GenerationSettings
+    from helpsteer_assets.modpo.generation.responses import Generation
+
+UNALTERED = {
+    "do_sample": True,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}
+"""Settings under which a response is a sample of the policy itself."""
+
+_SEEDS = 2**32
+"""An experiment's seed lies below it."""
+
+
+def sample_responses(
+    answer: "Callable[..., list[Generation]]",
+    prompts: Sequence[str],
+    settings: "GenerationSettings",
+    samples: int,
+    *,
+    seed: int,
+    progress: Progress = silent,
+    checkpoints: Path | None = None,
+) -> "list[list[Generation]]":
+    """Samples of the policy itself: [samples][prompts], cut at max_new_tokens.
+
+    Each sample of all prompts is a generation of its own with a seed of its own. So a prompt's samples are independent
+    of one another and of what the experiment's own seed gives, and more samples leave the first ones as they are.
+
+    Args:
+        answer: `generation.generate` or `generate_by`, without its first arguments.
+        prompts: the prompts as text.
+        settings: engine, lengths and room; how to choose tokens is not read from them.
+        samples: responses per prompt.
+        seed: the experiment's.
+        progress: called with the samples done, of all prompts.
+        checkpoints: a folder that keeps finished responses, from which a killed sampling goes on.
+    """
+    unaltered = settings.model_copy(update=UNALTERED)
+    return [
+        answer(
+            prompts,
+            unaltered,
+            seed=seed + (number + 1) * _SEEDS,
+            progress=_part(progress, number, samples),
+            checkpoint=None if checkpoints is None else checkpoints / f"sample_{number}.jsonl",
+        )
+        for number in range(samples)
+    ]
+
+
+def _part(progress: Progress, number: int, parts: int) -> Progress:
+    """Progress of one of so many equal parts."""
+
+    def report(done: int, total: int, **numbers: float) -> None:
+        progress(number * total + done, parts * total, **numbers)
+
+    return report
+
+
+def kl_estimate(log_ratios: ArrayLike) -> tuple[float, float | None]:
+    """KL divergence, the mean over prompts, and its standard error, both in nats.
+
+    Samples of one prompt are not independent, so the error comes from the spread of the prompts' means; None for a
+    single prompt.
+
+    Args:
+        log_ratios: [prompts, samples], log p_policy - log p_sft, nats.
+    """
+    means = np.asarray(log_ratios, dtype=np.float64).mean(axis=1)
+    error = float(means.std(ddof=1) / np.sqrt(len(means))) if len(means) > 1 else None
+    return float(means.mean()), error
+
+
+@dataclass(frozen=True)
+class KlByPrompt:
+    """Estimates per prompt, by sorted prompt id: `kl` [N] in nats, `capped` [N] the share of its samples cut."""
+
+    prompt_ids: list[str]
+    kl: Floats
+    capped: Floats
+
+
+def kl_by_prompt(prompt_ids: Sequence[str], log_ratios: ArrayLike, capped: Sequence[bool]) -> KlByPrompt:
+    """KL(policy || SFT) of each prompt's responses, from samples of the policy; all arguments one entry per sample.
+
+    `log_ratios` are log p_policy(y|x) - log p_sft(y|x) in nats of responses y drawn from the policy itself, at
+    temperature 1 with nothing altered; `capped` tells which were cut at the length limit. The estimate is their plain
+    mean: k1 of Schulman, "Approximating KL Divergence", 2020. It is unbiased and may by chance be negative. A sample
+    cut after T tokens holds the log-ratio of these T tokens, so capped samples give the KL of the responses' first T
+    tokens: never more than that of whole responses (data-processing inequality; Cover and Thomas, "Elements of
+    Information Theory", 2006, section 2.8), so with capped samples the estimate is of a lower bound.
+
+    Raises HelpsteerError where a log-ratio is NaN or infinite.
+    """
+    values = np.asarray(log_ratios, dtype=np.float64)
+    if not len(prompt_ids) == len(values) == len(capped):
+        raise ValueError("kl_by_prompt wants one prompt id, log-ratio and mark of being capped per sample")
+    bad = int((~np.isfinite(values)).sum())
+    if bad:
+        raise HelpsteerError(
+            f"the log-ratio of {bad} of {len(values)} samples is NaN or infinite: the policy is broken; train it "
+            "with a lower modpo.learning_rate, or in fp32"
+        )
+    if not len(values):
+        return KlByPrompt([], np.zeros(0), np.zeros(0))
+    names, member = np.unique(np.array(prompt_ids, dtype=str), return_inverse=True)
+    sizes = np.bincount(member)
+    cut = np.asarray(capped, dtype=np.float64)
+    return KlByPrompt(names.tolist(), np.bincount(member, values) / sizes, np.bincount(member, cut) / sizes)

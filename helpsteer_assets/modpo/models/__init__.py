@@ -1,0 +1,1 @@
+"""Loading models, their adapters and their tokenizers."""

@@ -1,0 +1,252 @@
+"""Raters: who gives generated responses their attribute ratings.
+
+A rater is a function of prompts and responses. The embedded one applies the demo generator's own rules; a reward model
+is a sequence-classification checkpoint whose outputs are mapped to attributes. Its weights are read from safetensors,
+never from pickles.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.llama import modeling_llama
+
+from helpsteer_assets.errors import HelpsteerError
+from helpsteer_assets.modpo.data.attributes import ATTRIBUTES
+from helpsteer_assets.modpo.models.loading import require_safetensors, require_whole_model
+from helpsteer_assets.modpo.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from helpsteer_assets.experiment.settings import RewardModelSettings
+
+
+class Rater(Protocol):
+    """Gives attribute ratings to responses."""
+
+    def __call__(
+        self, prompts: list[str], responses: list[str], progress: Progress = silent
+    ) -> dict[str, list[float | None]]:
+        """Rate `responses[i]` as an answer to `prompts[i]`: attribute -> one rating (or None) per response."""
+        ...
+
+
+def embedded_rater() -> Rater:
+    """The demo generator's rules, which rate any response to its prompts, on HelpSteer's scale of 0 to 4."""
+    from helpsteer_assets.embedded.rater import rate
+
+    def rate_all(
+        prompts: list[str], responses: list[str], progress: Progress = silent
+    ) -> dict[str, list[float | None]]:
+        rated: dict[str, list[float | None]] = {attribute: [] for attribute in ATTRIBUTES}
+        for done, (prompt, response) in enumerate(zip(prompts, responses, strict=True), start=1):
+            ratings = rate(prompt, response)
+            for attribute in ATTRIBUTES:
+                rated[attribute].append(ratings[attribute])
+            progress(done, len(prompts))
+        return rated
+
+    return rate_all
+
+
+class RewardModelRater:
+    """A sequence-classification reward model as a rater: rating = scale * output + shift.
+
+    `path` is a local folder. On a CPU the model runs in fp32, and ratings do not depend on `batch_size`; on another
+    device it runs in the precision that its checkpoint states. ArmoRM-Llama3-8B (Wang et al., "Interpretable
+    Preferences via Multi-Objective Reward Modeling and Mixture-of-Experts", 2024) has HelpSteer's attributes as heads
+    0 to 4 of its `rewards`, and its model card gives their scale: 5 * reward - 0.5.
+
+    Raises HelpsteerError where the folder holds no reward model that these settings can use.
+    """
+
+    def __init__(self, path: Path, settings: "RewardModelSettings", device: str = "cpu") -> None:
+        """Load the model and its tokenizer; nothing is fetched."""
+        self._path = Path(path)
+        self._settings = settings
+        self._device = torch.device(device)
+        _require_trust(self._path, _read_config(self._path), settings.trust_remote_code)
+        self._tokenizer = _load_tokenizer(self._path, settings.trust_remote_code)
+        self._model = _load_model(self._path, settings.trust_remote_code, self._device)
+        positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        if positions is not None and settings.max_length > positions:
+            raise HelpsteerError(
+                f"evaluation.rater.max_length is {settings.max_length}, and the reward model {self._path} reads "
+                f"{positions} tokens; set it to {positions} or less"
+            )
+
+    @torch.inference_mode()
+    def __call__(
+        self, prompts: list[str], responses: list[str], progress: Progress = silent
+    ) -> dict[str, list[float | None]]:
+        """Rate each response; only the attributes in `heads` are rated. Text keeps its last `max_length` tokens."""
+        rows = [self._encode(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        rated: dict[str, list[float | None]] = {name: [None] * len(rows) for name in self._settings.heads}
+        # Longest first: padding is least, and a batch that does not fit in memory fails at once.
+        order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
+        for start in range(0, len(order), self._settings.batch_size):
+            batch = order[start : start + self._settings.batch_size]
+            outputs = self._forward([rows[index] for index in batch])
+            for name, head in self._settings.heads.items():
+                for index, value in zip(batch, outputs[:, head].tolist(), strict=True):
+                    rated[name][index] = self._rating(name, value, prompts[index])
+            progress(min(start + len(batch), len(rows)), len(rows))
+        return rated
+
+    def _encode(self, prompt: str, response: str) -> list[int]:
+        if self._tokenizer.chat_template:
+            messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+            try:
+                text = self._tokenizer.apply_chat_template(messages, tokenize=False)
+            except Exception as error:  # whatever the template's own code raises
+                raise HelpsteerError(
+                    f"the chat template of the reward model {self._path} fails: {_first_line(error)}; mend it "
+                    "(chat_template.jinja, or chat_template in tokenizer_config.json)"
+                ) from error
+            # The template writes the special tokens itself; the tokenizer would add a second beginning of text.
+            ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        else:
+            ids = self._tokenizer(f"{prompt}\n\n{response}")["input_ids"]
+        return ids[-self._settings.max_length :]
+
+    def _forward(self, rows: list[list[int]]) -> torch.Tensor:
+        """Outputs [B, heads] in fp32 of token rows, padded on the right."""
+        config = self._model.config.get_text_config()
+        # A decoder's head reads the last token that is no padding and finds it by its id. The checkpoint's own
+        # padding id stands, since the model was trained to be read so. Where it states none (or none that can be
+        # embedded, as the first Llamas' -1), an id that no row holds makes that the true last token.
+        stated = config.pad_token_id
+        usable = stated is not None and 0 <= stated < config.vocab_size
+        padding = stated if usable else _unused_id(rows, config.vocab_size)
+        width = max(len(row) for row in rows)
+        ids = torch.tensor([row + [padding] * (width - len(row)) for row in rows], device=self._device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=self._device)
+        config.pad_token_id = padding
+        try:
+            output = self._model(input_ids=ids, attention_mask=mask)
+        except ValueError as error:
+            raise HelpsteerError(
+                f"the reward model {self._path} refused a batch of {len(rows)} texts of up to {width} tokens: {error}. "
+                f"Texts keep their last {self._settings.max_length} tokens (evaluation.rater.max_length); raise it if "
+                "the model misses a text's beginning"
+            ) from error
+        finally:
+            config.pad_token_id = stated
+        outputs = getattr(output, self._settings.output, None)
+        if outputs is None or outputs.ndim != 2:
+            found = ", ".join(output) if outputs is None else f"{self._settings.output} of shape {list(outputs.shape)}"
+            raise HelpsteerError(
+                f"the reward model {self._path} has no `{self._settings.output}` of shape [responses, heads] in its "
+                f"output (found: {found}); set evaluation.rater.output to `logits` or `rewards`"
+            )
+        beyond = {name: head for name, head in self._settings.heads.items() if not 0 <= head < outputs.shape[1]}
+        if beyond:
+            name, head = next(iter(beyond.items()))
+            raise HelpsteerError(
+                f"evaluation.rater.heads.{name} is {head}, and `{self._settings.output}` of the reward model "
+                f"{self._path} has {outputs.shape[1]} heads, 0 to {outputs.shape[1] - 1}; choose one of them"
+            )
+        return outputs.float().cpu()
+
+    def _rating(self, attribute: str, value: float, prompt: str) -> float:
+        if not math.isfinite(value):
+            raise HelpsteerError(
+                f"the reward model {self._path} rates {attribute} as {value} for a response to the prompt "
+                f"{prompt[:80]!r}; its weights or its precision do not suit this device: try run.device: cpu"
+            )
+        return self._settings.scale * value + self._settings.shift
+
+
+def _unused_id(rows: list[list[int]], vocabulary: int) -> int:
+    used = {token for row in rows for token in row}
+    unused = next((token for token in range(vocabulary) if token not in used), None)
+    if unused is None:
+        raise HelpsteerError(
+            f"the reward model states no pad_token_id, and a batch of {len(rows)} texts uses all {vocabulary} tokens; "
+            "set pad_token_id in its config.json"
+        )
+    return unused
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "it has no config.json" if isinstance(error, FileNotFoundError | NotADirectoryError) else str(error)
+        raise HelpsteerError(
+            f"evaluation.rater.model: {path} is not a folder with a model ({reason}); give the folder of a "
+            "sequence-classification checkpoint, or its id on the hub"
+        ) from None
+    if not isinstance(config, dict):
+        raise HelpsteerError(f"evaluation.rater.model: {path / 'config.json'} holds no settings of a model")
+    return config
+
+
+def _require_trust(path: Path, config: dict[str, Any], trusted: bool) -> None:
+    # transformers would fall back on its own class of that model type, with other outputs than the authors meant.
+    named = config.get("auto_map") or {}
+    code = named.get("AutoModelForSequenceClassification") or named.get("AutoConfig")
+    if code and not trusted:
+        raise HelpsteerError(
+            f"the reward model {path} comes with modelling code of its own ({code}), which this machine would run; "
+            "read it, then set evaluation.rater.trust_remote_code: true"
+        )
+
+
+def _load_tokenizer(path: Path, trusted: bool) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trusted, local_files_only=True)
+    except Exception as error:  # Whatever the files or the model's own code raise.
+        raise HelpsteerError(
+            f"the tokenizer of the reward model {path} cannot be loaded: {_first_line(error)}; put the tokenizer's "
+            "files into the folder"
+        ) from error
+
+
+def _load_model(path: Path, trusted: bool, device: torch.device) -> PreTrainedModel:
+    require_whole_model(path)
+    require_safetensors(path)
+    try:
+        with _former_names():
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                path,
+                dtype=torch.float32 if device.type == "cpu" else "auto",
+                trust_remote_code=trusted,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except Exception as error:  # Whatever the files or the model's own code raise.
+        raise HelpsteerError(
+            f"the reward model {path} cannot be loaded as a sequence-classification model: {_first_line(error)}"
+        ) from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise HelpsteerError(
+            f"the checkpoint {path} has no weights for {shown}: it is a language model, not a reward model (they "
+            "would be random numbers); give a sequence-classification checkpoint in evaluation.rater.model"
+        )
+    return model.to(device).eval()
+
+
+@contextmanager
+def _former_names() -> Iterator[None]:
+    """Lets modelling code written for transformers 4, such as ArmoRM's, import a docstring that 5 has no more."""
+    name = "LLAMA_INPUTS_DOCSTRING"
+    if hasattr(modeling_llama, name):
+        yield
+        return
+    setattr(modeling_llama, name, "")
+    try:
+        yield
+    finally:
+        delattr(modeling_llama, name)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"[:400]

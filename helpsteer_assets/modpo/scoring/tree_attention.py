@@ -1,0 +1,356 @@
+"""Attention over packed prompt trees: each response sees its prompt and itself, as if it stood there alone.
+
+One function is registered with transformers, for every model that calls its attention through that registry, and is
+switched on by `tree_attention` around a forward pass (and its backward, where activations are recomputed). It has
+several kernels, which differ in speed alone:
+
+    split   scaled dot-product attention per response; the prompt and its first response are one causal sequence. Any
+            device and dtype; exact with sliding windows and soft-capping, too.
+    varlen  one call of variable-length flash attention, its keys gathered so that every response has its prompt's
+            before its own. CUDA, 16 bits.
+    flex    FlexAttention, compiled, with the tree as its block mask. CUDA.
+
+Visibility in a tree: key j is seen by query i where both are of one tree, j is of the prompt or of i's response,
+pos(j) <= pos(i), and, with a sliding window of size s, pos(i) - pos(j) < s.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, cached_property
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from helpsteer_assets.modpo.models.tokenization import Sequence
+from helpsteer_assets.modpo.scoring.trees import Forest, TreeBatch
+
+NAME = "prompt_tree"
+KERNELS = ("varlen", "flex", "split")
+"""From the fastest to the one that always works."""
+
+
+class TreeLayout:
+    """Where prompts and responses lie in a batch, in the form that a kernel wants; made once for all layers."""
+
+    def __init__(self, batch: TreeBatch, kernel: str) -> None:
+        self.kernel = kernel
+        self.sizes = batch.sizes
+        self.batch = batch
+        self._position_ids = batch.position_ids[0]
+        self._masks: dict[Any, Any] = {}
+        self.windows: list[int | None] = []
+        """The sliding window of each attention layer that has used the layout."""
+
+    @cached_property
+    def segments(self) -> list[tuple[int, int]]:
+        """(queries, keys before them) of each causal segment, in the order of the tokens.
+
+        A prompt and its first response are one segment with nothing before it; every further response has the prompt.
+        """
+        return [
+            (prompt + size, 0) if place == 0 else (size, prompt)
+            for prompt, *responses in self.sizes
+            for place, size in enumerate(responses)
+        ]
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with one of its responses."""
+        return max(queries + before for queries, before in self.segments)
+
+    @cached_property
+    def most_queries(self) -> int:
+        """Tokens of the longest segment."""
+        return max(queries for queries, _ in self.segments)
+
+    def suffix_mask(self, queries: int, before: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
+        """[queries, before + queries] of 0 where a key is seen and -inf elsewhere, for the last `queries` of a path."""
+        key = (queries, before, window)
+        if key not in self._masks:
+            query = torch.arange(before, before + queries, device=like.device)[:, None]
+            distance = query - torch.arange(before + queries, device=like.device)
+            hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+            self._masks[key] = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(
+                hidden, -torch.inf
+            )
+        return self._masks[key]
+
+    @cached_property
+    def _places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """[N] tree of each token; [N] its response, 0 for the prompt."""
+        tree = [number for number, sizes in enumerate(self.sizes) for size in sizes for _ in range(size)]
+        branch = [place for sizes in self.sizes for place, size in enumerate(sizes) for _ in range(size)]
+        device = self._position_ids.device
+        return torch.tensor(tree, device=device), torch.tensor(branch, device=device)
+
+    def visible(self, query: torch.Tensor, key: torch.Tensor, window: int | None = None) -> torch.Tensor:
+        """Whether token `key` is seen by token `query`; both are indices that broadcast."""
+        (tree, branch), position = self._places, self._position_ids
+        seen = (tree[query] == tree[key]) & (position[key] <= position[query])
+        seen &= (branch[key] == 0) | (branch[key] == branch[query])
+        return seen if window is None else seen & (position[query] - position[key] < window)
+
+    def block_mask(self, window: int | None) -> Any:
+        """The tree for FlexAttention."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        if window not in self._masks:
+            length = len(self._position_ids)
+            self._masks[window] = create_block_mask(
+                lambda batch, head, query, key: self.visible(query, key, window),
+                B=None,
+                H=None,
+                Q_LEN=length,
+                KV_LEN=length,
+                device=str(self._position_ids.device),
+            )
+        return self._masks[window]
+
+    def full_mask(self, dtype: torch.dtype) -> torch.Tensor:
+        """[1, 1, N, N] of 0 where a key is seen and -inf elsewhere: for models with an attention of their own."""
+        index = torch.arange(len(self._position_ids), device=self._position_ids.device)
+        seen = self.visible(index[:, None], index[None])
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)[None, None]
+
+
+def is_plain_attention(config: PreTrainedConfig) -> bool:
+    """Whether every layer attends to all that is before it, as far as the config says."""
+    types = getattr(config, "layer_types", None) or ()
+    return set(types) <= {"full_attention"} and getattr(config, "sliding_window", None) is None
+
+
+def check_layers(config: PreTrainedConfig, windows: list[int | None]) -> None:
+    """Raise NotImplementedError unless every layer of a model attended through the registry, with its window.
+
+    Some models have layers of another kind, which would carry state from response to response; some apply their window
+    in the mask alone. Neither need show in the numbers of a small tree.
+
+    Args:
+        config: the model's.
+        windows: the sliding window of each layer that attended.
+    """
+    types = getattr(config, "layer_types", None) or ()
+    if other := set(types) - {"full_attention", "sliding_attention"}:
+        raise NotImplementedError(f"layers of type {', '.join(sorted(other))}")
+    if len(windows) != config.num_hidden_layers:
+        raise NotImplementedError(f"{len(windows)} of {config.num_hidden_layers} layers attend by the registry")
+    window = getattr(config, "sliding_window", None)
+    expected = sum(t == "sliding_attention" for t in types) if types else (window is not None) * len(windows)
+    if windows.count(window if expected else None) != (expected or len(windows)):
+        raise NotImplementedError("a sliding window that attention functions are not told of")
+
+
+@contextmanager
+def tree_attention(model: torch.nn.Module) -> Iterator[None]:
+    """Let a transformers model attend by prompt trees; each forward pass within must be given a `tree` (a TreeLayout).
+
+    Under another name than its own, transformers builds no mask for the model.
+    """
+    configs = {id(module.config): module.config for module in model.modules() if _has_config(module)}
+    own = {key: config._attn_implementation for key, config in configs.items()}
+    for config in configs.values():
+        config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation = own[key]
+
+
+def _has_config(module: torch.nn.Module) -> bool:
+    return isinstance(getattr(module, "config", None), PreTrainedConfig)
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    tree: TreeLayout,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **further: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention in transformers' form.
+
+    Args:
+        module: the attention layer.
+        query: [1, heads, N, head size].
+        key, value: [1, key-value heads, N, head size].
+        attention_mask: not used: the tree says what is seen.
+        tree: the layout of the batch.
+        scaling: factor of the scores; None: one over the root of the head size.
+        dropout: probability that an attention weight is dropped.
+        sliding_window: how far back a token sees, itself included; None: as far as there is text.
+        softcap: c of c * tanh(scores / c); None: none.
+        further: what transformers hands to every attention function; what would change the result is refused.
+
+    Returns:
+        [1, N, heads, head size], and None for the weights.
+    """
+    if further.get("s_aux") is not None:
+        raise NotImplementedError("attention sinks")
+    tree.windows.append(sliding_window)
+    if sliding_window is not None and sliding_window >= tree.longest:
+        sliding_window = None
+    if tree.kernel == "split" or softcap is not None or dropout:
+        return _split(query, key, value, tree, scaling, sliding_window, dropout, softcap), None
+    kernel = {"varlen": _varlen, "flex": _flex}[tree.kernel]
+    return kernel(query, key, value, tree, scaling, sliding_window), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
+
+
+def _split(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    tree: TreeLayout,
+    scaling: float | None,
+    window: int | None,
+    dropout: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    # `split`, whose backward is one concatenation; a slice's backward would fill a tensor of zeros for each.
+    queries = query.split([queries for queries, _ in tree.segments], dim=2)
+    parts = [size for sizes in tree.sizes for size in sizes]
+    keys, values = iter(key.split(parts, dim=2)), iter(value.split(parts, dim=2))
+    segments = iter(zip(tree.segments, queries, strict=True))
+    found = []
+    for sizes in tree.sizes:
+        prompt_key, prompt_value = next(keys), next(values)
+        for _ in sizes[1:]:
+            (length, before), part = next(segments)
+            seen_key = torch.cat([prompt_key, next(keys)], dim=2)
+            seen_value = torch.cat([prompt_value, next(values)], dim=2)
+            if length == 0:
+                continue
+            causal = before == 0 and (window is None or window >= length) and softcap is None
+            mask = None if causal else tree.suffix_mask(length, before, window, part)
+            if softcap is None:
+                attended = F.scaled_dot_product_attention(
+                    part, seen_key, seen_value, mask, dropout, is_causal=causal, scale=scaling, enable_gqa=True
+                )
+            else:
+                attended = _soft_capped(part, seen_key, seen_value, mask, dropout, scaling, softcap)
+            found.append(attended)
+    return torch.cat(found, dim=2).transpose(1, 2).contiguous()
+
+
+def _soft_capped(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    softcap: float,
+) -> torch.Tensor:
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = softcap * torch.tanh(scores / softcap) + mask
+    weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+    return F.dropout(weights, dropout) @ value
+
+
+def _varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    tree: TreeLayout,
+    scaling: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    batch = tree.batch
+    # With fewer queries than keys, flash attention aligns the causal triangle to the last query and the last key.
+    attended = varlen_attn(
+        query[0].transpose(0, 1).contiguous(),
+        key[0].transpose(0, 1).index_select(0, batch.keys),
+        value[0].transpose(0, 1).index_select(0, batch.keys),
+        batch.query_bounds,
+        batch.key_bounds,
+        tree.most_queries,
+        tree.longest,
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return attended[None]
+
+
+def _flex(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    tree: TreeLayout,
+    scaling: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    attended = _compiled_flex_attention()(
+        query, key, value, block_mask=tree.block_mask(window), scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return attended.transpose(1, 2).contiguous()
+
+
+@cache
+def _compiled_flex_attention() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)
+
+
+@cache
+def fastest_kernel(device: str, dtype: torch.dtype, heads: int, key_value_heads: int, head_size: int) -> str:
+    """The first of KERNELS that runs here and agrees with `split`, result and gradients, on a small tree.
+
+    Kernels for GPUs come with conditions on the card, the dtype and the head size; asking them is surer than knowing.
+    """
+    if torch.device(device).type != "cuda":
+        return "split"
+    for kernel in KERNELS[:-1]:
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                agrees = _agrees(kernel, device, dtype, heads, key_value_heads, head_size)
+            if agrees:
+                return kernel
+        except Exception:  # whatever a kernel, a compiler or a driver has against it
+            continue
+    return "split"
+
+
+def _agrees(kernel: str, device: str, dtype: torch.dtype, heads: int, key_value_heads: int, head_size: int) -> bool:
+    forest = Forest()
+    for prompt, *responses in ((7, 5, 3, 9), (4, 6), (3, 2, 1)):
+        for response in responses:
+            forest.add(Sequence(np.arange(prompt), np.arange(response)))
+    batch = forest.pack().to(device)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(count: int) -> torch.Tensor:
+        made = torch.randn(1, count, batch.tokens, head_size, generator=generator)
+        return made.to(device=device, dtype=dtype).requires_grad_()
+
+    inputs = random(heads), random(key_value_heads), random(key_value_heads)
+    upstream = random(heads).detach().transpose(1, 2)
+    tolerance = 1e-4 if dtype in (torch.float32, torch.float64) else 5e-2
+    for window in (None, 5):
+        results = []
+        for name in (kernel, "split"):
+            layout = TreeLayout(batch, name)
+            attended, _ = attend(torch.nn.Identity(), *inputs, None, tree=layout, sliding_window=window)
+            results.append((attended, *torch.autograd.grad(attended, inputs, upstream)))
+        if not all(torch.allclose(a, b, rtol=tolerance, atol=tolerance) for a, b in zip(*results, strict=True)):
+            return False
+    return True

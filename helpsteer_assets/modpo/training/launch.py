@@ -1,0 +1,280 @@
+"""One training in several processes of this machine, started by torchrun.
+
+    the step ── the agent (torchrun) ── rank 0, the one that writes
+                                     ── rank 1
+                                     ── ...
+
+The step leaves a job in a scratch folder and waits; the ranks load the model, train together (`world.py`) and leave the
+adapter and what the training came to. They speak to the step through its pipe, a JSON object a line, rank 0 alone where
+all would say the same; what else agent and ranks print goes to a log.
+
+Nobody outlives its parent: the kernel kills a process here once the one above it ends, however it ends. The step reads
+the ranks' output to its end, which is when the last of them is gone: no rank holds a GPU, or writes a checkpoint, once
+the step has let go of its lock.
+"""
+
+import ctypes
+import json
+import logging
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from helpsteer_assets.errors import HelpsteerError
+from helpsteer_assets.modpo.progress import Progress, silent
+
+if TYPE_CHECKING:
+    import torch
+
+    from helpsteer_assets.experiment.settings import LoraSettings, RunSettings
+    from helpsteer_assets.modpo.training.loop import TrainingResult
+    from helpsteer_assets.modpo.training.processes import World
+
+JOB, LOG, RESULT = "job.pickle", "log", "result.json"
+"""Files of the scratch folder."""
+LOG_LINES = 20
+"""Last lines of the log in the message about a process that died."""
+TIMEOUT = timedelta(minutes=30)
+"""How long a process waits for one that lives and does not answer; the loading of models differs by minutes."""
+_DEATH_SIGNAL_OF_PARENT = 1
+"""PR_SET_PDEATHSIG of prctl(2)."""
+
+logger = logging.getLogger(__name__)
+
+
+class ProcessDiedError(RuntimeError):
+    """A process of a training died of something else than a mistake of the user: trying again may help."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training that several processes do together."""
+
+    base: Path
+    """Folder of the model that gets a new LoRA."""
+    precision: str
+    trust_remote_code: bool
+    lora: "LoraSettings"
+    seed: int
+    run: "RunSettings"
+    """How it runs; `train_processes` of them."""
+    train: "Callable[..., TrainingResult]"
+    """Gets the model, and `report_to`, `progress` and `world` by name; pickled, so no lambda."""
+    adapter: Path
+    """Folder for the trained adapter."""
+
+
+def require_devices(run: "RunSettings", device: "torch.device") -> None:
+    """Raise HelpsteerError where processes are to train on GPUs and there are fewer of those."""
+    import torch
+
+    if device.type == "cuda" and run.train_processes > torch.cuda.device_count():
+        raise HelpsteerError(
+            f"run.train_processes is {run.train_processes}, each process trains on a GPU of its own, and torch sees "
+            f"{torch.cuda.device_count()} here; lower run.train_processes, or make more GPUs visible"
+        )
+
+
+def train_together(
+    job: Job, scratch: Path, *, progress: Progress = silent, log: Callable[[str], None] = logger.info
+) -> "TrainingResult":
+    """Train in `job.run.train_processes` processes; the adapter then lies in its folder.
+
+    Args:
+        job: what to train.
+        scratch: a folder, within that of the artifact, to write into; whoever calls removes it.
+        progress: called at each logged step.
+        log: gets a line about the processes that train.
+
+    Raises:
+        HelpsteerError: what a rank raised, in its words.
+        ProcessDiedError: a process died of something else.
+    """
+    from helpsteer_assets.modpo.training.loop import TrainingResult
+
+    scratch.mkdir(parents=True, exist_ok=True)
+    (scratch / JOB).write_bytes(pickle.dumps(job))
+    errors: list[str] = []
+    died: dict[str, Any] = {}
+    with (scratch / LOG).open("wb") as file, _agent(job.run, scratch, file) as agent:
+        assert agent.stdout is not None
+        for line in agent.stdout:
+            match _message(line):
+                case {"done": int(done), "total": int(total), **numbers}:
+                    progress(done, total, **numbers)
+                case {"say": str(text)}:
+                    log(text)
+                case {"warning": str(text)}:
+                    logger.warning("%s", text)
+                case {"error": str(text)}:
+                    errors.append(text)
+                case {"died": dict(found)}:
+                    died = found
+        status = agent.wait()
+    if errors:
+        raise HelpsteerError(errors[0])
+    if status != 0:
+        raise ProcessDiedError(_obituary(died, status, scratch / LOG))
+    return TrainingResult(**json.loads((scratch / RESULT).read_text(encoding="utf-8")))
+
+
+@contextmanager
+def _agent(run: "RunSettings", scratch: Path, log: IO[bytes]) -> Iterator[subprocess.Popen[str]]:
+    """torchrun and its ranks, all of which are gone in the end."""
+    import torch
+
+    threads = run.threads or max(1, torch.get_num_threads() // run.train_processes)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    # All ranks are on this machine, and what they say is for no other.
+    environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    arguments = ["agent", str(scratch / JOB), str(os.getpid()), str(run.train_processes)]
+    agent = subprocess.Popen(
+        [sys.executable, "-m", __name__, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        env=environment,
+        text=True,
+        encoding="utf-8",
+    )
+    try:
+        yield agent
+    finally:
+        # Its ranks die with it. At its regular end there is nothing left to kill.
+        agent.kill()
+        agent.communicate()
+
+
+def _message(line: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return {}  # a library printed something
+    return found if isinstance(found, dict) else {}
+
+
+def _obituary(died: dict[str, Any], status: int, log: Path) -> str:
+    """What died, and the end of the log. `died`: (process id, exit code) by rank, of all that did not end well."""
+    killed = {rank: pair for rank, pair in died.items() if pair[1] < 0 and pair[1] != -signal.SIGTERM}
+    # The first death brings more: neighbours that lose their connection, and whom torchrun then tells to end.
+    causes = killed or {rank: pair for rank, pair in died.items() if pair[1] > 0} or died
+    words = [
+        f"rank {rank} (process {process}) " + (f"was killed by {signal.Signals(-code).name}" if code < 0 else "failed")
+        for rank, (process, code) in sorted(causes.items())
+    ] or [f"torchrun ended with status {status}"]
+    hint = ", as the kernel does where memory runs out" if any(c == -signal.SIGKILL for _, c in killed.values()) else ""
+    tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:])
+    return (
+        f"training in several processes: {' and '.join(words)}{hint}. The others were ended; running again goes on "
+        f"from the last checkpoint. The end of their log:\n{tail}"
+    )
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent, of that process id, ends; at once where it has already."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_DEATH_SIGNAL_OF_PARENT, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _run_agent(job: str, processes: str) -> int:
+    import torch
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main
+
+    arguments = ["--standalone", f"--nproc-per-node={processes}", "--max-restarts=0"]
+    if torch.cuda.device_count() >= int(processes):
+        arguments.append("--virtual-local-rank")  # each rank sees its GPU alone, as a single process does
+    try:
+        main([*arguments, "-m", __spec__.name, "rank", job, str(os.getpid())])
+    except ChildFailedError as error:
+        print(json.dumps({"died": {rank: (f.pid, f.exitcode) for rank, f in error.failures.items()}}), flush=True)
+        return 1
+    return 0
+
+
+def _run_rank(job: str) -> int:
+    from helpsteer_assets.files.os_errors import readable_library_errors
+
+    messages = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    os.dup2(2, 1)  # what libraries print is no message
+    try:
+        with readable_library_errors(Path(job).parents[1]):
+            _train(Path(job), messages)
+    except HelpsteerError as error:
+        messages.write(json.dumps({"error": str(error)}) + "\n")
+        return 1
+    return 0
+
+
+def _train(path: Path, messages: IO[str]) -> None:
+    from helpsteer_assets.modpo.models.loading import attach_lora, choose_device, load_model
+
+    job: Job = pickle.loads(path.read_bytes())
+    device = choose_device(job.run, job.precision)
+    world = _join(job.run, device)
+
+    def say(**message: Any) -> None:
+        if world.is_first:
+            messages.write(json.dumps(message) + "\n")
+
+    class ToTheStep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            say(warning=record.getMessage())
+
+    logging.getLogger("helpsteer_assets").addHandler(ToTheStep(logging.WARNING))
+    say(say=f"{world.size} processes train together, each on {device.type}")
+    loaded_on = "cpu" if world.sharded else device
+    base = load_model(job.base, precision=job.precision, device=loaded_on, trust_remote_code=job.trust_remote_code)
+    model = attach_lora(base, job.lora, job.seed)
+    if world.sharded:
+        model = world.shard(model, device)
+    result = job.train(
+        model,
+        report_to=job.run.report_to if world.is_first else [],
+        progress=lambda done, total, **numbers: say(done=done, total=total, **numbers),
+        world=world,
+    )
+    if world.is_first:
+        model.save_pretrained(job.adapter)
+        path.with_name(RESULT).write_text(json.dumps(asdict(result)), encoding="utf-8")
+    world.wait()
+
+
+def _join(run: "RunSettings", device: "torch.device") -> "World":
+    """Meet the other ranks; raises HelpsteerError where there are not as many as there should be."""
+    import torch.distributed as dist
+
+    from helpsteer_assets.modpo.training.processes import World
+
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    world = World(dist.get_rank(), dist.get_world_size(), run.fsdp)
+    if world.size != run.train_processes:
+        raise HelpsteerError(
+            f"run.train_processes is {run.train_processes}, and {world.size} process(es) were started: they would make "
+            "other steps; let `helpsteer run` start them"
+        )
+    # To transformers and accelerate, this is a training of one process.
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(name, None)
+    return world
+
+
+def _main(role: str, job: str, parent: str, *rest: str) -> int:
+    _die_with(int(parent))
+    # A step may have been told to ignore it, which children inherit; torchrun ends its ranks by it.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return {"agent": _run_agent, "rank": _run_rank}[role](job, *rest)
+
+
+if __name__ == "__main__":
+    sys.exit(_main(*sys.argv[1:]))

@@ -1,0 +1,27 @@
+"""How many optimizer steps a training takes, and when it evaluates.
+
+Imports no torch: `helpsteer check` estimates with it.
+"""
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from helpsteer_assets.experiment.settings import TrainingSettings
+
+EVALUATIONS = 10
+"""Evaluations, each with a checkpoint, in a training whose settings name no interval."""
+
+
+def count_steps(settings: "TrainingSettings", items: int) -> int:
+    """Optimizer steps of a training on `items` sequences or pairs."""
+    if settings.steps is not None:
+        return settings.steps
+    assert settings.epochs is not None  # the settings hold exactly one of the two
+    micro_batches = math.ceil(items / settings.batch_size)
+    return max(1, math.ceil(settings.epochs * math.ceil(micro_batches / settings.accumulation)))
+
+
+def evaluation_interval(settings: "TrainingSettings", steps: int) -> int:
+    """Optimizer steps between the evaluations of a training of so many, each of which leaves a checkpoint."""
+    return min(settings.evaluate_every or math.ceil(steps / EVALUATIONS), steps)

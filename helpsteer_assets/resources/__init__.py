@@ -1,1 +1,0 @@
-"""Where results are kept: the artifact store and the published DuckDB warehouse. Imports no Dagster."""

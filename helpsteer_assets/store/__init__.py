@@ -1,0 +1,1 @@
+"""Where results are kept: one home with its artifacts, tables and locks. Imports no Dagster."""

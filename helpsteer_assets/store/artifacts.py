@@ -1,0 +1,439 @@
+"""The input-addressed artifact store.
+
+    <home>/artifacts/<asset>/<partition or "all">/<fingerprint>/            finished; never changed
+                                                  <fingerprint>.partial/    being made, or left by an interrupted run
+                                                  <fingerprint>.damaged-1/  set aside: did not match its manifest
+    <home>/locks/<asset>/<partition or "all">/<fingerprint>.lock
+
+A finished artifact holds `manifest.json` (what made it, from what, with which result, and every file's size and
+sha256) and the files it lists. Work goes on in the partial folder: results in its root, what a resumed run needs in
+`checkpoints/`, scratch in `tmp/`. Finishing writes the manifest, removes the scratch and renames the folder, in this
+order. So a process killed at any moment leaves a partial folder without a manifest (the work is taken up from its
+checkpoints), a partial folder with one (complete: it only has to be renamed), or the finished artifact.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import platform
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from helpsteer_assets.errors import HelpsteerError
+from helpsteer_assets.files.digests import is_intact, sealed
+from helpsteer_assets.files.durable import checked_name, sync, write_atomically
+from helpsteer_assets.files.os_errors import readable_library_errors, readable_os_errors
+from helpsteer_assets.store.locks import exclusive_lock, lock_if_free
+
+ALL = "all"
+"""The partition folder of an unpartitioned asset."""
+FOLDER = re.compile(r"(?P<fingerprint>[0-9a-f]{32})(?P<state>|\.partial|\.damaged-\d+)")
+"""Name of an artifact's folder, and what state it is in; finished without one."""
+MANIFEST = "manifest.json"
+CHECKPOINTS = "checkpoints"
+"""Folder in a partial artifact that outlives an interruption; gone from the finished artifact."""
+SCRATCH = "tmp"
+"""Folder in a partial artifact for temporary files; emptied before each attempt, gone from the finished artifact."""
+SCHEMA_VERSION = 2
+"""2: the manifest holds `environment`, and its own digest, which version 1 does without."""
+
+_PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "duckdb", "dagster", "helpsteer_assets")
+_RACY_SECONDS = 0.1
+_digests: dict[tuple[int, int, int, int, int], str] = {}
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished artifact."""
+
+    asset: str
+    partition: str
+    fingerprint: str
+    path: Path
+    """Its folder."""
+    manifest: dict[str, Any]
+
+    def file(self, name: str) -> Path:
+        """The path of a file that the manifest lists (`adapter/adapter_config.json`); HelpsteerError for another."""
+        if name not in self.manifest["files"]:
+            known = ", ".join(sorted(self.manifest["files"]))
+            raise HelpsteerError(f"{self.path} has no file {name!r}; its manifest lists: {known}")
+        return self.path / name
+
+
+class _DamagedError(Exception):
+    """Why a folder is no artifact."""
+
+
+class ArtifactStore:
+    """Artifacts of a home, found by what determined them. One writer per artifact; any number of readers.
+
+    An asset's partition is its weight (`0.1`), or `ALL`. Every method raises HelpsteerError for a name that cannot be
+    a folder's, for a file system that refuses (full, read-only), and for a manifest of a newer version of this package.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self.home = Path(home).absolute()
+        self.artifacts = self.home / "artifacts"
+        self.locks = self.home / "locks"
+
+    def find(self, asset: str, partition: str, fingerprint: str) -> Artifact | None:
+        """The finished artifact, or None. Cheap: its manifest is readable and the sizes agree; nothing is hashed."""
+        folder = self._folder(asset, partition, fingerprint)
+        try:
+            artifact = self._read(folder, asset, partition, fingerprint)
+        except _DamagedError:
+            return None
+        return None if artifact is None or any(_size_problems(folder, artifact.manifest)) else artifact
+
+    def verify(self, artifact: Artifact) -> list[str]:
+        """What is wrong with the artifact's files by size and sha256, one line per file; empty if nothing is.
+
+        A file that this process has hashed before, and whose size and times are unchanged, is not hashed again. Files
+        that the manifest does not list are no damage.
+        """
+        return list(_size_problems(artifact.path, artifact.manifest)) or list(
+            _digest_problems(artifact.path, artifact.manifest)
+        )
+
+    def get(self, asset: str, partition: str, fingerprint: str) -> Artifact | None:
+        """The finished artifact, verified, or None. A damaged one is set aside with a warning, and None returned."""
+        artifact, problems = self.inspect(asset, partition, fingerprint)
+        if not problems:
+            return artifact
+        with lock_if_free(self.lock(asset, partition, fingerprint)) as free:
+            # Under another's lock it is being dealt with, and may already be whole again: leave it alone.
+            return self._get_locked(asset, partition, fingerprint) if free else None
+
+    def partial(self, asset: str, partition: str, fingerprint: str) -> Path:
+        """The folder in which the artifact is being made; it need not exist."""
+        folder = self._folder(asset, partition, fingerprint)
+        return folder.with_name(f"{folder.name}.partial")
+
+    def build(
+        self,
+        asset: str,
+        partition: str,
+        fingerprint: str,
+        *,
+        manifest: dict[str, Any],
+        compute: Callable[[Path], dict[str, Any]],
+        on_wait: Callable[[str], None],
+    ) -> tuple[Artifact, bool]:
+        """Makes the artifact unless it is there; returns it, and whether it was reused.
+
+        One process builds an artifact; a second says so through `on_wait` (once), waits without bound, and reuses the
+        first one's work, or takes it up where the first one died.
+
+        `manifest` says what determines the artifact (`settings`, `inputs`, `seed`, ...). `compute` gets the partial
+        folder, writes its results there and returns the metrics for the manifest; numbers must be finite. It finds
+        what it kept in `checkpoints/` in an interrupted attempt; all else of that attempt has been removed. If it
+        raises, the partial folder stays.
+        """
+        json.dumps(manifest, allow_nan=False)  # A manifest that cannot be written must not cost a training first.
+        label = f"{asset} {partition}" if partition != ALL else asset
+        with exclusive_lock(
+            self.lock(asset, partition, fingerprint),
+            lambda holder: on_wait(f"{holder}, which is making {label} ({fingerprint})"),
+        ) as lease:
+            found = self._get_locked(asset, partition, fingerprint) or self._adopt(asset, partition, fingerprint)
+            if found is not None:
+                return found, True
+            partial = self.partial(asset, partition, fingerprint)
+            resumed = self._prepare(partial)
+            started = time.monotonic()
+            with readable_library_errors(partial):
+                metrics = compute(partial)
+            _require_finite(metrics, label)
+            lease.check()
+            complete = {
+                **manifest,
+                "schema_version": SCHEMA_VERSION,
+                "asset": asset,
+                "partition": partition,
+                "fingerprint": fingerprint,
+                "metrics": metrics,
+                "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+                "duration_s": round(time.monotonic() - started, 3),
+                "resumed": resumed,
+                "versions": versions(),
+                "git_revision": git_revision(),
+                "host": socket.gethostname(),
+                "platform": platform.platform(),
+                "environment": environment(),
+            }
+            with readable_os_errors("write", partial):
+                complete["files"] = _listing(partial)
+                text = json.dumps(sealed(complete), indent=2, allow_nan=False) + "\n"
+                write_atomically(partial / MANIFEST, text)
+            return self._finish(asset, partition, fingerprint, json.loads(text)), False
+
+    def contribute(
+        self,
+        asset: str,
+        partition: str,
+        fingerprint: str,
+        part: str,
+        *,
+        compute: Callable[[Path], None],
+        on_wait: Callable[[str], None],
+    ) -> bool:
+        """Does a part of an artifact's work before it is built; returns whether there was something to do.
+
+        `compute` gets the partial folder, and keeps what it made in its `checkpoints/`, where `build` goes on from it.
+        Parts of other names may be worked on at the same time; one process works on one part.
+        """
+        lock = self.lock(asset, partition, f"{fingerprint}.{part}")
+        with exclusive_lock(lock, lambda holder: on_wait(f"{holder}, which is making {part} of {asset}")) as lease:
+            if self.find(asset, partition, fingerprint) is not None:
+                return False
+            partial = self.partial(asset, partition, fingerprint)
+            try:
+                with readable_library_errors(partial):
+                    compute(partial)
+            except (HelpsteerError, OSError):
+                # Another run may have built the whole meanwhile, and removed the folder.
+                if self.find(asset, partition, fingerprint) is None:
+                    raise
+            lease.check()
+            return True
+
+    def _prepare(self, partial: Path) -> bool:
+        """Readies the partial folder for an attempt; True if it holds checkpoints of an earlier one."""
+        with readable_os_errors("write", partial):
+            checkpoints = partial / CHECKPOINTS
+            for place in (partial, checkpoints):
+                if place.is_symlink():
+                    place.unlink()  # what it leads to is somebody else's
+            partial.mkdir(parents=True, exist_ok=True)
+            for path in partial.iterdir():
+                # An artifact holds only what the attempt that finished it wrote.
+                if path.name != CHECKPOINTS:
+                    _remove(path)
+            return checkpoints.is_dir() and any(checkpoints.iterdir())
+
+    def _adopt(self, asset: str, partition: str, fingerprint: str) -> Artifact | None:
+        """Finishes a partial folder that was complete when its maker died; None if there is none."""
+        partial = self.partial(asset, partition, fingerprint)
+        try:
+            artifact = self._read(partial, asset, partition, fingerprint)
+            problems = self.verify(artifact) if artifact is not None else []
+        except _DamagedError as error:
+            artifact, problems = None, [str(error)]
+        if problems:
+            # Its checkpoints may be half removed: nothing to resume from.
+            logger.warning("%s is damaged and made anew: %s", partial, "; ".join(problems))
+            with readable_os_errors("remove", partial):
+                shutil.rmtree(partial)
+            return None
+        return None if artifact is None else self._finish(asset, partition, fingerprint, artifact.manifest)
+
+    def _finish(self, asset: str, partition: str, fingerprint: str, manifest: dict[str, Any]) -> Artifact:
+        partial = self.partial(asset, partition, fingerprint)
+        folder = self._folder(asset, partition, fingerprint)
+        with readable_os_errors("write", partial):
+            for name in (CHECKPOINTS, SCRATCH):
+                _remove(partial / name)
+            for root, _, names in os.walk(partial):
+                for name in names:
+                    sync(Path(root, name))
+                sync(Path(root))
+            partial.rename(folder)
+            sync(folder.parent)
+        return Artifact(asset, partition, fingerprint, folder, manifest)
+
+    def _get_locked(self, asset: str, partition: str, fingerprint: str) -> Artifact | None:
+        artifact, problems = self.inspect(asset, partition, fingerprint)
+        if not problems:
+            return artifact
+        folder = self._folder(asset, partition, fingerprint)
+        count = 1
+        while (aside := folder.with_name(f"{folder.name}.damaged-{count}")).exists():
+            count += 1
+        logger.warning("%s is damaged and set aside as %s: %s", folder, aside.name, "; ".join(problems))
+        with readable_os_errors("rename", folder):
+            folder.rename(aside)
+        return None
+
+    def inspect(self, asset: str, partition: str, fingerprint: str) -> tuple[Artifact | None, list[str]]:
+        """The finished artifact as its manifest tells it, and what is wrong with it; changes nothing."""
+        folder = self._folder(asset, partition, fingerprint)
+        try:
+            artifact = self._read(folder, asset, partition, fingerprint)
+        except _DamagedError as error:
+            return None, [str(error)]
+        if artifact is None and folder.exists():
+            return None, [f"{MANIFEST} is missing"]
+        return artifact, self.verify(artifact) if artifact is not None else []
+
+    def _read(self, folder: Path, asset: str, partition: str, fingerprint: str) -> Artifact | None:
+        """The artifact as its manifest tells it, None where there is no manifest; raises _DamagedError."""
+        path = folder / MANIFEST
+        with readable_os_errors("read", path):
+            try:
+                text = path.read_bytes()
+            except FileNotFoundError:
+                return None
+        try:
+            manifest = json.loads(text)
+            version, files = manifest["schema_version"], manifest["files"]
+            if not isinstance(version, int):
+                raise TypeError("its schema_version is no number")
+            if version > SCHEMA_VERSION:
+                raise HelpsteerError(
+                    f"{path} was written by a newer helpsteer_assets (schema_version {version}, this one reads "
+                    f"{SCHEMA_VERSION}): upgrade helpsteer_assets, or set HELPSTEER_HOME to another folder"
+                )
+            for entry in files.values():
+                _ = int(entry["bytes"]), str(entry["sha256"])
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise _DamagedError(f"{MANIFEST} is unreadable ({type(error).__name__}: {error})") from error
+        stated = tuple(manifest.get(key) for key in ("asset", "partition", "fingerprint"))
+        if stated != (asset, partition, fingerprint):
+            raise _DamagedError(f"{MANIFEST} is that of another artifact ({'/'.join(map(str, stated))})")
+        if version >= 2 and not is_intact(manifest):
+            raise _DamagedError(f"{MANIFEST} does not match its own digest")
+        return Artifact(asset, partition, fingerprint, folder, manifest)
+
+    def _folder(self, asset: str, partition: str, fingerprint: str) -> Path:
+        return self.artifacts / self._name(asset, partition, fingerprint)
+
+    def lock(self, asset: str, partition: str, fingerprint: str) -> Path:
+        """The lock that whoever makes the artifact holds."""
+        return self.locks / self._name(asset, partition, f"{fingerprint}.lock")
+
+    @staticmethod
+    def _name(asset: str, partition: str, fingerprint: str) -> Path:
+        return Path(
+            checked_name("asset", asset), checked_name("partition", partition), checked_name("fingerprint", fingerprint)
+        )
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _listing(partial: Path) -> dict[str, dict[str, int | str]]:
+    """Size and sha256 of every result file in the partial folder, by its path relative to it."""
+    paths = (path.relative_to(partial) for path in sorted(partial.rglob("*")) if path.is_file())
+    return {
+        path.as_posix(): {"bytes": (partial / path).stat().st_size, "sha256": _sha256(partial / path)}
+        for path in paths
+        if path.parts[0] not in (CHECKPOINTS, SCRATCH)
+    }
+
+
+def _require_finite(metrics: Any, label: str, key: str = "") -> None:
+    if isinstance(metrics, float) and not math.isfinite(metrics):
+        raise HelpsteerError(
+            f"{label}: {key} is {metrics}, which no result may be; look for values that are not finite in what it "
+            "reads (`helpsteer verify --deep`), or for a model whose weights are not"
+        )
+    nested = metrics.items() if isinstance(metrics, dict) else enumerate(metrics) if isinstance(metrics, list) else ()
+    for name, value in nested:
+        _require_finite(value, label, f"{key}.{name}" if key else str(name))
+
+
+def _size_problems(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        with readable_os_errors("read", path):
+            size = path.stat().st_size if path.is_file() else None
+        if size is None:
+            yield f"{name} is missing"
+        elif size != entry["bytes"]:
+            yield f"{name} has {size} bytes instead of {entry['bytes']}"
+
+
+def _digest_problems(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
+    for name, entry in manifest["files"].items():
+        with readable_os_errors("read", folder / name):
+            digest = _sha256(folder / name)
+        if digest != entry["sha256"]:
+            yield f"{name} has sha256 {digest[:16]}... instead of {entry['sha256'][:16]}..."
+
+
+def _sha256(path: Path) -> str:
+    """The file's sha256, remembered by inode, size and times: renaming the folder does not forget it."""
+    with path.open("rb") as file:
+        before = os.fstat(file.fileno())
+        key = (before.st_dev, before.st_ino, before.st_size, before.st_mtime_ns, before.st_ctime_ns)
+        if key in _digests:
+            return _digests[key]
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        # A file written a moment ago can change again within the same tick of the file system's clock, unseen by its
+        # times: such a digest is not remembered.
+        if time.time() - max(before.st_mtime, before.st_ctime) > _RACY_SECONDS:
+            _digests[key] = digest
+        return digest
+
+
+def environment() -> dict[str, Any]:
+    """What besides settings, inputs, code and versions can change the last bits of a result on this machine."""
+    found: dict[str, Any] = {"processor": _processor(), "cores": os.cpu_count(), "device": "cpu"}
+    torch = sys.modules.get("torch")
+    if torch is not None:  # an asset that computes with it has imported it
+        found |= {"threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability()}
+        if torch.cuda.is_initialized():
+            found |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return found
+
+
+@cache
+def _processor() -> str:
+    try:
+        described = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        described = ""
+    names = [line.partition(":")[2].strip() for line in described.splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+@cache
+def versions() -> dict[str, str | None]:
+    """Of Python and of the packages that results depend on; None for one that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+@cache
+def git_revision() -> str | None:
+    """The commit of the project's checkout, `-dirty` if tracked files differ from it; None outside a checkout.
+
+    A package installed inside some other project's checkout (its virtual environment) has no revision.
+    """
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return None
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.SubprocessError):
+        return None

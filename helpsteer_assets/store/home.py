@@ -1,0 +1,42 @@
+"""The home: the folder that holds artifacts, warehouse, locks and Dagster's state.
+
+<home>/artifacts/<asset>/<weight or "all">/<fingerprint>/   finished artifacts, each with its manifest.json
+<home>/warehouse/helpsteer.duckdb                           the published tables
+<home>/dagster/<experiment>/                                DAGSTER_HOME of an experiment
+<home>/locks/, <home>/cache/                                locks; digests of local sources
+"""
+
+import os
+import re
+from pathlib import Path
+
+from helpsteer_assets.errors import HelpsteerError
+
+
+def home_path() -> Path:
+    """`HELPSTEER_HOME`, else `.helpsteer` in the working directory; absolute.
+
+    Raises HelpsteerError for a URL, and for a path that SQLite or DuckDB would read as another one, and write to that.
+    """
+    named = os.environ.get("HELPSTEER_HOME") or ".helpsteer"
+    if re.match(r"[a-z][a-z0-9+.-]*:/", named, re.IGNORECASE):  # `--home` makes one slash of two
+        raise HelpsteerError(
+            f"the home {named} is a URL, and a home is a folder: it rests on locks and renames, which object stores do "
+            "not have. Set HELPSTEER_HOME to a folder, on a disk or a file system that machines share"
+        )
+    home = Path(os.path.expanduser(named)).absolute()  # noqa: PTH111
+    try:
+        str(home).encode()
+    except UnicodeEncodeError:
+        raise HelpsteerError(f"the home {home} is not valid Unicode; set HELPSTEER_HOME to another folder") from None
+    if found := [character for character in "?%\\" if character in str(home)]:
+        raise HelpsteerError(
+            f"the home {home} has {' and '.join(found)} in its path, which databases read as something else; set "
+            "HELPSTEER_HOME to another folder"
+        )
+    return home
+
+
+def digest_cache(home: Path) -> Path | None:
+    """The file that remembers digests of local sources; None where there is no home, which looking does not make."""
+    return home / "cache" / "digests.json" if home.is_dir() else None

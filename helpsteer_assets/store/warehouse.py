@@ -1,0 +1,585 @@
+"""The published DuckDB warehouse.
+
+    <home>/warehouse/registry/<experiment>/<asset>/<partition or "all">.json   the latest materialization of each
+    <home>/warehouse/helpsteer.duckdb                                          published from all of them
+    <home>/warehouse/published.json                                            what the published file was made from
+
+DuckDB lets one process write a file, and whoever has it open in a shell holds that lock. So nobody ever writes to the
+published file: the truth is the registry and the Parquet files it names, and publishing builds a new database beside
+the old one and renames it over it. A reader keeps the file it opened, sees whole partitions only, and blocks nobody.
+The price is that each publication writes all tables anew; publishers that waited for one another's lock and find their
+record already published do nothing.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import duckdb
+
+from helpsteer_assets.errors import HelpsteerError
+from helpsteer_assets.files.digests import file_sha256
+from helpsteer_assets.files.durable import checked_name, sync, write_atomically
+from helpsteer_assets.files.os_errors import readable_os_errors
+from helpsteer_assets.store.artifacts import ALL
+from helpsteer_assets.store.locks import exclusive_lock
+from helpsteer_assets.store.tables import (
+    DECLARED,
+    MATERIALIZATIONS,
+    TABLES,
+    Table,
+    definition,
+    identifier,
+    literal,
+)
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+logger = logging.getLogger(__name__)
+
+
+_ENTRY = {
+    "experiment": "VARCHAR",
+    "asset": "VARCHAR",
+    "partition": "VARCHAR",
+    "fingerprint": "VARCHAR",
+    "path": "VARCHAR",
+    "run_id": "VARCHAR",
+    "materialized_at": "TIMESTAMP",
+    "reused": "BOOLEAN",
+    "policy": "VARCHAR",
+    "w": "DOUBLE",
+    "margin_beta": "DOUBLE",
+    "penalty": "DOUBLE",
+}
+"""What `Column.expression` finds in `entry`: the registry entry's own fields, then the constants."""
+_CONSTANTS = {"generations": ({"policy", "w"},), "scores": ({"margin_beta"}, {"penalty"})}
+"""The constants that a table's entries carry; one of the alternatives."""
+_SCHEMA_VERSION = 1
+_STORAGE = {"storage_compatibility_version": "v1.4.0"}
+"""DuckDB 2 writes by default what no DuckDB 1 opens, and people's shells and tools are older than our pin. Before 1.4
+the format does not tell whose write-ahead log lies beside a file: another file's would be applied unnoticed."""
+_ENTRY_TYPES = {
+    "fingerprint": str,
+    "path": str,
+    "run_id": str,
+    "materialized_at": str,
+    "reused": bool,
+    "table": str | None,
+    "parquet": str | None,
+    "constants": dict,
+}
+"""What a registry entry holds, besides its version and what its place says too."""
+_DAMAGED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What reading a damaged registry entry raises."""
+_READER = {
+    "python_enable_replacements": False,
+    "autoinstall_known_extensions": False,
+    "autoload_known_extensions": False,
+}
+QUERY_MEMORY, QUERY_SPILL, QUERY_ROWS = "2GB", "16GB", 1_000_000
+"""Limits of a query: DuckDB's memory, its temporary files beyond that, and rows of the result."""
+
+
+class Warehouse:
+    """The published tables of a home, shared by all its experiments."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = Path(home).absolute()
+        self.folder = self.home / "warehouse"
+        self.registry = self.folder / "registry"
+        self.path = self.folder / "helpsteer.duckdb"
+
+    def record(
+        self,
+        *,
+        experiment: str,
+        asset: str,
+        partition: str | None,
+        fingerprint: str,
+        path: Path,
+        run_id: str,
+        reused: bool,
+        table: str | None,
+        parquet: Path | None,
+        constants: dict[str, Any],
+        publish: bool = True,
+    ) -> None:
+        """Makes this the latest materialization of the asset's partition in the experiment, and publishes.
+
+        `partition` is None (or `ALL`) for an unpartitioned asset, `path` the artifact's folder, `table` and `parquet`
+        the published table and the file of its rows (None for an asset without a table). `constants` holds what the
+        rows need and the file does not say: `policy` and `w` for `generations`; `margin_beta` or `penalty` for
+        `scores`; nothing for the others. With `publish=False` the caller publishes later.
+
+        Raises HelpsteerError for a table that does not exist, constants that do not fit it, and a Parquet file that is
+        missing, unreadable or lacks a column.
+        """
+        partition = None if partition == ALL else partition
+        entry = {
+            "schema_version": _SCHEMA_VERSION,
+            "experiment": experiment,
+            "asset": asset,
+            "partition": partition,
+            "fingerprint": fingerprint,
+            "path": self._portable(path),
+            "run_id": run_id,
+            "materialized_at": datetime.now(UTC).replace(tzinfo=None).isoformat(),
+            "reused": reused,
+            "table": table,
+            "parquet": None if parquet is None else self._portable(parquet),
+            "constants": constants,
+        }
+        file = self._entry_file(experiment, asset, ALL if partition is None else partition)
+        self._check(entry)
+        with readable_os_errors("write", file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, json.dumps(entry, indent=2) + "\n")
+            if table == "scores":
+                self._rescale_reference(experiment, constants)
+        if publish:
+            self.publish()
+
+    def _rescale_reference(self, experiment: str, constants: dict[str, Any]) -> None:
+        """Give the SFT policy's scores the scale of the latest policies': they are compared with each other.
+
+        Its artifact holds unscaled log-ratios, so that a changed margin_beta leaves it as it is.
+        """
+        entry = self.latest(experiment, "sft_scores", ALL)
+        if entry is not None and entry["constants"] != constants and set(entry["constants"]) == set(constants):
+            file = self._entry_file(experiment, "sft_scores", ALL)
+            write_atomically(file, json.dumps(entry | {"constants": constants}, indent=2) + "\n")
+
+    def forget_others(self, experiment: str, known: set[tuple[str, str]]) -> None:
+        """Leave out of the tables what the experiment no longer has, such as a weight that left its grid.
+
+        Args:
+            experiment: its name.
+            known: the assets and partitions that it has. Artifacts of others stay in the store.
+        """
+        for file in (self.registry / checked_name("experiment", experiment)).glob("*/*.json"):
+            if (file.parent.name, file.stem) not in known and not file.name.startswith("."):
+                with readable_os_errors("remove", file):
+                    file.unlink(missing_ok=True)
+
+    def latest(self, experiment: str, asset: str, partition: str) -> dict[str, Any] | None:
+        """The latest materialization that was recorded: fingerprint, run_id, ...; None where there is none.
+
+        A damaged record is none. Raises HelpsteerError for one of a newer version of this package.
+        """
+        file = self._entry_file(experiment, asset, partition)
+        with readable_os_errors("read", file):
+            try:
+                return _read_entry(file.read_bytes(), file)
+            except (FileNotFoundError, *_DAMAGED):
+                return None
+
+    def publish(self) -> Path:
+        """Publishes the registry as it stands, unless that has been done; returns the database's path.
+
+        Waits for other publishers only, never for a reader. An entry that cannot be read, or whose Parquet file
+        cannot, is left out with a warning.
+        """
+        with exclusive_lock(self.folder / "publish.lock"), readable_os_errors("publish", self.path):
+            entries, unreadable, state = self._read_registry()
+            for problem in unreadable:
+                logger.warning("%s", problem)
+            marker = self.folder / "published.json"
+            touched = any(self.folder.glob(f"{self.path.name}.wal*"))
+            found = _read_json(marker)
+            known = found if isinstance(found, dict) else {}
+            is_current = known.get("registry") == state and not touched and self.path.exists()
+            # By its content: a disk that changed some of it has not changed the file's times.
+            if is_current and known.get("database") == file_sha256(self.path):
+                return self.path
+            # Only a publisher that died leaves files of this name while we hold the lock.
+            for leftover in self.folder.glob(".publish-*"):
+                shutil.rmtree(leftover)
+            building = Path(tempfile.mkdtemp(prefix=".publish-", dir=self.folder))
+            new = building / self.path.name
+            try:
+                for problem in _build(new, entries):
+                    logger.warning("%s", problem)
+            except duckdb.Error as error:
+                raise HelpsteerError(f"cannot publish {self.path}: {error}") from error
+            sync(new)
+            published = {"registry": state, "database": file_sha256(new)}
+            # A write-ahead log beside the published file is that of a person who opened it for writing. It does not
+            # fit the new file, which could not be opened beside it.
+            for log in self.folder.glob(f"{self.path.name}.wal*"):
+                log.unlink(missing_ok=True)
+            new.replace(self.path)
+            sync(self.folder)
+            write_atomically(marker, json.dumps(published))
+            shutil.rmtree(building)
+        return self.path
+
+    def query(self, sql: str) -> tuple[list[str], list[tuple[Any, ...]]]:
+        """Runs SQL on the published tables; returns the column names and the rows of the last statement.
+
+        Read-only, without access to files, network or extensions, within `QUERY_MEMORY`, `QUERY_SPILL` and
+        `QUERY_ROWS`. Works while someone has the database open, for writing too, and in a home that cannot be written
+        to. Raises HelpsteerError where nothing is published yet, where the database is damaged, and with DuckDB's
+        message where the SQL is wrong.
+        """
+        if not self.path.exists():
+            raise HelpsteerError(f"{self.path} does not exist: nothing materialized yet; run `helpsteer run`")
+        try:
+            sql.encode()
+        except UnicodeEncodeError as error:
+            raise HelpsteerError(f"the query is not valid Unicode: {error}") from error
+        with _temporary_folder() as folder:
+            return _run(self._connect(folder), sql, self.path)
+
+    def read(self, table: str, experiment: str | None = None) -> "pa.Table":
+        """A published table as Arrow, its rows in the order of their key: of one experiment, or (None) of all.
+
+        As free of locks as `query`, and without its limit on rows. Raises HelpsteerError for a table that does not
+        exist, where nothing is published yet, and where the database is damaged.
+        """
+        if table not in TABLES:
+            raise HelpsteerError(f"there is no table {table!r}; there are {', '.join(TABLES)}")
+        if not self.path.exists():
+            raise HelpsteerError(f"{self.path} does not exist: nothing materialized yet; run `helpsteer run`")
+        chosen, values = ("", []) if experiment is None else ("WHERE experiment = ?", [experiment])
+        key = ", ".join(identifier(column) for column in TABLES[table].key)
+        with _temporary_folder() as folder, closing(self._connect(folder)) as connection:
+            try:
+                sql = f"SELECT * FROM {identifier(table)} {chosen} ORDER BY {key}"
+                return connection.sql(sql, params=values).to_arrow_table()
+            except duckdb.Error as error:
+                raise HelpsteerError(_explained(error, self.path)) from error
+
+    def _connect(self, folder: Path) -> duckdb.DuckDBPyConnection:
+        """The published database, ready for SQL from a person, with `folder` for temporary files."""
+        try:
+            return _open_reader(self.path, folder)
+        except duckdb.Error:
+            # Someone holds it open for writing, or wrote to it before the last publication and left a write-ahead log
+            # that fits no more. Neither concerns a copy of the file under another name.
+            with readable_os_errors("copy", self.path):
+                copy = shutil.copyfile(self.path, folder / self.path.name)
+            try:
+                return _open_reader(copy, folder)
+            except duckdb.Error as error:
+                raise HelpsteerError(_cannot_be_read(self.path, error)) from error
+
+    def entries(self) -> tuple[list[dict[str, Any]], list[str]]:
+        """Every latest materialization that was recorded, its paths absolute; and why others cannot be read."""
+        with readable_os_errors("read", self.registry):
+            entries, unreadable, _ = self._read_registry()
+        return entries, unreadable
+
+    def disagreements(self) -> list[str]:
+        """How the published tables differ from what the registry and its Parquet files say: one line each.
+
+        Every row is compared, so that all of the database is read. Changes nothing, and works in a home that cannot
+        be written to. The path in `materializations` is that of the home where it was published, and not compared.
+        """
+        with _temporary_folder() as folder, readable_os_errors("read", self.folder):
+            entries, _, state = self._read_registry()
+            if not self.path.exists():
+                return [f"{self.path} does not exist; the next `helpsteer run` publishes it"] if entries else []
+            expected, published = folder / "expected.duckdb", folder / "published.duckdb"
+            shutil.copyfile(self.path, published)
+            found = _build(expected, entries)
+            try:
+                found += _compare(expected, published, folder)
+            except duckdb.Error as error:
+                return [*found, _cannot_be_read(self.path, error)]
+            marker = _read_json(self.folder / "published.json")
+        if found and not (isinstance(marker, dict) and marker.get("registry") == state):
+            found.append(f"{self.path} was published before the registry's last change, or the home was copied")
+        return found
+
+    def _entry_file(self, experiment: str, asset: str, partition: str) -> Path:
+        folder = self.registry / checked_name("experiment", experiment) / checked_name("asset", asset)
+        return folder / f"{checked_name('partition', partition)}.json"
+
+    def _portable(self, path: Path) -> str:
+        """The path relative to the home if it lies there, so that a home can be moved; else absolute."""
+        absolute = Path(path).absolute()
+        return str(absolute.relative_to(self.home) if absolute.is_relative_to(self.home) else absolute)
+
+    def _resolved(self, entry: dict[str, Any]) -> dict[str, Any]:
+        parquet = entry["parquet"]
+        return entry | {
+            "path": str(self.home / entry["path"]),
+            "parquet": None if parquet is None else str(self.home / parquet),
+        }
+
+    def _check(self, entry: dict[str, Any]) -> None:
+        name, constants = entry["table"], set(entry["constants"])
+        publishable = ", ".join(table.name for table in DECLARED)
+        if (name is None) != (entry["parquet"] is None):
+            raise HelpsteerError(f"{entry['asset']}: a table needs a Parquet file, and a Parquet file a table")
+        if name is None:
+            return
+        if name not in TABLES or name == MATERIALIZATIONS.name:
+            raise HelpsteerError(f"{entry['asset']}: there is no table {name!r}; there are {publishable}")
+        expected = _CONSTANTS.get(name, (set(),))
+        if constants not in expected:
+            wanted = " or ".join(str(sorted(names)) for names in expected)
+            raise HelpsteerError(
+                f"{entry['asset']}: table {name} takes the constants {wanted}, got {sorted(constants)}"
+            )
+        resolved = self._resolved(entry)
+        with duckdb.connect() as connection:
+            try:
+                connection.execute(f"{_select(TABLES[name])} LIMIT 0", _parameters(resolved))
+            except duckdb.Error as error:
+                raise HelpsteerError(
+                    f"{resolved['parquet']} cannot become table {name}; materialize {entry['asset']} again: {error}"
+                ) from error
+
+    def _read_registry(self) -> tuple[list[dict[str, Any]], list[str], str]:
+        """All readable entries, paths absolute; why others are not; a digest of all that the tables are made from."""
+        digest = hashlib.sha256(repr((_SCHEMA_VERSION, TABLES, duckdb.__version__, str(self.home))).encode())
+        entries, unreadable = [], []
+        for file in sorted(self.registry.glob("*/*/*.json")):
+            if file.name.startswith("."):
+                continue  # being written
+            content = file.read_bytes()
+            digest.update(repr((str(file), content)).encode())
+            try:
+                entry = self._resolved(_read_entry(content, file))
+            except _DAMAGED as error:
+                unreadable.append(
+                    f"{file} is unreadable and left out of the warehouse ({type(error).__name__}: {error}): remove it "
+                    "or materialize again"
+                )
+                continue
+            if entry["parquet"] is not None:
+                digest.update(repr(_identity(Path(entry["parquet"]))).encode())
+            entries.append(entry)
+        return entries, unreadable, digest.hexdigest()
+
+
+def _read_entry(content: bytes, file: Path) -> dict[str, Any]:
+    """A registry entry from the content of its file; one of `_DAMAGED` where it is none.
+
+    Raises HelpsteerError for an entry of a newer version, whose rows must not go missing from the tables.
+    """
+    entry = json.loads(content)
+    version = entry["schema_version"]
+    if isinstance(version, int) and version > _SCHEMA_VERSION:
+        raise HelpsteerError(
+            f"{file} was written by a newer helpsteer_assets (schema_version {version}, this one reads "
+            f"{_SCHEMA_VERSION}): upgrade helpsteer_assets, or set HELPSTEER_HOME to another folder"
+        )
+    if version != _SCHEMA_VERSION:
+        raise ValueError(f"schema_version {version!r} instead of {_SCHEMA_VERSION}")
+    stated = (entry["experiment"], entry["asset"], ALL if entry["partition"] is None else entry["partition"])
+    if stated != (file.parent.parent.name, file.parent.name, file.stem):
+        raise ValueError(f"it is that of {'/'.join(map(str, stated))}")
+    for name, kind in _ENTRY_TYPES.items():
+        if not isinstance(entry[name], kind):
+            raise TypeError(f"{name} is {entry[name]!r}")
+    datetime.fromisoformat(entry["materialized_at"])
+    json.dumps(entry, ensure_ascii=False).encode()  # a lone surrogate is no text for DuckDB
+    if entry["table"] is not None and (entry["table"] not in TABLES or entry["parquet"] is None):
+        raise ValueError(f"table {entry['table']!r} of {entry['parquet']!r}")
+    return entry
+
+
+def _identity(path: Path) -> list[int] | None:
+    """Differs once a file's content does, and survives renaming; None for a missing file."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return [status.st_ino, status.st_size, status.st_mtime_ns]
+
+
+def _build(path: Path, entries: list[dict[str, Any]]) -> list[str]:
+    """Writes a new database with all tables, their comments and the entries' rows; returns why some are left out."""
+    left_out = []
+    with duckdb.connect(path, config=_STORAGE) as connection:
+        connection.execute("SET enable_progress_bar = false")  # see modpo/tables.py
+        definitions = [statement for table in TABLES.values() for statement in definition(table)]
+        connection.execute(";".join(["BEGIN", *definitions, "COMMIT"]))
+        for entry in entries:
+            connection.execute("BEGIN")
+            try:
+                _insert(connection, entry)
+                connection.execute("COMMIT")
+            except duckdb.Error as error:
+                if not _is_about_data(error, entry):
+                    raise
+                connection.execute("ROLLBACK")
+                table = entry["table"] or MATERIALIZATIONS.name
+                reason = str(error).splitlines()[0]
+                left_out.append(
+                    f"{entry['parquet'] or entry['path']} is left out of table {table}: {reason}; "
+                    f"materialize {entry['asset']} again"
+                )
+    return left_out
+
+
+def _insert(connection: duckdb.DuckDBPyConnection, entry: dict[str, Any]) -> None:
+    """Inserts an entry's rows and its own."""
+    parameters = _parameters(entry)
+    if entry["table"] is not None:
+        table = TABLES[entry["table"]]
+        connection.execute(f"INSERT INTO {identifier(table.name)} BY NAME {_select(table)}", parameters)
+    del parameters["parquet"]
+    columns = ", ".join(column.sql for column in MATERIALIZATIONS.columns)
+    connection.execute(f"INSERT INTO {MATERIALIZATIONS.name} BY NAME SELECT {columns} FROM {_ENTRY_ROW}", parameters)
+
+
+def _is_about_data(error: duckdb.Error, entry: dict[str, Any]) -> bool:
+    """Whether a Parquet file is to blame for the error, and not the place the new database is written to."""
+    about_place = isinstance(error, duckdb.OperationalError | duckdb.InternalError | duckdb.FatalException)
+    return not about_place or (entry["parquet"] is not None and _parameters(entry)["parquet"] in str(error))
+
+
+def _compare(expected: Path, published: Path, folder: Path) -> list[str]:
+    """How the tables of two databases differ, and where the published ones have a row twice."""
+    from helpsteer_assets.modpo.data.tables import database
+
+    found = []
+    with database(folder) as connection:
+        for name, path in (("expected", expected), ("published", published)):
+            connection.execute(f"ATTACH {literal(str(path))} AS {name} (READ_ONLY)")
+        columns = "SELECT table_name, column_name, data_type, comment FROM duckdb_columns() WHERE database_name = ?"
+        described = [set(connection.execute(columns, [name]).fetchall()) for name in ("expected", "published")]
+        if described[0] != described[1]:
+            return ["its tables are those of another version of helpsteer_assets"]
+        for table in TABLES.values():
+            name = identifier(table.name)
+            compared = "* EXCLUDE (path)" if table == MATERIALIZATIONS else "*"
+            here, there = (f"SELECT {compared} FROM {database}.{name}" for database in ("published", "expected"))
+            alien, missing, doubled = (
+                connection.execute(f"SELECT count(*) FROM ({sql})").fetchone()[0]
+                for sql in (
+                    f"{here} EXCEPT ALL {there}",
+                    f"{there} EXCEPT ALL {here}",
+                    f"SELECT 1 FROM published.{name} GROUP BY {', '.join(table.key)} HAVING count(*) > 1",
+                )
+            )
+            if alien or missing:
+                found.append(f"table {table.name}: {alien} rows are in no artifact, {missing} of artifacts are missing")
+            if doubled:
+                found.append(f"table {table.name}: {doubled} rows are there twice, by {', '.join(table.key)}")
+    return found
+
+
+_ENTRY_ROW = f"(SELECT {', '.join(f'CAST(${name} AS {kind}) AS {name}' for name, kind in _ENTRY.items())}) AS entry"
+
+
+def _select(table: Table) -> str:
+    """The rows of the Parquet file `$parquet`, by name, with what the entry adds."""
+    columns = ", ".join(column.sql for column in table.columns)
+    # Without hive_partitioning = false, a folder named `a=b` above the file would become a column.
+    return f"SELECT {columns} FROM read_parquet($parquet, hive_partitioning = false) AS data CROSS JOIN {_ENTRY_ROW}"
+
+
+def _parameters(entry: dict[str, Any]) -> dict[str, Any]:
+    """The values of `_ENTRY` and of `$parquet`."""
+    from helpsteer_assets.modpo.data.tables import literal_path
+
+    parquet = None if entry["parquet"] is None else literal_path(Path(entry["parquet"]))
+    own = {name: entry[name] for name in _ENTRY if name in entry}
+    return {"parquet": parquet, **{name: entry["constants"].get(name) for name in _ENTRY}, **own}
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    """A folder outside the home, which may be read-only or short of space; gone afterwards."""
+    with readable_os_errors("make a folder for temporary files (TMPDIR says where) in", Path("/tmp")):
+        temporary = tempfile.TemporaryDirectory(prefix="helpsteer-query-", ignore_cleanup_errors=True)
+    with temporary as folder:
+        yield Path(folder)
+
+
+def _open_reader(path: Path, folder: Path) -> duckdb.DuckDBPyConnection:
+    """A database for SQL from a person: no files, no network, no extensions, no Python variables, bounded memory."""
+    connection = duckdb.connect(path, read_only=True, config=_READER)
+    try:
+        # In this order. As options of the connection their order would be DuckDB's, which then refuses some.
+        connection.execute(
+            f"SET memory_limit = '{QUERY_MEMORY}'; SET temp_directory = {literal(str(folder))}; "
+            f"SET max_temp_directory_size = '{QUERY_SPILL}'; "
+            "SET enable_progress_bar = false; SET enable_external_access = false; SET lock_configuration = true"
+        )
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _run(connection: duckdb.DuckDBPyConnection, sql: str, path: Path) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """Runs SQL in a thread of its own, for in the main thread DuckDB would not always hear Ctrl-C."""
+    outcome: list[tuple[list[str], list[tuple[Any, ...]]] | Exception] = []
+
+    def work() -> None:
+        try:
+            outcome.append(_fetch(connection, sql))
+        except Exception as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        thread.join()
+    except KeyboardInterrupt:
+        connection.interrupt()
+        raise
+    connection.close()
+    (result,) = outcome
+    if isinstance(result, duckdb.Error):
+        raise HelpsteerError(_explained(result, path)) from result
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def _fetch(connection: duckdb.DuckDBPyConnection, sql: str) -> tuple[list[str], list[tuple[Any, ...]]]:
+    connection.execute(sql)
+    if connection.description is None:
+        raise HelpsteerError("the query is empty; try `SELECT * FROM materializations`")
+    names = [column[0] for column in connection.description]
+    rows = connection.fetchmany(QUERY_ROWS + 1)
+    if len(rows) > QUERY_ROWS:
+        raise HelpsteerError(f"the result has more than {QUERY_ROWS:,} rows; narrow it, by LIMIT for example")
+    return names, rows
+
+
+def _explained(error: duckdb.Error, path: Path) -> str:
+    """DuckDB's message, with what it means here where that is not what it says."""
+    message = str(error)
+    if "read-only mode" in message:
+        return f"the warehouse is read-only: it is published from the artifacts and never written to ({message})"
+    if "disabled by configuration" in message or "disabled through configuration" in message:
+        return f"a query reads the warehouse's tables only, no files and no extensions ({message})"
+    if isinstance(error, duckdb.OutOfMemoryException):
+        return (
+            f"the query needs more than the {QUERY_MEMORY} of memory and {QUERY_SPILL} of temporary files that it may "
+            f"have: narrow it ({message.splitlines()[0]})"
+        )
+    if isinstance(error, duckdb.IOException) or "Corrupt database file" in message:
+        return _cannot_be_read(path, error)
+    return message
+
+
+def _cannot_be_read(path: Path, error: duckdb.Error) -> str:
+    return (
+        f"{path} cannot be read ({str(error).splitlines()[0]}): the next `helpsteer run` publishes it anew, from the "
+        "artifacts"
+    )
+
+
+def _read_json(path: Path) -> object:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,77 @@
+"""One loaded model for all stages of a process."""
+
+import gc
+import shutil
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpsteer_assets.assets.loaded import LoadedModels
+from helpsteer_assets.experiment.settings import LoraSettings
+from helpsteer_assets.modpo.models.loading import attach_lora
+
+CPU = torch.device("cpu")
+
+
+def identity(models: LoadedModels, path: Path, precision: str = "fp32") -> int:
+    with models.lend(path, precision=precision, device=CPU) as model:
+        return id(model.get_input_embeddings().weight)
+
+
+def test_a_model_is_loaded_once_and_lent_again(tiny_model_path: Path) -> None:
+    models = LoadedModels()
+    with models.lend(tiny_model_path, precision="fp32", device=CPU) as model:
+        first = id(model.get_input_embeddings().weight)
+        attach_lora(model, LoraSettings(r=4, alpha=8), seed=1).train()
+    with models.lend(tiny_model_path, precision="fp32", device="cpu") as again:
+        assert again is model
+        assert id(again.get_input_embeddings().weight) == first
+        assert not any("lora" in name for name, _ in again.named_modules())
+        assert not again.training and all(parameter.requires_grad for parameter in again.parameters())
+
+
+def test_another_path_or_precision_is_another_model_and_frees_the_first(tiny_model_path: Path, tmp_path: Path) -> None:
+    models = LoadedModels()
+    with models.lend(tiny_model_path, precision="fp32", device=CPU) as model:
+        first = weakref.ref(model)
+    del model
+    assert first() is not None
+    with models.lend(tiny_model_path, precision="bf16", device=CPU) as model:
+        assert model.dtype == torch.bfloat16
+        assert first() is None, "two models in memory"
+    other = Path(shutil.copytree(tiny_model_path, tmp_path / "other"))
+    with models.lend(other, precision="bf16", device=CPU) as another:
+        assert another is not model
+
+
+def test_after_an_error_nobody_gets_the_model(tiny_model_path: Path) -> None:
+    models = LoadedModels()
+    with pytest.raises(RuntimeError, match="interrupted"):
+        with models.lend(tiny_model_path, precision="fp32", device=CPU) as model:
+            with torch.no_grad():
+                model.get_input_embeddings().weight.zero_()
+            raise RuntimeError("interrupted")
+    with models.lend(tiny_model_path, precision="fp32", device=CPU) as again:
+        assert again is not model
+        assert again.get_input_embeddings().weight.abs().sum() > 0
+
+
+def test_a_model_that_is_on_loan_is_not_lent_twice(tiny_model_path: Path) -> None:
+    models = LoadedModels()
+    with models.lend(tiny_model_path, precision="fp32", device=CPU) as one:
+        with models.lend(tiny_model_path, precision="fp32", device=CPU) as other:
+            assert one is not other
+
+
+def test_released_at_the_end_of_a_run(tiny_model_path: Path) -> None:
+    models = LoadedModels()
+    models.release()
+    with models.lend(tiny_model_path, precision="fp32", device=CPU) as model:
+        kept = weakref.ref(model)
+    del model
+    gc.collect()
+    assert kept() is not None
+    models.release()
+    assert kept() is None

@@ -1,0 +1,351 @@
+"""What is there, what is missing, and what is out of date because of which setting."""
+
+import copy
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from helpsteer_assets.assets.graph import CODE_VERSIONS, Fingerprint, fingerprints
+from helpsteer_assets.assets.status import Status, label, status
+from helpsteer_assets.cli import main
+from helpsteer_assets.errors import HelpsteerError
+from helpsteer_assets.experiment.settings import Experiment
+from helpsteer_assets.modpo.training.checkpoints import mark_complete
+from helpsteer_assets.store.artifacts import ALL, ArtifactStore
+from helpsteer_assets.store.warehouse import Warehouse
+from helpsteer_assets_tests.assets.test_graph_fingerprints import ANSWERS, POLICIES, experiment
+from helpsteer_assets_tests.read_only import run_read_only
+
+PRESENT = experiment({"objective.weights": [0.1, 0.9], "objective.beta": 0.2})
+
+
+def finish(found: Experiment, fingerprint: Fingerprint, home: Path, *, record: bool = True) -> Path:
+    """A finished artifact as an asset leaves it, recorded or not; returns its folder."""
+
+    def compute(folder: Path) -> dict[str, Any]:
+        (folder / "result.txt").write_text(fingerprint.value)
+        return {}
+
+    artifact, _ = ArtifactStore(home).build(
+        fingerprint.asset,
+        fingerprint.partition,
+        fingerprint.value,
+        manifest={"settings": fingerprint.settings, "code": fingerprint.code, "inputs": fingerprint.inputs},
+        compute=compute,
+        on_wait=lambda holder: None,
+    )
+    if record:
+        Warehouse(home).record(
+            experiment=found.name,
+            asset=fingerprint.asset,
+            partition=fingerprint.partition,
+            fingerprint=fingerprint.value,
+            path=artifact.path,
+            run_id="run-1",
+            reused=False,
+            table=None,
+            parquet=None,
+            constants={},
+        )
+    return artifact.path
+
+
+@pytest.fixture(scope="session")
+def finished_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("finished") / "home"
+    for fingerprint in fingerprints(PRESENT).values():
+        finish(PRESENT, fingerprint, home)
+    return home
+
+
+@pytest.fixture
+def home(finished_home: Path, tmp_path: Path) -> Path:
+    """A home in which everything of PRESENT is finished; a test may change it."""
+    return shutil.copytree(finished_home, tmp_path / "home")
+
+
+def states(found: Experiment, home: Path) -> dict[str, Status]:
+    return {label(item.asset, item.partition): item for item in status(found, home)}
+
+
+def change(changes: dict[str, Any]) -> Experiment:
+    return experiment({"objective.weights": [0.1, 0.9], "objective.beta": 0.2, **changes})
+
+
+def out_of_date(found: Experiment, home: Path) -> dict[str, str]:
+    """Reasons by asset; two weights of one asset have the same."""
+    return {item.asset: item.detail for item in status(found, home) if item.state == "out of date"}
+
+
+def test_an_empty_home_misses_everything_in_topological_order(tmp_path: Path) -> None:
+    found = status(PRESENT, tmp_path / "home")
+    assert {(item.state, item.detail, item.path) for item in found} == {("missing", "", None)}
+    assert [(item.asset, item.partition) for item in found] == list(fingerprints(PRESENT))
+    assert list(tmp_path.iterdir()) == []  # only looking makes no home
+
+
+def test_what_was_materialized_with_the_present_settings_is_complete(home: Path) -> None:
+    found = states(PRESENT, home)
+    assert {item.state for item in found.values()} == {"complete"}
+    policy = found["modpo_models w=0.1"]
+    assert policy.path == str(home / "artifacts" / "modpo_models" / "0.1" / policy.fingerprint)
+    assert Path(policy.path).is_dir()
+
+
+def test_another_experiment_finds_the_artifacts_reusable(home: Path) -> None:
+    found = states(change({"name": "other"}), home)
+    for asset in ("tradeoff", "tradeoff_report"):
+        assert found.pop(asset).state == "missing"  # they bear the experiment's name
+    assert {item.state for item in found.values()} == {"reusable"}
+
+
+def test_earlier_settings_are_reusable_after_a_change_and_back(home: Path) -> None:
+    before = change({"objective.beta": 0.1})
+    for (asset, _), fingerprint in fingerprints(before).items():
+        if asset in POLICIES:
+            finish(before, fingerprint, home)
+    found = status(PRESENT, home)
+    assert {item.asset for item in found if item.state == "reusable"} == POLICIES
+    assert {item.state for item in found if item.asset not in POLICIES} == {"complete"}
+
+
+def test_a_changed_setting_names_itself_where_it_counts_and_its_asset_below(home: Path) -> None:
+    reasons = out_of_date(change({"objective.beta": 0.1}), home)
+    assert reasons.keys() == POLICIES
+    assert reasons["modpo_models"] == "objective.beta 0.2 -> 0.1"
+    assert reasons["tradeoff_report"] == "objective.beta 0.2 -> 0.1", "it tells beta, too"
+    below = {reasons[asset] for asset in POLICIES - {"modpo_models", "tradeoff_report"}}
+    assert below == {"modpo_models: objective.beta 0.2 -> 0.1"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "asset", "reason"),
+    [
+        ({"objective.margin_role": "reward"}, "modpo_models", "objective.margin_role cost -> reward"),
+        ({"objective.margin_role": "reward"}, "scores", "modpo_models: objective.margin_role cost -> reward"),
+        ({"objective.margin_role": "reward"}, "score_summary", "objective.margin_role cost -> reward"),
+        ({"sft.steps": 3}, "tradeoff", "sft_model: sft.steps 2 -> 3"),
+        ({"sft.steps": 3, "sft.batch_size": 4}, "sft_model", "sft.batch_size 8 -> 4, sft.steps 2 -> 3"),
+        ({"data.max_train_prompts": 9}, "scores", "helpsteer_ratings: data.max_train_prompts null -> 9"),
+        ({"generation.max_new_tokens": 9}, "sft_scores", "sft_generations: generation.max_new_tokens 512 -> 9"),
+        ({"objective.weights": [0.1]}, "score_summary", "objective.weights ['0.1', '0.9'] -> ['0.1']"),
+    ],
+)
+def test_reasons_lead_to_where_a_change_began(home: Path, changes: dict[str, Any], asset: str, reason: str) -> None:
+    assert out_of_date(change(changes), home)[asset] == reason
+
+
+def test_a_new_weight_is_missing_and_the_others_stay_complete(home: Path) -> None:
+    found = states(change({"objective.weights": [0.1, 0.5, 0.9]}), home)
+    assert found["modpo_models w=0.5"].state == "missing"
+    assert found["modpo_models w=0.1"].state == found["scores w=0.9"].state == "complete"
+    assert found["score_summary"].state == "out of date"
+
+
+def test_changed_code_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CODE_VERSIONS, "modpo/losses.py", 2)
+    reasons = out_of_date(PRESENT, home)
+    assert reasons["margin_adapter"] == "code of modpo/losses.py"
+    assert reasons["sft_scores"] == "margin_adapter: code of modpo/losses.py"
+    assert "sft_model" not in reasons
+
+
+def test_a_changed_source_is_named_without_its_digest(tmp_path: Path) -> None:
+    source = tmp_path / "ratings"
+    source.mkdir()
+    (source / "train.jsonl").write_text("{}\n")
+    found = experiment({"data.source": str(source), "evaluation.rater": "none"})
+    for fingerprint in fingerprints(found).values():
+        if fingerprint.asset in ("helpsteer_ratings", "preference_pairs"):
+            finish(found, fingerprint, tmp_path / "home")
+    (source / "train.jsonl").write_text("[]\n")
+    assert out_of_date(found, tmp_path / "home") == {
+        "helpsteer_ratings": "the content of data.source",
+        "preference_pairs": "helpsteer_ratings: the content of data.source",
+    }
+    hub = experiment({"data.source": "some/ratings", "data.revision": "ab" * 20, "evaluation.rater": "none"})
+    expected = "data.source a local path -> some/ratings@abababab"
+    assert out_of_date(hub, tmp_path / "home")["helpsteer_ratings"] == expected
+
+
+def test_an_artifact_deleted_from_disk_is_out_of_date_and_only_it(home: Path) -> None:
+    shutil.rmtree(states(PRESENT, home)["modpo_models w=0.1"].path or "")
+    found = states(PRESENT, home)
+    gone = found.pop("modpo_models w=0.1")
+    assert (gone.state, gone.detail) == ("out of date", "its artifact is gone from the disk, or damaged")
+    assert gone.path is None
+    assert {item.state for item in found.values()} == {"complete"}
+
+
+def test_a_damaged_artifact_does_not_count(home: Path) -> None:
+    path = states(PRESENT, home)["sft_model"].path
+    assert path is not None
+    (Path(path) / "result.txt").write_text("cut")
+    assert states(PRESENT, home)["sft_model"].state == "out of date"
+
+
+def test_a_change_whose_earlier_artifact_is_gone_says_that_nobody_knows(home: Path) -> None:
+    shutil.rmtree(home / "artifacts" / "modpo_models")
+    reasons = out_of_date(change({"objective.beta": 0.1}), home)
+    assert reasons["modpo_models"].startswith("other settings (the earlier artifact is gone")
+    assert reasons["scores"].startswith("modpo_models: other settings")
+
+
+def test_partial_work_says_how_far_it_is(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    found = fingerprints(PRESENT)
+
+    def begun(asset: str, partition: str) -> Path:
+        folder = ArtifactStore(home).partial(asset, partition, found[asset, partition].value) / "checkpoints"
+        folder.mkdir(parents=True)
+        return folder
+
+    training = begun("modpo_models", "0.1")
+    for step in (15, 30):
+        (training / f"checkpoint-{step}").mkdir()
+        mark_complete(training / f"checkpoint-{step}", step, 150)
+    (training / "checkpoint-45").mkdir()  # its process died while writing it
+    (begun("generations", "0.1") / "generations.jsonl").write_text('{"index": 0}\n{"index": 1}\n{"in')
+    begun("sft_model", ALL)
+    shown = {name: item for name, item in states(PRESENT, home).items() if item.state == "partial"}
+    assert {name: item.detail for name, item in shown.items()} == {
+        "sft_model": "just begun",
+        "modpo_models w=0.1": "step 30 of 150",
+        "generations w=0.1": "2 rows done",
+    }
+    assert shown["modpo_models w=0.1"].path == str(training.parent)
+
+
+# Homes that are not as usual
+
+
+def test_a_home_that_was_moved_or_is_a_link_is_the_same_home(home: Path, tmp_path: Path) -> None:
+    before = status(PRESENT, home)
+    moved = home.rename(tmp_path / "moved")
+    (tmp_path / "link").symlink_to(moved)
+    for place in (moved, tmp_path / "link"):
+        found = status(PRESENT, place)
+        assert [(item.state, item.fingerprint) for item in found] == [(i.state, i.fingerprint) for i in before]
+        assert all(Path(item.path or "").is_relative_to(place) for item in found)
+
+
+def test_a_home_of_the_first_version_is_read(home: Path) -> None:
+    for path in home.glob("artifacts/*/*/*/manifest.json"):
+        manifest = json.loads(path.read_text()) | {"schema_version": 1}
+        path.write_text(json.dumps({key: manifest[key] for key in manifest if key not in ("sha256", "environment")}))
+    assert {item.state for item in status(PRESENT, home)} == {"complete"}
+    assert out_of_date(change({"objective.beta": 0.1}), home)["modpo_models"] == "objective.beta 0.2 -> 0.1"
+
+
+def test_a_home_of_a_newer_version_is_refused_in_words(home: Path) -> None:
+    path = Path(states(PRESENT, home)["sft_model"].path or "") / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 1000}))
+    with pytest.raises(HelpsteerError, match=rf"{path} was written by a newer helpsteer_assets .*upgrade"):
+        status(PRESENT, home)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\0", b'{"a": 1, "b": [1, 2, 3], "c": [1, 2]}', b"null"])
+def test_garbled_digests_of_sources_are_read_anew(tmp_path: Path, content: bytes) -> None:
+    source = tmp_path / "ratings.jsonl"
+    source.write_text("{}\n")
+    os.utime(source, (0, 0))
+    found = experiment({"data.source": str(source), "evaluation.rater": "none"})
+    digests = tmp_path / "home" / "cache" / "digests.json"
+    digests.parent.mkdir(parents=True)
+    expected = [item.fingerprint for item in status(found, tmp_path / "home")]
+    remembered = digests.read_bytes()
+    assert str(source).encode() in remembered
+    digests.write_bytes(content)
+    assert [item.fingerprint for item in status(found, tmp_path / "home")] == expected
+    assert json.loads(digests.read_bytes()) == json.loads(remembered)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "\0", '{"step": 3}', '{"step": "x", "of": null, "sha256": 1}', '{"step": NaN}', "[" * 100_000],
+    ids=lambda content: content[:9],
+)
+def test_a_garbled_checkpoint_does_not_count(tmp_path: Path, content: str) -> None:
+    home = tmp_path / "home"
+    partial = ArtifactStore(home).partial("sft_model", ALL, fingerprints(PRESENT)["sft_model", ALL].value)
+    for step in (15, 30):
+        (partial / "checkpoints" / f"checkpoint-{step}").mkdir(parents=True)
+        mark_complete(partial / "checkpoints" / f"checkpoint-{step}", step, 150)
+    (partial / "checkpoints" / "checkpoint-30" / "complete.json").write_text(content)
+    assert states(PRESENT, home)["sft_model"].detail == "step 15 of 150"
+    shutil.rmtree(partial / "checkpoints" / "checkpoint-15")
+    assert states(PRESENT, home)["sft_model"].detail == "just begun"
+
+
+def test_partial_work_that_is_finished_while_one_looks_is_no_error(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    partial = ArtifactStore(home).partial("generations", "0.1", fingerprints(PRESENT)["generations", "0.1"].value)
+    (partial / "checkpoints").mkdir(parents=True)
+    (partial / "checkpoints" / "rows.jsonl").symlink_to("gone")
+    assert states(PRESENT, home)["generations w=0.1"].detail == "just begun"
+
+
+def test_alien_files_in_the_home_are_no_matter(home: Path) -> None:
+    before = status(PRESENT, home)
+    registry = home / "warehouse" / "registry"
+    for name in ("README.txt", f"{PRESENT.name}/.DS_Store", f"{PRESENT.name}/scores/notes.json"):
+        (registry / name).write_text("not ours")
+    (home / "artifacts" / "sft_model" / "all" / "notes").mkdir()
+    (home / "artifacts" / "README.txt").touch()
+    (registry / "other" / "sft_model" / "all.json").mkdir(parents=True)
+    assert status(PRESENT, home) == before
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"fingerprint"', "{}"])
+def test_a_garbled_record_of_a_materialization_leaves_the_artifact_reusable(home: Path, content: str) -> None:
+    (home / "warehouse" / "registry" / PRESENT.name / "sft_model" / "all.json").write_text(content)
+    found = states(PRESENT, home)
+    assert found.pop("sft_model").state == "reusable"
+    assert {item.state for item in found.values()} == {"complete"}
+
+
+# The command
+
+
+@pytest.fixture
+def experiment_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HELPSTEER_HOME", "unused")  # the command sets both; pytest puts them back
+    monkeypatch.setenv("HELPSTEER_EXPERIMENT", "unused")
+    path = tmp_path / "experiment.yaml"
+    path.write_text(yaml.safe_dump(copy.deepcopy(change({"objective.beta": 0.1}).model_dump(mode="json"))))
+    return path
+
+
+def test_the_command_prints_every_asset_and_weight(home: Path, experiment_file: Path) -> None:
+    result = CliRunner().invoke(main, ["-e", str(experiment_file), "--home", str(home), "status"])
+    assert result.exit_code == 0, result.output
+    lines = [line.split() for line in result.output.splitlines()]
+    assert ["modpo_models", "w=0.1", "out", "of", "date", "objective.beta", "0.2", "->", "0.1"] in [
+        line[:9] for line in lines
+    ]
+    assert ["sft_model", "complete"] in [line[:2] for line in lines]
+    assert str(home) in result.output
+
+
+def test_the_command_works_in_a_read_only_home(home: Path, experiment_file: Path) -> None:
+    arguments = ["-e", str(experiment_file), "--home", str(home), "status", "--json"]
+    expected = CliRunner().invoke(main, arguments).output
+    shutil.rmtree(home / "cache")
+    seen = run_read_only(home, "-c", "from helpsteer_assets.cli import entry; entry()", *arguments)
+    assert (seen.returncode, seen.stdout, seen.stderr) == (0, expected, "")
+
+
+def test_the_command_gives_json(home: Path, experiment_file: Path) -> None:
+    result = CliRunner().invoke(main, ["-e", str(experiment_file), "--home", str(home), "status", "--json"])
+    items = json.loads(result.output)
+    assert [(item["asset"], item["partition"]) for item in items] == list(fingerprints(PRESENT))
+    policy = next(item for item in items if item["asset"] == "modpo_models")
+    assert policy["state"] == "out of date" and policy["detail"] == "objective.beta 0.2 -> 0.1"
+    assert policy.keys() == {"asset", "partition", "state", "detail", "fingerprint", "path"}
+    assert {item["state"] for item in items if item["asset"] in ANSWERS - POLICIES} == {"complete"}

@@ -1,0 +1,255 @@
+"""Figures: what they show, that bytes are reproducible, that labels can be read."""
+
+import base64
+import io
+import itertools
+import math
+import subprocess
+import sys
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from helpsteer_assets.modpo.comparison import plots
+
+CIRCLE, DIAMOND = "o", "D"
+
+
+def point(label: str, w: str | None, x: float, y: float, on_front: bool, spread: float = 0.1) -> dict[str, Any]:
+    return {
+        "label": label,
+        "w": w,
+        "x": x,
+        "x_low": x - spread,
+        "x_high": x + 2 * spread,
+        "y": y,
+        "y_low": y - spread,
+        "y_high": y + spread,
+        "on_front": on_front,
+        "is_sft": w is None,
+    }
+
+
+POINTS = [
+    point("w = 0.9", "0.9", 2.9, -1.5, True),
+    point("w = 0.1", "0.1", 2.0, -0.2, True),
+    point("w = 0.5", "0.5", 2.3, -0.9, False),
+    point("SFT", None, 2.1, -1.25, False),
+]
+
+
+def draw(points: list[dict[str, Any]], note: str = "a note") -> Any:
+    return plots.tradeoff_plot(points, "helpfulness", "margin m", "Title", note)
+
+
+def test_the_tradeoff_plot_shows_points_intervals_front_and_note() -> None:
+    figure = draw(POINTS)
+    axes = figure.axes[0]
+    markers = [line for line in axes.lines if line.get_marker() in (CIRCLE, DIAMOND)]
+    shown = {(line.get_xdata()[0], line.get_ydata()[0]): line for line in markers}
+    assert set(shown) == {(p["x"], p["y"]) for p in POINTS}
+    assert shown[2.1, -1.25].get_marker() == DIAMOND
+    assert shown[2.3, -0.9].get_markerfacecolor() == plots.PAPER != shown[2.0, -0.2].get_markerfacecolor()
+    front = next(line for line in axes.lines if line.get_marker() == "None" and line.get_linestyle() == "-")
+    assert list(zip(front.get_xdata(), front.get_ydata(), strict=True)) == [(2.0, -0.2), (2.9, -1.5)]
+    segments = [segment.tolist() for bars in axes.collections for segment in bars.get_segments()]
+    assert [[2.0 - 0.1, -0.2], [2.0 + 0.2, -0.2]] in [[pytest.approx(end) for end in s] for s in segments]
+    assert len(segments) == 2 * len(POINTS)
+    assert {text.get_text() for text in axes.texts} == {p["label"] for p in POINTS}
+    assert figure.get_supxlabel() == "a note"
+    legend = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert legend == ["on the Pareto front", "dominated", "SFT model", "95% interval"]
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("text", [False, True])
+def test_larger_weights_are_lighter(dark: bool, text: bool) -> None:
+    def brightness(w: str) -> float:
+        colour = plots.policy_colour(w, dark=dark, text=text)
+        return sum(weight * int(colour[at : at + 2], 16) for weight, at in ((0.2, 1), (0.7, 3), (0.1, 5)))
+
+    weights = ["0.01", "0.1", "0.3", "0.5", "0.7", "1"]
+    assert sorted(weights, key=brightness) == weights
+
+
+def test_a_probability_of_being_on_the_front_stands_behind_the_label_and_is_explained() -> None:
+    shares = {"w = 0.9": 1.0, "w = 0.1": 0.997, "w = 0.5": 0.314, "SFT": 0.002}
+    figure = draw([p | {"front_probability": shares[p["label"]]} for p in POINTS])
+    texts = {text.get_text() for text in figure.axes[0].texts}
+    assert texts == {"w = 0.9 (100%)", "w = 0.1 (>99%)", "w = 0.5 (31%)", "SFT (<1%)"}
+    note = "In brackets: the share of resamples in which the policy is on the front. a note"
+    assert " ".join(figure.get_supxlabel().split()) == note
+
+
+@pytest.mark.parametrize("distance", [0.04, 0.08, 0.2])
+def test_labels_cover_neither_each_other_nor_a_marker(distance: float) -> None:
+    points = [
+        point(f"w = 0.{i}", f"0.{i}", 2 + distance * i, -distance * (i % 3), bool(i % 2), spread=0.3)
+        for i in range(1, 8)
+    ]
+    figure = draw(points)
+    axes = figure.axes[0]
+    boxes = [text.get_window_extent() for text in axes.texts]
+    for number, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:number])
+        for p in points:
+            x, y = axes.transData.transform((p["x"], p["y"]))
+            assert not (box.x0 < x < box.x1 and box.y0 < y < box.y1)
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=9))
+def test_labels_of_any_points_do_not_overlap(places: list[tuple[float, float]]) -> None:
+    points = [
+        point(f"w = 0.{n}", f"0.{n}", x, y, True) | {"front_probability": 0.5} for n, (x, y) in enumerate(places, 1)
+    ]
+    figure = draw(points, "")
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text()]
+    assert len(boxes) == len(places)
+    for number, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:number])
+
+
+def test_labels_stay_where_they_were_placed_when_the_figure_is_saved() -> None:
+    figure = draw(POINTS)
+    before = [text.get_window_extent().bounds for text in figure.axes[0].texts]
+    figure.canvas.draw()
+    assert [text.get_window_extent().bounds for text in figure.axes[0].texts] == [pytest.approx(b) for b in before]
+
+
+KL_POINTS = [
+    point("w = 0.1", "0.1", 9.0, 3.0, True, spread=0.5),
+    point("SFT", None, 0.0, 2.0, False, spread=0.0),
+    point("w = 0.9", "0.9", 1.0, 2.5, True, spread=0.2),
+]
+
+
+def test_the_kl_plot_spaces_kl_by_its_root_and_joins_the_weights_in_order() -> None:
+    figure = plots.reward_against_kl_plot(KL_POINTS, "rated helpfulness", "Title", "a note")
+    axes = figure.axes[0]
+    figure.canvas.draw()
+    zero, one, nine = (axes.transData.transform((kl, 2.0))[0] for kl in (0, 1, 9))
+    assert nine - zero == pytest.approx(3 * (one - zero))
+    path = next(line for line in axes.lines if len(line.get_xdata()) == 2 and line.get_linestyle() == "-")
+    assert (list(path.get_xdata()), list(path.get_ydata())) == ([9.0, 1.0], [3.0, 2.5])
+    level = next(line for line in axes.lines if line.get_linestyle() == "--")
+    assert list(level.get_ydata()) == [2.0, 2.0]
+    ticks = [text.get_text() for text in axes.get_xticklabels()]
+    assert ticks[0] == "0" and len(ticks) == len(set(ticks)) >= 4
+    assert "square-root" in axes.get_xlabel() and axes.get_ylabel() == "rated helpfulness"
+    assert {text.get_text() for text in axes.texts} == {"SFT", "w = 0.1", "w = 0.9"}
+
+
+@pytest.mark.parametrize("kl", [-0.4, 0.0, 1e-6, 0.02, 3e4])
+def test_the_kl_plot_holds_estimates_of_any_size_and_below_zero(kl: float) -> None:
+    points = [
+        KL_POINTS[1],
+        point("w = 0.5", "0.5", kl, 2.0, True, spread=0.0) | {"x_low": kl - 0.1, "x_high": kl + 0.1},
+    ]
+    figure = plots.reward_against_kl_plot(points, "y", "t")
+    figure.canvas.draw()
+    axes = figure.axes[0]
+    low, high = axes.get_xlim()
+    assert low < kl - 0.1 and high > kl + 0.1
+    labels = [tick.get_window_extent() for tick in axes.get_xticklabels()]
+    assert not any(label.overlaps(following) for label, following in itertools.pairwise(labels))
+    assert len(plots.png_bytes(figure)) > 1000
+
+
+def length(label: str, w: str | None, mean: float, **more: Any) -> dict[str, Any]:
+    return {"label": label, "w": w, "mean": mean, "mean_low": mean - 2, "mean_high": mean + 3, "is_sft": not w} | more
+
+
+def test_the_lengths_plot_shows_means_intervals_quartiles_and_the_level_of_sft() -> None:
+    points = [length("SFT", None, 40.0), length("w = 0.1", "0.1", 21.0, quartiles=(12, 20, 28))]
+    axes = plots.lengths_plot(points, "Lengths").axes[0]
+    means = {line.get_xdata()[0]: line.get_ydata()[0] for line in axes.lines if line.get_marker() in (CIRCLE, DIAMOND)}
+    assert means == {0: 40.0, 1: 21.0}
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["SFT", "w = 0.1"]
+    (bar,) = axes.patches
+    assert (bar.get_y(), bar.get_height()) == (12, 16)
+    segments = [segment.tolist() for lines in axes.collections for segment in lines.get_segments()]
+    assert [[1, 19.0], [1, 24.0]] in segments
+    assert any(segment[0][1] == segment[1][1] == 20 for segment in segments)
+    level = next(line for line in axes.lines if line.get_linestyle() == "--")
+    assert list(level.get_ydata()) == [40.0, 40.0]
+    assert axes.get_ylim()[0] == 0
+    assert "middle half" in [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+def test_a_lengths_plot_without_quartiles_does_not_explain_them() -> None:
+    axes = plots.lengths_plot([length("w = 0.1", "0.1", 21.0)], "Lengths").axes[0]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["mean", "95% interval"]
+
+
+def test_an_svg_keeps_letters_as_text_and_names_its_points() -> None:
+    labelled = [p | {"label": f"<{p['label']}>"} for p in POINTS]
+    root = ElementTree.fromstring(plots.svg_bytes(draw(labelled)))
+    points = [group for group in root.iter() if group.get("class") == "point"]
+    assert [group.get("data-policy") for group in points] == [p["label"] for p in labelled]
+    details = "helpfulness: 2.9 [2.8, 3.1]; margin m: -1.5 [-1.6, -1.4]"
+    assert points[0].get("data-details") == details
+    assert points[0][0].text == f"<w = 0.9>: {details}"
+    assert "helpfulness" in [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_a_long_note_stays_on_the_page() -> None:
+    figure = draw(POINTS, "Preference quality is unmeasured, " * 8)
+    figure.canvas.draw()
+    box = figure._supxlabel.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0
+
+
+def test_one_point_with_intervals_of_no_width_can_be_drawn() -> None:
+    figure = draw([point("w = 1", "1", 2.0, 0.0, True, spread=0.0)])
+    assert len(plots.png_bytes(figure)) > 1000
+
+
+def test_an_interval_that_misses_its_mean_by_rounding_can_be_drawn() -> None:
+    rounded = point("w = 1", "1", 0.1, 0.1, True, spread=0.0) | {"x_low": 0.1 + 1e-17, "y_high": 0.1 - 1e-16}
+    assert len(plots.png_bytes(draw([rounded]))) > 1000
+
+
+def test_pngs_and_svgs_are_files_with_the_same_bytes_each_time() -> None:
+    png, svg = plots.png_bytes(draw(POINTS)), plots.svg_bytes(draw(POINTS))
+    image = Image.open(io.BytesIO(png))
+    assert image.format == "PNG" and image.size == (835, 676)
+    assert len(image.convert("RGB").getcolors(1 << 20)) > 50  # not a blank page
+    assert len(png) < 50_000
+    assert b"<svg" in svg and b"dc:date" not in svg
+    assert plots.png_bytes(draw(POINTS)) == png
+    assert plots.svg_bytes(draw(POINTS)) == svg
+
+
+def test_a_markdown_image_holds_the_file() -> None:
+    text = plots.markdown_image(b"\x89PNG bytes", "loss")
+    assert text.startswith("![loss](data:image/png;base64,") and text.endswith(")")
+    assert base64.b64decode(text[text.index(",") + 1 : -1]) == b"\x89PNG bytes"
+
+
+def test_the_loss_curve_shows_what_was_logged() -> None:
+    history: list[dict[str, Any]] = [{"step": s, "loss": 1 / s, "grad_norm": 2.0 * s} for s in range(1, 5)]
+    history += [{"step": 2, "eval_loss": 0.6}, {"step": 4, "eval_loss": 0.4}, {"step": 5, "loss": math.nan}]
+    loss_axes, norm_axes = plots.loss_curve(history, "MODPO, w = 0.1").axes
+    train, held_out = loss_axes.lines
+    assert train.get_ydata().tolist() == [1, 1 / 2, 1 / 3, 1 / 4]
+    assert (held_out.get_xdata().tolist(), held_out.get_ydata().tolist()) == ([2, 4], [0.6, 0.4])
+    assert norm_axes.lines[0].get_ydata().tolist() == [2, 4, 6, 8]
+    assert loss_axes.get_title(loc="left") == "MODPO, w = 0.1"
+    assert len(plots.loss_curve([{"step": 1, "loss": 1.0}], "SFT").axes) == 1
+    assert len(plots.png_bytes(plots.loss_curve([], "nothing logged"))) > 1000
+
+
+def test_importing_the_module_imports_no_matplotlib_and_drawing_no_pyplot() -> None:
+    code = (
+        "import sys; from helpsteer_assets.modpo import plots\n"
+        "assert 'matplotlib' not in sys.modules, 'import'\n"
+        "plots.png_bytes(plots.loss_curve([{'step': 1, 'loss': 1.0}], 't'))\n"
+        "assert 'matplotlib.pyplot' not in sys.modules, 'draw'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

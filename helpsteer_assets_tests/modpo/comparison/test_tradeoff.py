@@ -1,0 +1,199 @@
+"""The trade-off as numbers and sentences: what is known to be there is found, what is not is not claimed."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from helpsteer_assets.experiment.settings import Experiment
+from helpsteer_assets.modpo.comparison.scores import PolicyScores
+from helpsteer_assets.modpo.comparison.tradeoff import (
+    FEW_PROMPTS,
+    analyse,
+    axis_label,
+    caveats,
+    length_points,
+    measures_of,
+    points_on,
+)
+from helpsteer_assets_tests.assets.conftest import quick_experiment
+
+PROMPTS = 80
+
+
+def policies(rated: bool = True, **shifts: dict[str, float]) -> list[PolicyScores]:
+    """SFT and the weights 0.1, 0.5 and 0.9, each measure moved from SFT's by so much, with a little noise."""
+    rng = np.random.default_rng(0)
+    base: dict[str, Any] = {
+        "margin_reward": rng.normal(0, 1, PROMPTS),
+        "response_tokens": rng.integers(20, 60, PROMPTS).astype(float),
+        "response_words": rng.integers(15, 45, PROMPTS).astype(float),
+        "kl_to_sft": np.zeros(PROMPTS),
+        "log_ratio_to_sft": np.zeros(PROMPTS),
+        "capped": np.zeros(PROMPTS),
+        "prompt_truncated": np.zeros(PROMPTS),
+        "repetition": np.zeros(PROMPTS),
+        "empty": np.zeros(PROMPTS),
+    }
+    if rated:
+        base |= {"helpfulness": rng.normal(2.5, 0.8, PROMPTS), "verbosity": rng.normal(2, 0.8, PROMPTS)}
+    ids = [f"p{i:02}" for i in range(PROMPTS)]
+    found = []
+    for w in (None, "0.1", "0.5", "0.9"):
+        moved = {
+            name: values + shifts.get(name, {}).get(w or "", 0.0) + (0 if w is None else rng.normal(0, 0.05, PROMPTS))
+            for name, values in base.items()
+        }
+        moved["margin"] = -moved["margin_reward"]
+        found.append(PolicyScores("sft" if w is None else "modpo", w, ids, moved))
+    return found
+
+
+TRADE = {
+    "helpfulness": {"0.1": -0.4, "0.9": 0.4},
+    "margin_reward": {"0.1": -0.5, "0.9": 0.5},
+    "response_tokens": {"0.1": -12.0, "0.9": 9.0},
+    "kl_to_sft": {"0.1": 0.8, "0.5": 0.3, "0.9": 0.9},
+}
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Experiment:
+    return quick_experiment(tmp_path, objective={"weights": [0.1, 0.5, 0.9]})
+
+
+def test_a_trade_off_that_is_there_is_found_and_said(experiment: Experiment) -> None:
+    result = analyse(experiment, policies(**TRADE))
+    assert result["preference_measured"] and result["axes"]["x"] == "helpfulness"
+    by_label = {point["label"]: point for point in result["points"]}
+    assert by_label["w=0.9"]["on_front"] and by_label["w=0.1"]["on_front"]
+    assert by_label["w=0.9"]["front_probability"] == 1.0
+    assert result["differences"]["0.9"]["helpfulness"]["verdict"] == "higher"
+    assert result["differences"]["0.1"]["helpfulness"]["verdict"] == "lower"
+    assert result["differences"]["0.5"]["helpfulness"]["verdict"] == "undecided"
+    assert result["differences"]["0.1"]["response_tokens"]["mean"] == pytest.approx(-12, abs=0.05)
+    assert any(sentence.startswith("Shorter than SFT by 1") for sentence in result["statements"]["0.1"])
+    assert any(re.match(r"Longer than SFT by (8\.9|9\.0)\d* tokens", said) for said in result["statements"]["0.9"])
+    assert result["direction"]["verdict"] is True
+    assert result["movement"]["margin_reward"]["slope"]["low"] > 0
+    # Nothing is better on both axes, so there is no area above SFT that noise would not explain.
+    assert result["hypervolume_above_sft"]["low"] == 0
+
+
+def test_where_nothing_moves_nothing_is_claimed(experiment: Experiment) -> None:
+    result = analyse(experiment, policies())
+    # Over measures nothing is adjusted: among the others one may differ by chance.
+    traded = ("helpfulness", "margin_reward", "response_tokens")
+    assert {own[name]["verdict"] for own in result["differences"].values() for name in traded} == {"undecided"}
+    assert "no difference shown" in " ".join(result["statements"]["0.5"])
+    assert result["direction"]["verdict"] is False
+
+
+def test_a_policy_that_is_better_on_both_axes_has_an_area_above_sft(experiment: Experiment) -> None:
+    better = {"helpfulness": {"0.5": 0.5}, "margin_reward": {"0.5": -0.5}}
+    result = analyse(experiment, policies(**better))
+    area = result["hypervolume_above_sft"]
+    assert area["low"] > 0.15 and area["low"] < 0.25 < area["high"]
+    assert [point["label"] for point in result["points"] if point["on_front"]] == ["w=0.5"]
+    assert any("Shown to be better than SFT in both" in sentence for sentence in result["headlines"])
+
+
+def test_a_gain_that_is_length_alone_is_gone_at_equal_length(experiment: Experiment) -> None:
+    rng = np.random.default_rng(1)
+    found = policies()
+    for scores in found[1:]:
+        longer = rng.normal(3, 6, PROMPTS)
+        scores.measures["response_tokens"] = found[0].measures["response_tokens"] + longer
+        scores.measures["helpfulness"] = found[0].measures["helpfulness"] + 0.05 * longer
+    result = analyse(experiment, found)
+    assert result["differences"]["0.5"]["helpfulness"]["verdict"] == "higher"
+    at_equal = next(e for e in result["equal_length"] if e["measure"] == "helpfulness" and e["w"] == "0.5")
+    assert at_equal["verdict"] == "undecided"
+    assert abs(at_equal["adjusted"]["mean"]) < 0.02 < at_equal["raw"]
+    assert result["caveats"][-1] == (
+        "At equal length no difference to SFT in rated helpfulness is shown at w=0.1, w=0.5 and w=0.9: what differs "
+        "there may be length alone."
+    )
+    at_equal_length = analyse(experiment, policies(helpfulness={"0.9": 0.4}))
+    assert at_equal_length["differences"]["0.9"]["helpfulness"]["verdict"] == "higher"
+    assert not any("At equal length" in caveat for caveat in at_equal_length["caveats"])
+
+
+def test_without_a_rater_the_axis_is_the_distance_from_sft_and_that_is_said(experiment: Experiment) -> None:
+    result = analyse(experiment, policies(rated=False, **TRADE))
+    assert not result["preference_measured"]
+    assert result["axes"] == {"x": "kl_to_sft", "y": "margin", "x_larger_is_better": False}
+    assert "unmeasured" in result["note"]
+
+
+def test_the_result_is_json_and_the_same_whatever_the_order_of_prompts(experiment: Experiment) -> None:
+    found = policies(**TRADE)
+    shuffled = []
+    for seed, scores in enumerate(found):
+        order = np.random.default_rng(seed).permutation(PROMPTS)
+        measures = {name: values[order] for name, values in scores.measures.items()}
+        shuffled.append(PolicyScores(scores.policy, scores.w, [scores.prompt_ids[i] for i in order], measures))
+    expected = json.dumps(analyse(experiment, found), allow_nan=False)
+    assert json.dumps(analyse(experiment, shuffled), allow_nan=False) == expected
+
+
+def test_points_of_plots_are_the_means_with_their_intervals(experiment: Experiment) -> None:
+    found = policies(**TRADE)
+    for point, scores in zip(points_on(found, "kl_to_sft", "helpfulness", 300, 0), found, strict=True):
+        assert point["x"] == pytest.approx(scores.measures["kl_to_sft"].mean())
+        assert point["y_low"] <= point["y"] <= point["y_high"]
+    for point, scores in zip(length_points(found, 300, 0), found, strict=True):
+        assert point["quartiles"] == pytest.approx(np.quantile(scores.measures["response_tokens"], [0.25, 0.5, 0.75]))
+
+
+def flawed(**flaws: float) -> list[PolicyScores]:
+    """Policies of which w=0.9 has a measure at 1 in this share of the responses."""
+    found = policies()
+    for scores in found:
+        for name in ("capped", "prompt_truncated", "empty", "repetition"):
+            share = flaws.get(name, 0.0) if scores.w == "0.9" else 0.0
+            scores.measures[name] = (np.arange(PROMPTS) < share * PROMPTS).astype(float)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("flaw", "share", "said"),
+    [
+        ("capped", 0.5, r"Up to 50% of the responses \(w=0.9\) are cut at 96 tokens.* generation.max_new_tokens"),
+        ("prompt_truncated", 0.1, "10% of the prompts are cut .* generation.max_prompt_length"),
+        ("empty", 0.0125, r"Up to 1% of the responses \(w=0.9\) are empty"),
+        ("repetition", 0.05, r"Up to 5% of the responses \(w=0.9\) mostly repeat themselves"),
+    ],
+)
+def test_flaws_of_the_responses_are_said_with_what_to_do(
+    experiment: Experiment, flaw: str, share: float, said: str
+) -> None:
+    assert caveats(experiment, flawed()) == []
+    (sentence,) = caveats(experiment, flawed(**{flaw: share}))
+    assert re.match(said, sentence)
+
+
+def test_few_prompts_are_said_to_be_few(experiment: Experiment) -> None:
+    few = [
+        PolicyScores(s.policy, s.w, s.prompt_ids[:10], {name: values[:10] for name, values in s.measures.items()})
+        for s in flawed()
+    ]
+    assert FEW_PROMPTS > 10
+    (sentence,) = caveats(experiment, few)
+    assert "10 prompts are few" in sentence and "evaluation.prompts" in sentence
+
+
+def test_measures_say_which_way_is_better_in_the_role_s_sense(tmp_path: Path) -> None:
+    cost = quick_experiment(tmp_path)
+    reward = quick_experiment(tmp_path, objective={"margin_role": "reward"})
+    names = ["margin_reward", "margin", "helpfulness", "verbosity", "response_tokens"]
+    assert measures_of(cost, names)["margin_reward"].better == "lower"
+    assert measures_of(reward, names)["margin_reward"].better == "higher"
+    assert measures_of(cost, names)["verbosity"].better == "lower"
+    assert measures_of(reward, names)["verbosity"].better == measures_of(cost, names)["helpfulness"].better == "higher"
+    assert axis_label(measures_of(cost, names)["margin"]) == "margin (for less verbosity; more is better)"
+    assert axis_label(measures_of(cost, names)["helpfulness"]) == "rated helpfulness, 0 to 4 (more is better)"
+    assert next(iter(measures_of(cost, names))) == "helpfulness"

@@ -1,0 +1,304 @@
+import json
+import random
+import tempfile
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpsteer_assets.errors import HelpsteerError
+from helpsteer_assets.modpo.data import pairs as pairs_module
+from helpsteer_assets.modpo.data import tables
+from helpsteer_assets.modpo.data.attributes import ATTRIBUTES
+from helpsteer_assets.modpo.data.pairs import (
+    PAIRS_SCHEMA,
+    RATED,
+    SPLITS,
+    count_train_pairs,
+    describe_pairs,
+    pair_id,
+    select_evaluation_prompts,
+    unique_responses,
+)
+from helpsteer_assets.modpo.data.ratings import prompt_id, response_id, rows_to_ratings
+from helpsteer_assets.modpo.data.readers import COLUMNS
+
+Row = dict[str, Any]
+
+
+def row(prompt: str, response: str, *ratings: int) -> Row:
+    return dict(zip(COLUMNS, (prompt, response, *ratings), strict=True))
+
+
+def ratings_of(train: list[Row], validation: list[Row] | None = None) -> pa.Table:
+    rows = {"train": train, "validation": validation or [row("held out", "yes", 0, 0, 0, 0, 0)]}
+    with tempfile.TemporaryDirectory() as folder:
+        rows_to_ratings(rows, Path(folder) / "ratings.parquet")
+        return pq.read_table(Path(folder) / "ratings.parquet")
+
+
+def build_pairs(ratings: pa.Table, attribute: str, selection_share: float) -> pa.Table:
+    with tempfile.TemporaryDirectory() as folder:
+        pairs_module.build_pairs(ratings, attribute, selection_share, Path(folder) / "pairs.parquet")
+        return pq.read_table(Path(folder) / "pairs.parquet")
+
+
+def many_rows(prompts: int, tag: str = "") -> list[Row]:
+    """Four responses each, one longer than the other, whose helpfulness is 0 to 3."""
+    return [row(f"{tag}{p}", "word " * (r + 1), r, 2, 2, 2, 4 - r) for p in range(prompts) for r in range(4)]
+
+
+def brute_force(ratings: pa.Table, attribute: str) -> dict[tuple[str, str, str], Row]:
+    """(split, chosen_id, rejected_id) -> the ratings of both, by comparing all rows with all; selection is train."""
+    best: dict[tuple[str, str, str], tuple[Any, Row]] = {}
+    rows = [r | {"overall": sum(r[a] for a in ATTRIBUTES)} for r in ratings.to_pylist()]
+    for chosen, rejected in permutations(rows, 2):
+        same = chosen["split"] == rejected["split"] and chosen["prompt"] == rejected["prompt"]
+        if same and chosen["response"] != rejected["response"] and chosen[attribute] > rejected[attribute]:
+            key = (chosen["split"], chosen["response_id"], rejected["response_id"])
+            rated = {f"{side}_{a}": r[a] for a in RATED for side, r in (("chosen", chosen), ("rejected", rejected))}
+            order = (
+                rejected[attribute] - chosen[attribute],
+                *(rated[f"{side}_{a}"] for side in ("chosen", "rejected") for a in ATTRIBUTES),
+            )
+            if key not in best or order < best[key][0]:
+                best[key] = (order, rated)
+    return {key: rated for key, (_, rated) in best.items()}
+
+
+rating = st.integers(0, 4)
+responses = st.builds(row, st.sampled_from("abcd"), st.sampled_from("vwxyz"), rating, rating, rating, rating, rating)
+held_out = st.builds(row, st.sampled_from("ABC"), st.sampled_from("xyz"), rating, rating, rating, rating, rating)
+
+
+class TestBuildPairs:
+    @settings(max_examples=20, deadline=None)
+    @given(
+        train=st.lists(responses, max_size=20),
+        validation=st.lists(held_out, min_size=1, max_size=8),
+        attribute=st.sampled_from(RATED),
+        seed=st.randoms(use_true_random=False),
+    )
+    def test_they_are_all_pairs_wherever_the_rows_stand(
+        self, train: list[Row], validation: list[Row], attribute: str, seed: random.Random
+    ) -> None:
+        # Two responses of known order, so that there is a train pair whatever was drawn.
+        train = [*train, row("known", "high", 4, 4, 4, 4, 4), row("known", "low", 0, 0, 0, 0, 0)]
+        ratings = ratings_of(train, validation)
+        pairs = build_pairs(ratings, attribute, 0.0)
+        found = {
+            (r["split"], r["chosen_id"], r["rejected_id"]): {
+                f"{side}_{a}": r[f"{side}_{a}"] for a in RATED for side in ("chosen", "rejected")
+            }
+            for r in pairs.to_pylist()
+        }
+        expected = brute_force(ratings, attribute)
+        assert found == expected
+        assert len(pairs) == len(expected)
+        in_train = sum(split == "train" for split, _, _ in expected)
+        assert count_train_pairs(ratings)[attribute] == in_train
+        seed.shuffle(train)
+        seed.shuffle(validation)
+        assert build_pairs(ratings_of(train, validation), attribute, 0.0) == pairs
+
+    def test_columns_ids_and_order(self) -> None:
+        ratings = ratings_of(many_rows(30), many_rows(5, tag="new "))
+        pairs = build_pairs(ratings, "helpfulness", 0.3)
+        assert pairs.schema == PAIRS_SCHEMA
+        rows = pairs.to_pylist()
+        assert len(rows) == 35 * 6
+        for r in rows:
+            assert r["prompt_id"] == prompt_id(r["prompt"])
+            assert r["chosen_id"] == response_id(r["prompt"], r["chosen"])
+            assert r["rejected_id"] == response_id(r["prompt"], r["rejected"])
+            assert r["pair_id"] == pair_id(r["chosen_id"], r["rejected_id"])
+            assert r["chosen_overall"] == sum(r[f"chosen_{a}"] for a in ATTRIBUTES)
+            assert r["chosen_helpfulness"] == len(r["chosen"].split()) - 1
+        assert len({r["pair_id"] for r in rows}) == len(rows)
+        order = [(r["split"], r["prompt_id"], r["pair_id"]) for r in rows]
+        assert order == sorted(order)
+
+    def test_of_files_are_those_of_tables_and_only_the_pairs_are_left(self, tmp_path: Path) -> None:
+        source, file = tmp_path / "ratings[0].parquet", tmp_path / "pairs.parquet"
+        ratings = ratings_of(many_rows(3000), many_rows(5, tag="new "))
+        pq.write_table(ratings, source)
+        counts = pairs_module.build_pairs(source, "helpfulness", 0.3, file)
+        pairs = pq.read_table(file)
+        assert pairs == build_pairs(ratings, "helpfulness", 0.3)
+        assert counts == {split: pairs["split"].to_pylist().count(split) for split in SPLITS}
+        assert pq.read_metadata(file).num_row_groups == 2
+        assert describe_pairs(file, source, "helpfulness", "verbosity") == describe_pairs(
+            pairs, ratings, "helpfulness", "verbosity"
+        )
+        assert unique_responses(file) == unique_responses(pairs)
+        assert sorted(tmp_path.iterdir()) == [file, source]
+
+    @pytest.mark.parametrize("rows", [1, 7, 50])
+    def test_do_not_depend_on_how_many_rows_are_read_at_a_time(
+        self, monkeypatch: pytest.MonkeyPatch, rows: int
+    ) -> None:
+        ratings = ratings_of(many_rows(25), many_rows(5, tag="new "))
+        pairs = build_pairs(ratings, "helpfulness", 0.3)
+        responses = unique_responses(pairs)
+        monkeypatch.setattr(tables, "BATCH_ROWS", rows)
+        monkeypatch.setattr(tables, "ROW_GROUP_ROWS", rows)
+        monkeypatch.setattr(pairs_module, "_STRETCH_ROWS", rows)
+        assert build_pairs(ratings, "helpfulness", 0.3) == pairs
+        assert unique_responses(pairs) == responses
+
+    def test_equal_ratings_and_equal_responses_make_no_pair(self) -> None:
+        ratings = ratings_of(
+            [
+                row("a", "same", 4, 0, 0, 0, 0),
+                row("a", "same", 1, 0, 0, 0, 0),
+                row("a", "tied", 1, 0, 0, 0, 0),
+            ]
+        )
+        (pair,) = build_pairs(ratings, "helpfulness", 0.0).to_pylist()
+        assert (pair["chosen"], pair["rejected"]) == ("same", "tied")
+
+    def test_of_a_pair_that_arises_twice_the_one_furthest_apart_is_kept(self) -> None:
+        ratings = ratings_of(
+            [row("a", "good", 3, 0, 0, 0, 0), row("a", "good", 4, 0, 0, 0, 0), row("a", "bad", 1, 0, 0, 0, 0)]
+        )
+        (pair,) = build_pairs(ratings, "helpfulness", 0.0).to_pylist()
+        assert (pair["chosen_helpfulness"], pair["rejected_helpfulness"]) == (4, 1)
+
+    def test_annotators_who_disagree_give_a_pair_in_both_directions(self) -> None:
+        ratings = ratings_of(
+            [row("a", "one", 3, 0, 0, 0, 0), row("a", "one", 0, 0, 0, 0, 0), row("a", "two", 2, 0, 0, 0, 0)]
+        )
+        pairs = build_pairs(ratings, "helpfulness", 0.0).to_pylist()
+        assert {(p["chosen"], p["rejected"]) for p in pairs} == {("one", "two"), ("two", "one")}
+
+    def test_selection_holds_out_whole_train_prompts_and_a_larger_share_adds_to_them(self) -> None:
+        ratings = ratings_of(many_rows(300), many_rows(40, tag="new "))
+
+        def prompts(share: float) -> dict[str, set[str]]:
+            found: dict[str, set[str]] = {"train": set(), "selection": set(), "validation": set()}
+            for r in build_pairs(ratings, "helpfulness", share).to_pylist():
+                found[r["split"]].add(r["prompt_id"])
+            return found
+
+        small, large = prompts(0.1), prompts(0.4)
+        assert 12 < len(small["selection"]) < 55
+        assert small["selection"] < large["selection"]
+        assert not large["selection"] & large["train"]
+        assert len(large["selection"] | large["train"]) == 300
+        assert small["validation"] == large["validation"] == {prompt_id(f"new {p}") for p in range(40)}
+
+    def test_selection_is_independent_of_the_validation_hash(self, tmp_path: Path) -> None:
+        rows_to_ratings({"train": many_rows(1000)}, tmp_path / "ratings.parquet", validation_share=0.5)
+        ratings = pq.read_table(tmp_path / "ratings.parquet")
+        pairs = build_pairs(ratings, "helpfulness", 0.4)
+        share = describe_pairs(pairs, ratings, "helpfulness", "verbosity")["prompts"]
+        assert 0.33 < share["selection"] / (share["selection"] + share["train"]) < 0.47
+
+    def test_too_few_prompts_for_a_selection_are_allowed(self) -> None:
+        assert set(build_pairs(ratings_of(many_rows(1)), "helpfulness", 1e-6)["split"].to_pylist()) == {"train"}
+
+    def test_only_ties_is_an_error_that_counts_the_pairs_of_every_attribute(self) -> None:
+        ratings = ratings_of(many_rows(5), [row("v", "good", 2, 4, 2, 2, 2), row("v", "bad", 2, 0, 2, 2, 2)])
+        with pytest.raises(HelpsteerError) as caught:
+            build_pairs(ratings, "correctness", 0.05)
+        assert "correctness makes no train pairs: every two responses to a train prompt are rated" in str(caught.value)
+        assert (
+            "helpfulness 30, correctness 0, coherence 0, complexity 0, verbosity 30, overall 0. Choose another "
+            "attribute (data.preference_attribute, data.margin_attribute)"
+        ) in str(caught.value)
+
+    def test_all_pairs_held_out_is_an_error_that_says_so(self) -> None:
+        with pytest.raises(HelpsteerError, match=r"but for 6 pairs held out by data.selection_share"):
+            build_pairs(ratings_of(many_rows(1)), "helpfulness", 1 - 1e-12)
+
+    def test_the_size_of_helpsteer(self) -> None:
+        ratings = ratings_of(many_rows(9000), many_rows(280, tag="new "))
+        assert len(ratings) == 37_120
+        described = describe_pairs(build_pairs(ratings, "helpfulness", 0.05), ratings, "helpfulness", "verbosity")
+        assert described["pairs"]["train"] + described["pairs"]["selection"] == 6 * 9000
+        assert described["pairs"]["validation"] == 6 * 280
+        assert 0.04 < described["prompts"]["selection"] / 9000 < 0.06
+
+
+def test_describe_pairs() -> None:
+    train = [
+        row("a", "one two three", 4, 0, 0, 0, 3),
+        row("a", "one\u00a0two", 2, 0, 0, 0, 3),
+        row("a", "one", 2, 0, 0, 0, 4),
+        row("a", "one", 2, 0, 0, 0, 1),
+        row("b", "tied", 1, 0, 0, 0, 1),
+        row("b", "too", 1, 0, 0, 0, 1),
+    ]
+    validation = [row("v", "a b", 3, 0, 0, 0, 4), row("v", "a  b ", 0, 0, 0, 0, 1), row("v", "a b c d", 0, 0, 0, 0, 4)]
+    ratings = ratings_of(train, validation)
+    pairs = build_pairs(ratings, "helpfulness", 0.0)
+    # a: "one two three" over "one two" (verbosity ties) and over "one" (its lower verbosity 1 is kept: agrees);
+    # v: "a b" over "a  b " (agrees) and over "a b c d" (ties).
+    described = describe_pairs(pairs, ratings, "helpfulness", "verbosity")
+    assert described == {
+        "pairs": {"train": 2, "selection": 0, "validation": 2},
+        "prompts": {"train": 1, "selection": 0, "validation": 1},
+        "ties": 2 + 1 + 1,
+        "duplicate_responses": 1,
+        "other": {"attribute": "verbosity", "agrees": 0.5, "opposes": 0.0, "ties": 0.5},
+        "chosen_ratings": {"3": 2, "4": 2},
+        "rejected_ratings": {"0": 2, "2": 2},
+        "chosen_words": (3 + 3 + 2 + 2) / 4,
+        "rejected_words": (2 + 1 + 2 + 4) / 4,
+        "chosen_longer": 0.5,
+    }
+    assert json.loads(json.dumps(described)) == described
+    on_verbosity = describe_pairs(build_pairs(ratings, "verbosity", 0.0), ratings, "verbosity", "helpfulness")
+    # a: "one" (4) over the other two (opposes, ties) and they over "one" (1) (agrees, ties); v: agrees and ties.
+    assert on_verbosity["other"] == {"attribute": "helpfulness", "agrees": 2 / 6, "opposes": 1 / 6, "ties": 3 / 6}
+
+
+class TestEvaluationPrompts:
+    def test_they_are_unique_validation_prompts_and_a_larger_count_only_adds(self) -> None:
+        train, validation = many_rows(10), many_rows(30, tag="new ")
+        few = select_evaluation_prompts(ratings_of(train, validation), 8)
+        more = select_evaluation_prompts(ratings_of(train[::-1], validation[::-1]), 20)
+        assert few.column_names == ["prompt_id", "prompt"]
+        assert len(set(few["prompt"].to_pylist())) == len(few) == 8
+        assert all(prompt.startswith("new ") for prompt in few["prompt"].to_pylist())
+        assert few["prompt_id"].to_pylist() == [prompt_id(prompt) for prompt in few["prompt"].to_pylist()]
+        assert more["prompt"].to_pylist()[:8] == few["prompt"].to_pylist()
+
+    def test_where_there_are_fewer_than_asked_for_all_are_taken(self) -> None:
+        assert len(select_evaluation_prompts(ratings_of(many_rows(3), many_rows(5, tag="new ")), 300)) == 5
+
+    def test_none_is_an_error_that_says_what_to_do(self) -> None:
+        with pytest.raises(HelpsteerError, match=r"no validation prompts to evaluate on .* data.validation_share"):
+            select_evaluation_prompts(ratings_of(many_rows(3), many_rows(3)), 300)
+
+
+def test_unique_responses_are_all_responses_of_all_pair_tables_once() -> None:
+    train = [*many_rows(20), row("x", "good", 4, 1, 1, 1, 1), row("x", "bad", 0, 1, 1, 1, 1)]
+    train += [row("y", "good", 1, 1, 1, 1, 4), row("y", "bad", 1, 1, 1, 1, 0), row("z", "lone", 1, 1, 1, 1, 0)]
+    ratings = ratings_of(train, many_rows(5, tag="new "))
+    pairs, margin_pairs = build_pairs(ratings, "helpfulness", 0.2), build_pairs(ratings, "verbosity", 0.2)
+    found = unique_responses(pairs, margin_pairs)
+    assert found.column_names == ["prompt_id", "response_id", "prompt", "response"]
+    assert {(r["prompt"], r["response"]) for r in found.to_pylist()} == {
+        (r["prompt"], r["response"]) for r in ratings.to_pylist() if r["prompt"] not in ("z", "held out")
+    }
+    ids = list(zip(found["prompt_id"].to_pylist(), found["response_id"].to_pylist(), strict=True))
+    assert ids == sorted(set(ids))
+    assert all(r["response_id"] == response_id(r["prompt"], r["response"]) for r in found.to_pylist())
+    assert unique_responses(margin_pairs, pairs) == found
+    assert len(unique_responses(pairs)) == len(found) - 2
+
+
+def test_unique_responses_of_some_splits_and_of_one_side() -> None:
+    ratings = ratings_of(many_rows(20), many_rows(5, tag="new "))
+    pairs = build_pairs(ratings, "helpfulness", 0.2)
+    rows = pairs.to_pylist()
+    for splits in (("train",), ("selection", "validation")):
+        found = unique_responses(pairs, splits=splits, sides=("chosen",))
+        assert set(found["response_id"].to_pylist()) == {r["chosen_id"] for r in rows if r["split"] in splits}
+        assert len(found) == 3 * len({r["prompt_id"] for r in rows if r["split"] in splits})

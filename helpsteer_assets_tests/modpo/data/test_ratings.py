@@ -1,0 +1,523 @@
+import csv
+import gzip
+import json
+import tempfile
+from collections.abc import Callable
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpsteer_assets.errors import HelpsteerError
+from helpsteer_assets.modpo.data import ratings as ratings_module
+from helpsteer_assets.modpo.data import tables
+from helpsteer_assets.modpo.data.attributes import ATTRIBUTES
+from helpsteer_assets.modpo.data.ratings import RATINGS_SCHEMA, hash_share, prompt_id, response_id
+from helpsteer_assets.modpo.data.readers import COLUMNS
+from helpsteer_assets.modpo.data.tables import query
+
+Row = dict[str, Any]
+
+
+def row(prompt: Any = "How?", response: Any = "So.", *ratings: Any, **changes: Any) -> Row:
+    return dict(zip(COLUMNS, (prompt, response, *(ratings or (1, 2, 3, 4, 0))), strict=True)) | changes
+
+
+def many_rows(prompts: int, responses: int = 3, tag: str = "") -> list[Row]:
+    return [
+        row(f"{tag}prompt {p}, über\nalles", f'"response" {r}, 行 ', p % 5, r, 2, 3, (p + r) % 5)
+        for p in range(prompts)
+        for r in range(responses)
+    ]
+
+
+def read(path: Path, **changes: Any) -> tuple[pa.Table, Row]:
+    given = {"on_bad_rows": "error", "validation_share": 0.2, "max_train_prompts": None, "max_validation_prompts": None}
+    with tempfile.TemporaryDirectory() as folder:
+        report = ratings_module.read_ratings(path, Path(folder) / "ratings.parquet", **given | changes)
+        assert [file.name for file in Path(folder).iterdir()] == ["ratings.parquet"]
+        return pq.read_table(Path(folder) / "ratings.parquet"), report
+
+
+def rows_to_ratings(rows: dict[str, list[Row]], **changes: Any) -> tuple[pa.Table, Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        report = ratings_module.rows_to_ratings(rows, Path(folder) / "ratings.parquet", **changes)
+        return pq.read_table(Path(folder) / "ratings.parquet"), report
+
+
+def write_jsonl(path: Path, rows: list[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"".join(json.dumps(r).encode() + b"\n" for r in rows))
+
+
+def write_gzip(write: Callable[[Path, list[Row]], None]) -> Callable[[Path, list[Row]], None]:
+    def write_compressed(path: Path, rows: list[Row]) -> None:
+        write(path, rows)
+        path.write_bytes(gzip.compress(path.read_bytes()))
+
+    return write_compressed
+
+
+def write_json_array(path: Path, rows: list[Row]) -> None:
+    path.write_text("\n" + json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def write_csv(path: Path, rows: list[Row]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_parquet(path: Path, rows: list[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+FORMATS = {
+    "rows.jsonl": write_jsonl,
+    "rows.jsonl.gz": write_gzip(write_jsonl),
+    "rows.json": write_json_array,
+    "lines.json": write_jsonl,
+    "rows.json.gz": write_gzip(write_json_array),
+    "rows.csv": write_csv,
+    "rows.csv.gz": write_gzip(write_csv),
+    "rows.parquet": write_parquet,
+}
+
+
+class TestFormats:
+    @pytest.mark.parametrize("name", FORMATS)
+    def test_every_format_reads_to_the_same_table(self, tmp_path: Path, name: str) -> None:
+        rows = [r | {"annotator": "ignored"} for r in many_rows(30)]
+        FORMATS[name](tmp_path / name, rows)
+        table, report = read(tmp_path / name)
+        expected, _ = rows_to_ratings({"train": rows}, validation_share=0.2)
+        assert table.schema == RATINGS_SCHEMA
+        assert table.drop_columns("file") == expected.drop_columns("file")
+        assert set(table["file"].to_pylist()) == {name}
+        assert report["files"] == [{"file": name, "split": None, "rows": 90}]
+
+    def test_the_hub_repository_of_helpsteer(self, tmp_path: Path) -> None:
+        write_gzip(write_jsonl)(tmp_path / "train.jsonl.gz", many_rows(20))
+        write_gzip(write_jsonl)(tmp_path / "validation.jsonl.gz", many_rows(4, tag="held out "))
+        (tmp_path / "README.md").write_text("# HelpSteer")
+        (tmp_path / ".gitattributes").write_text("*.gz filter=lfs")
+        table, report = read(tmp_path)
+        assert report == {
+            "files": [
+                {"file": "train.jsonl.gz", "split": "train", "rows": 60},
+                {"file": "validation.jsonl.gz", "split": "validation", "rows": 12},
+            ],
+            "bad_rows": {"count": 0, "first": []},
+            "validation_by_hash": False,
+            "removed_from_validation": {"rows": 0, "prompts": 0},
+            "limits": {
+                "train": {"max_prompts": None, "rows": 0, "prompts": 0},
+                "validation": {"max_prompts": None, "rows": 0, "prompts": 0},
+            },
+            "splits": {"train": {"rows": 60, "prompts": 20}, "validation": {"rows": 12, "prompts": 4}},
+        }
+        assert table["split"].to_pylist() == ["train"] * 60 + ["validation"] * 12
+        assert table["row"].to_pylist() == [*range(1, 61), *range(1, 13)]
+        json.dumps(report)
+
+    def test_shards_in_a_data_folder_are_read_in_name_order(self, tmp_path: Path) -> None:
+        rows = many_rows(6)
+        for shard in (2, 0, 1):
+            write_parquet(tmp_path / f"data/train-0000{shard}-of-00003.parquet", rows[6 * shard : 6 * shard + 6])
+        write_parquet(tmp_path / "data/validation-00000-of-00001-0123456789abcdef.parquet", many_rows(2, tag="other "))
+        write_jsonl(tmp_path / "preference/train.jsonl", rows)
+        table, _ = read(tmp_path)
+        assert table["response"].to_pylist()[:18] == [r["response"] for r in rows]
+        assert table["file"].to_pylist()[::6] == [
+            "data/train-00000-of-00003.parquet",
+            "data/train-00001-of-00003.parquet",
+            "data/train-00002-of-00003.parquet",
+            "data/validation-00000-of-00001-0123456789abcdef.parquet",
+        ]
+
+    def test_blank_lines_count_as_lines_and_are_no_rows(self, tmp_path: Path) -> None:
+        path = tmp_path / "rows.jsonl"
+        path.write_text("\n" + json.dumps(row("a")) + "\n  \n" + json.dumps(row("b")), encoding="utf-8")
+        table, report = read(path, validation_share=1e-9)
+        assert table["row"].to_pylist() == [2, 4]
+        assert report["files"][0]["rows"] == 2
+
+    def test_integers_may_be_spelled_as_floats_and_in_csv_as_text(self, tmp_path: Path) -> None:
+        write_jsonl(tmp_path / "rows.jsonl", [row("a", "b", 0, 1.0, 2, 3.0, 4)])
+        write_csv(tmp_path / "rows.csv", [row("a", "b", "0", "1.0", " 2 ", "3", "4.00")])
+        decimals = [Decimal(value) for value in ("0.0", "1.0", "2.0", "3.0", "4.0")]
+        write_parquet(tmp_path / "rows.parquet", [row("a", "b", *decimals)])
+        for name in ("rows.jsonl", "rows.csv", "rows.parquet"):
+            table, _ = read(tmp_path / name, validation_share=1e-9)
+            assert [table[attribute][0].as_py() for attribute in ATTRIBUTES] == [0, 1, 2, 3, 4]
+
+    def test_a_field_larger_than_the_csv_modules_limit_is_read(self, tmp_path: Path) -> None:
+        write_csv(tmp_path / "rows.csv", [row("a", "long " * 100_000)])
+        table, _ = read(tmp_path / "rows.csv", validation_share=1e-9)
+        assert len(table["response"][0].as_py()) == 500_000
+        assert csv.field_size_limit() == 131072
+
+    def test_the_size_of_helpsteer_is_read_and_split(self, tmp_path: Path) -> None:
+        write_gzip(write_jsonl)(tmp_path / "rows.jsonl.gz", many_rows(9280, 4))
+        table, report = read(tmp_path / "rows.jsonl.gz", validation_share=0.05)
+        splits = report["splits"]
+        assert len(table) == 37_120 == splits["train"]["rows"] + splits["validation"]["rows"]
+        assert splits["train"]["prompts"] + splits["validation"]["prompts"] == 9280
+        assert 0.04 < splits["validation"]["prompts"] / 9280 < 0.06
+
+
+class TestUnicode:
+    ODD = (
+        "zero\x00byte",
+        "\u2028line\u2029",
+        "e\u0301",
+        "é",
+        "👩\u200d👩",
+        "\u00a0nbsp\u00a0",
+        "\ufeffbom",
+        "tab\tcr\r",
+    )
+
+    @pytest.mark.parametrize("name", [name for name in FORMATS if not name.endswith(".gz")])
+    def test_odd_text_survives_every_format(self, tmp_path: Path, name: str) -> None:
+        rows = [row(prompt, response) for prompt in self.ODD for response in self.ODD]
+        FORMATS[name](tmp_path / name, rows)
+        table, _ = read(tmp_path / name)
+        assert table["prompt"].to_pylist() == [r["prompt"] for r in rows]
+        assert table["response"].to_pylist() == [r["response"] for r in rows]
+        assert table["prompt_id"].to_pylist() == [prompt_id(r["prompt"]) for r in rows]
+        assert table["response_id"].to_pylist() == [response_id(r["prompt"], r["response"]) for r in rows]
+        assert len(set(table["response_id"].to_pylist())) == len(rows)
+
+    def test_a_byte_order_mark_is_no_part_of_the_data(self, tmp_path: Path) -> None:
+        for name in ("rows.jsonl", "rows.json", "rows.csv"):
+            FORMATS[name](tmp_path / name, [row("a")])
+            (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
+            assert len(read(tmp_path / name, validation_share=1e-9)[0]) == 1
+
+    @settings(max_examples=25, deadline=None)
+    @given(st.lists(st.tuples(st.text(min_size=1), st.text(min_size=1)), min_size=1, max_size=5))
+    def test_ids_are_those_of_the_texts_beside_them(self, texts: list[tuple[str, str]]) -> None:
+        rows = [row(f".{prompt}", f".{response}") for prompt, response in texts]
+        table, _ = rows_to_ratings({"train": rows, "validation": [row("other")]})
+        for found in table.to_pylist():
+            assert found["prompt_id"] == prompt_id(found["prompt"])
+            assert found["response_id"] == response_id(found["prompt"], found["response"])
+
+
+class TestSplits:
+    def test_a_hash_of_the_prompt_alone_splits_a_single_source(self) -> None:
+        rows = many_rows(200)
+        whole, report = rows_to_ratings({"train": rows}, validation_share=0.2)
+        part, _ = rows_to_ratings({"train": rows[::-1][:99]}, validation_share=0.2)
+        split_of = dict(zip(whole["prompt_id"].to_pylist(), whole["split"].to_pylist(), strict=True))
+        assert report["validation_by_hash"]
+        assert 20 < report["splits"]["validation"]["prompts"] < 60
+        for prompt, split in zip(part["prompt_id"].to_pylist(), part["split"].to_pylist(), strict=True):
+            assert split_of[prompt] == split
+
+    def test_a_larger_share_takes_more_prompts_and_keeps_the_earlier_ones(self) -> None:
+        def validation(share: float) -> set[str]:
+            table, _ = rows_to_ratings({"train": many_rows(100)}, validation_share=share)
+            return {r["prompt_id"] for r in table.to_pylist() if r["split"] == "validation"}
+
+        assert validation(0.1) < validation(0.3) < validation(0.8)
+
+    def test_a_folder_without_validation_files_is_split_by_the_same_hash(self, tmp_path: Path) -> None:
+        write_jsonl(tmp_path / "train.jsonl", many_rows(50))
+        folder, report = read(tmp_path)
+        file, _ = read(tmp_path / "train.jsonl")
+        assert report["validation_by_hash"]
+        assert folder == file
+        assert {*folder["split"].to_pylist()} == {"train", "validation"}
+
+    def test_validation_prompts_that_stand_in_train_are_removed_and_counted(self) -> None:
+        rows = {"train": many_rows(10, 2), "validation": [*many_rows(3, 4), *many_rows(2, 2, tag="new ")]}
+        table, report = rows_to_ratings(rows)
+        assert report["removed_from_validation"] == {"rows": 12, "prompts": 3}
+        assert report["splits"]["validation"] == {"rows": 4, "prompts": 2}
+        assert len(table) == 24
+
+    def test_limits_keep_the_prompts_with_the_smallest_hash(self) -> None:
+        rows = {"train": many_rows(40), "validation": many_rows(20, tag="new ")}
+        table, report = rows_to_ratings(rows, max_train_prompts=7, max_validation_prompts=5)
+        for split, kept in (("train", 7), ("validation", 5)):
+            every = sorted({prompt_id(r["prompt"]) for r in rows[split]})
+            found = {r["prompt_id"] for r in table.to_pylist() if r["split"] == split}
+            assert found == set(every[:kept])
+            assert report["limits"][split] == {
+                "max_prompts": kept,
+                "rows": 3 * (len(every) - kept),
+                "prompts": len(every) - kept,
+            }
+            assert report["splits"][split] == {"rows": 3 * kept, "prompts": kept}
+
+    def test_a_limit_above_what_there_is_leaves_nothing_out(self) -> None:
+        rows = {"train": many_rows(4)}
+        assert rows_to_ratings(rows, max_train_prompts=100)[0] == rows_to_ratings(rows)[0]
+
+    def test_hash_shares_are_uniform_and_independent_of_one_another(self) -> None:
+        ids = pa.table({"id": [prompt_id(str(number)) for number in range(4000)]})
+        shares = query(f"SELECT {hash_share('one', 'id')} AS one, {hash_share('two', 'id')} AS two FROM ids", ids=ids)
+        pairs = list(zip(shares["one"].to_pylist(), shares["two"].to_pylist(), strict=True))
+        assert all(0 <= one < 1 for one, _ in pairs)
+        for low in (0, 0.25, 0.5, 0.75):
+            assert 800 < sum(low <= one < low + 0.25 for one, _ in pairs) < 1200
+            assert 400 < sum(low <= one < low + 0.25 and two < 0.5 for one, two in pairs) < 600
+
+
+BAD_ROWS = [
+    (row(prompt=None), "prompt is null"),
+    (row(verbosity=None), "verbosity is null"),
+    (row(helpfulness=5), "helpfulness is 5, not an integer 0 to 4"),
+    (row(helpfulness=-1), "helpfulness is -1, not an integer 0 to 4"),
+    (row(coherence=2.5), "coherence is 2.5, not an integer 0 to 4"),
+    (row(coherence=float("nan")), "coherence is nan, not an integer 0 to 4"),
+    (row(coherence=10**400), "coherence is 1000"),
+    (row(complexity="3"), "complexity is the text '3', not an integer 0 to 4"),
+    (row(complexity=True), "complexity is True, not an integer 0 to 4"),
+    (row(complexity=[3]), "complexity is [3], not an integer 0 to 4"),
+    (row(prompt=""), "prompt is empty"),
+    (row(response=" \n\u3000"), "response is empty"),
+    (row(prompt=[{"role": "user", "content": "hi"}]), "prompt is [{'role': 'user', 'content': 'hi'}], not text"),
+    (row(response=7), "response is 7, not text"),
+    (row(response="\ud800"), "response holds half a surrogate pair"),
+    (row(prompt="", verbosity=9), "prompt is empty; verbosity is 9, not an integer 0 to 4"),
+    ({k: v for k, v in row().items() if k != "coherence"}, "column coherence is missing"),
+]
+
+BAD_LINES = [
+    (b'{"prompt": "a", ', "not valid JSON: Expecting property name enclosed in double quotes at character 16"),
+    (b'{"prompt": "\xff"}', "not valid UTF-8 at byte 13"),
+    (b"[1, 2]", "a JSON array, not an object"),
+    (b'"text"', "a JSON string, not an object"),
+    (b"null", "a JSON null, not an object"),
+    (b"[" * 100_000, "JSON nested too deeply"),
+    (b"1" * 5000, "limit"),
+]
+
+
+class TestBadRows:
+    @pytest.mark.parametrize(("bad", "reason"), BAD_ROWS, ids=[reason[:30] for _, reason in BAD_ROWS])
+    def test_a_bad_row_stops_with_its_file_row_and_reason(self, tmp_path: Path, bad: Row, reason: str) -> None:
+        write_jsonl(tmp_path / "train.jsonl", [row("a"), bad, row("b")])
+        with pytest.raises(HelpsteerError) as caught:
+            read(tmp_path)
+        assert f"{tmp_path}: 1 of 3 rows are bad:\n  train.jsonl, row 2: {reason}" in str(caught.value)
+        assert "`data.on_bad_rows: drop`" in str(caught.value)
+        with pytest.raises(HelpsteerError, match="embedded, row 2: "):
+            rows_to_ratings({"train": [row("a"), bad, row("b")]})
+
+    @pytest.mark.parametrize(("line", "reason"), BAD_LINES, ids=[reason[:30] for _, reason in BAD_LINES])
+    def test_an_undecodable_line_is_a_bad_row(self, tmp_path: Path, line: bytes, reason: str) -> None:
+        path = tmp_path / "rows.jsonl"
+        path.write_bytes(b"\n".join([json.dumps(row("a")).encode(), line, json.dumps(row("b")).encode()]))
+        with pytest.raises(HelpsteerError) as caught:
+            read(path)
+        assert "rows.jsonl, row 2: " in str(caught.value)
+        assert reason in str(caught.value)
+        table, report = read(path, on_bad_rows="drop", validation_share=1e-9)
+        assert table["row"].to_pylist() == [1, 3]
+        assert report["bad_rows"]["count"] == 1
+
+    def test_the_first_ten_are_listed_with_the_total(self, tmp_path: Path) -> None:
+        rows = [row(f"prompt {number}", verbosity=7 if number % 2 else 1) for number in range(50)]
+        write_jsonl(tmp_path / "train.jsonl", rows)
+        write_jsonl(tmp_path / "validation.jsonl", [row("v", ""), row("w")])
+        with pytest.raises(HelpsteerError) as caught:
+            read(tmp_path)
+        lines = str(caught.value).splitlines()
+        assert lines[0] == f"the ratings in {tmp_path}: 26 of 52 rows are bad:"
+        assert lines[1:11] == [
+            f"  train.jsonl, row {number}: verbosity is 7, not an integer 0 to 4" for number in range(2, 21, 2)
+        ]
+        assert lines[11] == "  ... and 16 more"
+
+    def test_drop_drops_and_counts_them(self, tmp_path: Path) -> None:
+        rows = [row(f"prompt {number}", verbosity=7 if number % 2 else 1) for number in range(50)]
+        write_jsonl(tmp_path / "train.jsonl", rows)
+        write_jsonl(tmp_path / "validation.jsonl", [row("v", ""), row("w")])
+        table, report = read(tmp_path, on_bad_rows="drop")
+        assert report["bad_rows"]["count"] == 26
+        assert len(report["bad_rows"]["first"]) == 10
+        assert report["splits"] == {"train": {"rows": 25, "prompts": 25}, "validation": {"rows": 1, "prompts": 1}}
+        assert table["row"].to_pylist() == [*range(1, 51, 2), 2]
+
+    def test_csv_rows(self, tmp_path: Path) -> None:
+        path = tmp_path / "rows.csv"
+        header = ",".join(COLUMNS).encode()
+        path.write_bytes(header + b"\na,b,1,1,1,1,1\n\na,b,1,1,1,1\na,b,1,,1,1,1\na,b,1,two,1,1,1_0\n,\xff,1,1,1,1,1\n")
+        with pytest.raises(HelpsteerError) as caught:
+            read(path)
+        assert str(caught.value).splitlines()[1:-1] == [
+            "  rows.csv, row 2: it has 6 fields, the header names 7",
+            "  rows.csv, row 3: correctness is null",
+            "  rows.csv, row 4: correctness is the text 'two', not an integer 0 to 4; "
+            "verbosity is the text '1_0', not an integer 0 to 4",
+            "  rows.csv, row 5: prompt is empty; response is not valid UTF-8",
+        ]
+
+    def test_parquet_rows(self, tmp_path: Path) -> None:
+        table = pa.Table.from_pylist([row("a"), row(verbosity=None), row(helpfulness=9), row("b", "bad")])
+        broken = pa.StringArray.from_buffers(
+            4, pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0\3\0\0\0\4\0\0\0"), pa.py_buffer(b"xyz\xff")
+        )
+        table = table.set_column(table.schema.get_field_index("response"), "response", broken)
+        pq.write_table(table, tmp_path / "rows.parquet")
+        with pytest.raises(HelpsteerError) as caught:
+            read(tmp_path / "rows.parquet")
+        assert str(caught.value).splitlines()[1:-1] == [
+            "  rows.parquet, row 2: verbosity is null",
+            "  rows.parquet, row 3: helpfulness is 9, not an integer 0 to 4",
+            "  rows.parquet, row 4: response is not valid UTF-8",
+        ]
+
+    def test_nothing_good_is_an_error_even_where_bad_rows_are_dropped(self, tmp_path: Path) -> None:
+        write_jsonl(tmp_path / "train.jsonl", [row(""), row("")])
+        with pytest.raises(
+            HelpsteerError, match=r"not one of the 2 rows is good:\n  train.jsonl, row 1: prompt is empty"
+        ):
+            read(tmp_path, on_bad_rows="drop")
+        write_jsonl(tmp_path / "validation.jsonl", [row("a")])
+        with pytest.raises(HelpsteerError, match="no train rows are left of 3, 2 of them bad"):
+            read(tmp_path, on_bad_rows="drop")
+
+
+def without(column: str) -> list[Row]:
+    return [{k: v for k, v in r.items() if k != column} for r in many_rows(2)]
+
+
+TEXTS = {"a": True, "über\n": True, "": False, " \t": False, "\u3000": False, "\udc80": False, "\ud83d\ude00": False}
+RATINGS = [(value, True) for value in (0, 4, 3.0, Decimal("2.0"))] + [
+    (value, False) for value in (-1, 5, 2.5, float("nan"), 10**400, True, False, None, "3", [3], Decimal("0.5"))
+]
+judged_texts = st.sampled_from([*TEXTS.items(), (None, False), (7, False), (b"bytes", False), (["a"], False)])
+judged_ratings = st.one_of(st.just((1, True)), st.sampled_from(RATINGS))
+judged_rows = st.tuples(judged_texts, judged_texts, *(judged_ratings for _ in ATTRIBUTES))
+
+
+class TestBatches:
+    @settings(max_examples=25, deadline=None)
+    @given(judged=st.lists(st.one_of(st.just((("a", True), ("b", True), *[(1, True)] * 5)), judged_rows), max_size=9))
+    @pytest.mark.parametrize("size", [1, 3])
+    def test_rows_are_judged_alike_alone_and_among_others(self, size: int, judged: list[Any]) -> None:
+        judged = [*judged, (("known", True), ("good", True), *[(2, True)] * 5)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ratings_module, "BATCH_ROWS", size)
+            table, report = rows_to_ratings(
+                {"train": [row(*(value for value, _ in values)) for values in judged], "validation": [row("v")]},
+                on_bad_rows="drop",
+            )
+        good = [number for number, values in enumerate(judged, 1) if all(is_good for _, is_good in values)]
+        assert table["row"].to_pylist() == [*good, 1]
+        assert report["bad_rows"]["count"] == len(judged) - len(good)
+        for found in table.to_pylist()[:-1]:
+            values = [value for value, _ in judged[found["row"] - 1]]
+            assert [found[column] for column in COLUMNS] == values
+
+    @pytest.mark.parametrize("size", [1, 7, 100])
+    def test_the_result_does_not_depend_on_their_size(self, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+        rows = many_rows(20)
+        rows[11]["verbosity"] = rows[30]["verbosity"] = 9
+        del rows[40]["prompt"]
+        given: dict[str, Any] = {"on_bad_rows": "drop", "validation_share": 0.3, "max_train_prompts": 9}
+        expected = rows_to_ratings({"train": rows}, **given)
+        monkeypatch.setattr(ratings_module, "BATCH_ROWS", size)
+        monkeypatch.setattr(tables, "ROW_GROUP_ROWS", size)
+        assert rows_to_ratings({"train": rows}, **given) == expected
+
+    def test_a_column_missing_in_some_batches_only_is_bad_rows(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ratings_module, "BATCH_ROWS", 2)
+        rows = {"train": [*without("verbosity"), row("a")], "validation": [row("v")]}
+        assert rows_to_ratings(rows, on_bad_rows="drop")[1]["bad_rows"]["count"] == 6
+        with pytest.raises(HelpsteerError, match=r"embedded has no column verbosity"):
+            rows_to_ratings({"train": without("verbosity")}, on_bad_rows="drop")
+
+    @pytest.mark.parametrize("space", [b"", b" " * 5000, b"\xef\xbb\xbf", b"\xef\xbb\xbf\n" + b" " * 4096])
+    def test_a_json_array_is_one_whatever_space_precedes_it(self, tmp_path: Path, space: bytes) -> None:
+        (tmp_path / "rows.json").write_bytes(space + json.dumps([row("a"), row("b")]).encode())
+        assert read(tmp_path / "rows.json", validation_share=1e-9)[0]["row"].to_pylist() == [1, 2]
+
+
+class TestFiles:
+    @pytest.mark.parametrize("name", FORMATS)
+    @pytest.mark.parametrize("on_bad_rows", ["error", "drop"])
+    def test_a_column_missing_in_the_whole_file_is_named(self, tmp_path: Path, name: str, on_bad_rows: str) -> None:
+        FORMATS[name](tmp_path / name, without("verbosity"))
+        with pytest.raises(
+            HelpsteerError, match=rf"{name} has no column verbosity. It has: coherence, .*response. Needed"
+        ):
+            read(tmp_path / name, on_bad_rows=on_bad_rows)
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("rows.jsonl", b"", "rows.jsonl is empty: it has 0 bytes"),
+            ("rows.jsonl", b"\n \n", "rows.jsonl is empty: it holds no rows"),
+            ("rows.jsonl.gz", gzip.compress(b""), "rows.jsonl.gz is empty: it holds no rows"),
+            ("rows.json", b"[]", "rows.json is empty: it holds no rows"),
+            ("rows.csv", ",".join(COLUMNS).encode(), "rows.csv is empty: it holds no rows"),
+            ("rows.csv", b"\n", "rows.csv has no column prompt, response, .* It has: none"),
+            ("rows.csv", b"prompt;response\n", "It has: prompt;response. Needed are prompt, response, helpfulness"),
+            ("rows.jsonl.gz", b'{"prompt": 1}\n', "rows.jsonl.gz is not gzip, though its name says so"),
+            ("rows.jsonl.gz", gzip.compress(b"x" * 9999)[:-9], "rows.jsonl.gz is damaged gzip"),
+            ("rows.parquet", b"PAR1 damaged PAR1", "rows.parquet is no readable parquet file"),
+            ("rows.json", b'[{"prompt":\n 1},', "rows.json is not valid JSON: .* at line 2, character 5. Mend it"),
+            ("rows.json", b'["\xff"]', "rows.json is not valid UTF-8 at byte 3"),
+            ("rows.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer.*git lfs pull"),
+            ("rows.txt", b"prompt", "rows.txt is of no known format. Known are .jsonl, .json, .csv, .parquet"),
+            ("rows.parquet.gz", b"prompt", "rows.parquet.gz is of no known format"),
+        ],
+    )
+    def test_a_file_that_is_bad_as_a_whole(self, tmp_path: Path, name: str, content: bytes, message: str) -> None:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(HelpsteerError, match=message):
+            read(tmp_path / name, on_bad_rows="drop")
+
+    def test_a_quote_left_open_does_not_swallow_the_rest_of_a_csv(self, tmp_path: Path) -> None:
+        write_csv(tmp_path / "rows.csv", many_rows(20))
+        content = (tmp_path / "rows.csv").read_text(encoding="utf-8")
+        (tmp_path / "rows.csv").write_text(content.replace('\n"prompt 10', '\n""prompt 10', 1), encoding="utf-8")
+        with pytest.raises(HelpsteerError, match=r"rows.csv is not valid CSV near line \d+"):
+            read(tmp_path / "rows.csv", on_bad_rows="drop")
+
+    def test_a_parquet_file_cut_short(self, tmp_path: Path) -> None:
+        write_parquet(tmp_path / "rows.parquet", many_rows(20))
+        content = (tmp_path / "rows.parquet").read_bytes()
+        (tmp_path / "rows.parquet").write_bytes(content[: len(content) // 2])
+        with pytest.raises(HelpsteerError, match=r"rows.parquet is no readable parquet file"):
+            read(tmp_path / "rows.parquet")
+
+    def test_a_path_that_does_not_exist(self, tmp_path: Path) -> None:
+        with pytest.raises(HelpsteerError, match=r"data.source: .*/nowhere does not exist"):
+            read(tmp_path / "nowhere")
+
+    def test_a_folder_without_a_train_file(self, tmp_path: Path) -> None:
+        write_jsonl(tmp_path / "validation.jsonl", [row()])
+        write_jsonl(tmp_path / "training.jsonl", [row()])
+        with pytest.raises(
+            HelpsteerError, match=r"holds no train file.*found training.jsonl, validation.jsonl. Rename"
+        ):
+            read(tmp_path)
+
+    @pytest.mark.parametrize("second", ["train.jsonl.gz", "data/train.jsonl", "train-00000-of-00001.jsonl"])
+    def test_two_sets_of_files_for_one_split(self, tmp_path: Path, second: str) -> None:
+        write_jsonl(tmp_path / "train.jsonl", [row()])
+        write_jsonl(tmp_path / second, [row()])
+        with pytest.raises(HelpsteerError, match=r"more than one set of train files") as caught:
+            read(tmp_path)
+        assert "train.jsonl" in str(caught.value)
+        assert second in str(caught.value)
+
+    def test_a_missing_shard(self, tmp_path: Path) -> None:
+        write_jsonl(tmp_path / "train-00001-of-00003.jsonl", [row()])
+        write_jsonl(tmp_path / "train-00002-of-00003.jsonl", [row()])
+        with pytest.raises(HelpsteerError, match=r"holds 2 train shards .* and their names say there are 3"):
+            read(tmp_path)

