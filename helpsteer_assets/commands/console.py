@@ -31,6 +31,7 @@ def json_value(value: object) -> object:
 
 
 def cell(value: object) -> str:
+    """A value as a table shows it."""
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else printable(str(value))
 
 
@@ -53,6 +54,7 @@ def garbage_rows(garbage: "list[Garbage]", home: Path) -> list[tuple[str, str, s
 
 
 def print_table(names: list[str], rows: list[Any]) -> None:
+    """Print rows under their names."""
     from rich import box
     from rich.console import Console
     from rich.table import Table

@@ -553,7 +553,7 @@ def _provenance(
         if artifact is None:
             made_from.setdefault(name, {"fingerprint": fingerprint, "note": "gone from the home"})
             return
-        told = ("settings", "code", "inputs", "seed", "versions", "git_revision", "created_at")
+        told = ("version", "settings", "inputs", "seed", "versions", "git_revision", "created_at")
         made_from[name] = {"fingerprint": fingerprint} | {key: artifact.manifest.get(key) for key in told}
         for above, partitions in artifact.manifest.get("inputs", {}).items():
             for part, value in partitions.items():

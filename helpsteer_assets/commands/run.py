@@ -12,12 +12,12 @@ from typing import Any, TextIO
 import dagster as dg
 import pyarrow.parquet as pq
 
-from helpsteer_assets.assets import build_assets
 from helpsteer_assets.assets.sources import described_model
 from helpsteer_assets.assets.status import Status, finished_folders, label, status, unfinished
 from helpsteer_assets.assets.tradeoff import wide_summary
 from helpsteer_assets.commands.console import command_name
 from helpsteer_assets.commands.disk import disk_need, in_words, needs_model, shortage
+from helpsteer_assets.defs.assets import build_assets
 from helpsteer_assets.defs.checks import build_checks
 from helpsteer_assets.defs.jobs import build_jobs, phases
 from helpsteer_assets.defs.lab import Lab

@@ -141,7 +141,7 @@ def _verify_artifact(store: ArtifactStore, name: tuple[str, str, str], report: R
     if wrong:
         report.problems.append(Problem("damaged", subject, "; ".join(wrong), _RECOMPUTED))
     elif artifact is not None and not _is_what_it_says(artifact):
-        wrong = ["its manifest's settings, code and inputs are not those that its fingerprint stands for"]
+        wrong = ["its manifest's version, settings and inputs are not those that its fingerprint stands for"]
         report.problems.append(
             Problem("damaged", subject, wrong[0], f"remove {artifact.path}; {_RUN} computes it again")
         )
@@ -157,8 +157,8 @@ def _verify_artifact(store: ArtifactStore, name: tuple[str, str, str], report: R
 
 
 def _is_what_it_says(artifact: Artifact) -> bool:
-    code, settings, inputs = (artifact.manifest.get(key, {}) for key in ("code", "settings", "inputs"))
-    stated = fingerprint_value(artifact.asset, code, settings, inputs)
+    version, settings, inputs = (artifact.manifest.get(key, {}) for key in ("version", "settings", "inputs"))
+    stated = fingerprint_value(artifact.asset, version, settings, inputs)
     return stated == artifact.fingerprint
 
 

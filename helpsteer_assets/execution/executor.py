@@ -9,9 +9,11 @@ import os
 
 import dagster as dg
 
-from helpsteer_assets.defs.lab import GPU_POOL
 from helpsteer_assets.execution.ray_cluster import on_ray, require_ray
 from helpsteer_assets.execution.recovery import Living
+
+GPU_POOL = "gpu"
+"""Pool of the steps that load a model; its limit (dagster.yaml) is how many of them run at once."""
 
 STEP_MODULES = ("dagster._core.storage.sqlite_storage", "helpsteer_assets.definitions")
 """What every step imports: Dagster's storage and the code location."""

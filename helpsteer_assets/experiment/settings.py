@@ -565,4 +565,5 @@ def shown(value: object) -> str:
 
 
 def clipped(text: str) -> str:
+    """The beginning of a long text."""
     return text if len(text) <= 120 else text[:117] + "..."

@@ -30,13 +30,16 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.files.digests import is_intact, sealed
 from helpsteer_assets.files.durable import checked_name, sync, write_atomically
 from helpsteer_assets.files.os_errors import readable_library_errors, readable_os_errors
 from helpsteer_assets.store.locks import exclusive_lock, lock_if_free
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 ALL = "all"
 """The partition folder of an unpartitioned asset."""
@@ -74,6 +77,12 @@ class Artifact:
             known = ", ".join(sorted(self.manifest["files"]))
             raise HelpsteerError(f"{self.path} has no file {name!r}; its manifest lists: {known}")
         return self.path / name
+
+    def table(self, name: str, columns: list[str] | None = None) -> "pa.Table":
+        """A Parquet file of the artifact, or some of its columns, as an Arrow table."""
+        import pyarrow.parquet as pq
+
+        return pq.read_table(self.file(name), columns=columns)
 
 
 class _DamagedError(Exception):

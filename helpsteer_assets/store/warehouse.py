@@ -56,14 +56,8 @@ _ENTRY = {
     "run_id": "VARCHAR",
     "materialized_at": "TIMESTAMP",
     "reused": "BOOLEAN",
-    "policy": "VARCHAR",
-    "w": "DOUBLE",
-    "margin_beta": "DOUBLE",
-    "penalty": "DOUBLE",
 }
-"""What `Column.expression` finds in `entry`: the registry entry's own fields, then the constants."""
-_CONSTANTS = {"generations": ({"policy", "w"},), "scores": ({"margin_beta"}, {"penalty"})}
-"""The constants that a table's entries carry; one of the alternatives."""
+"""What `Column.expression` finds in `entry`: the registry entry's fields."""
 _SCHEMA_VERSION = 1
 _STORAGE = {"storage_compatibility_version": "v1.4.0"}
 """DuckDB 2 writes by default what no DuckDB 1 opens, and people's shells and tools are older than our pin. Before 1.4
@@ -76,7 +70,6 @@ _ENTRY_TYPES = {
     "reused": bool,
     "table": str | None,
     "parquet": str | None,
-    "constants": dict,
 }
 """What a registry entry holds, besides its version and what its place says too."""
 _DAMAGED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -111,17 +104,15 @@ class Warehouse:
         reused: bool,
         table: str | None,
         parquet: Path | None,
-        constants: dict[str, Any],
         publish: bool = True,
     ) -> None:
         """Makes this the latest materialization of the asset's partition in the experiment, and publishes.
 
         `partition` is None (or `ALL`) for an unpartitioned asset, `path` the artifact's folder, `table` and `parquet`
-        the published table and the file of its rows (None for an asset without a table). `constants` holds what the
-        rows need and the file does not say: `policy` and `w` for `generations`; `margin_beta` or `penalty` for
-        `scores`; nothing for the others. With `publish=False` the caller publishes later.
+        the published table and the file of its rows (None for an asset without a table).
+        With `publish=False` the caller publishes later.
 
-        Raises HelpsteerError for a table that does not exist, constants that do not fit it, and a Parquet file that is
+        Raises HelpsteerError for a table that does not exist, and a Parquet file that is
         missing, unreadable or lacks a column.
         """
         partition = None if partition == ALL else partition
@@ -137,27 +128,14 @@ class Warehouse:
             "reused": reused,
             "table": table,
             "parquet": None if parquet is None else self._portable(parquet),
-            "constants": constants,
         }
         file = self._entry_file(experiment, asset, ALL if partition is None else partition)
         self._check(entry)
         with readable_os_errors("write", file):
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(file, json.dumps(entry, indent=2) + "\n")
-            if table == "scores":
-                self._rescale_reference(experiment, constants)
         if publish:
             self.publish()
-
-    def _rescale_reference(self, experiment: str, constants: dict[str, Any]) -> None:
-        """Give the SFT policy's scores the scale of the latest policies': they are compared with each other.
-
-        Its artifact holds unscaled log-ratios, so that a changed margin_beta leaves it as it is.
-        """
-        entry = self.latest(experiment, "sft_scores", ALL)
-        if entry is not None and entry["constants"] != constants and set(entry["constants"]) == set(constants):
-            file = self._entry_file(experiment, "sft_scores", ALL)
-            write_atomically(file, json.dumps(entry | {"constants": constants}, indent=2) + "\n")
 
     def forget_others(self, experiment: str, known: set[tuple[str, str]]) -> None:
         """Leave out of the tables what the experiment no longer has, such as a weight that left its grid.
@@ -318,7 +296,7 @@ class Warehouse:
         }
 
     def _check(self, entry: dict[str, Any]) -> None:
-        name, constants = entry["table"], set(entry["constants"])
+        name = entry["table"]
         publishable = ", ".join(table.name for table in DECLARED)
         if (name is None) != (entry["parquet"] is None):
             raise HelpsteerError(f"{entry['asset']}: a table needs a Parquet file, and a Parquet file a table")
@@ -326,12 +304,6 @@ class Warehouse:
             return
         if name not in TABLES or name == MATERIALIZATIONS.name:
             raise HelpsteerError(f"{entry['asset']}: there is no table {name!r}; there are {publishable}")
-        expected = _CONSTANTS.get(name, (set(),))
-        if constants not in expected:
-            wanted = " or ".join(str(sorted(names)) for names in expected)
-            raise HelpsteerError(
-                f"{entry['asset']}: table {name} takes the constants {wanted}, got {sorted(constants)}"
-            )
         resolved = self._resolved(entry)
         with duckdb.connect() as connection:
             try:
@@ -488,8 +460,7 @@ def _parameters(entry: dict[str, Any]) -> dict[str, Any]:
     from helpsteer_assets.modpo.data.tables import literal_path
 
     parquet = None if entry["parquet"] is None else literal_path(Path(entry["parquet"]))
-    own = {name: entry[name] for name in _ENTRY if name in entry}
-    return {"parquet": parquet, **{name: entry["constants"].get(name) for name in _ENTRY}, **own}
+    return {"parquet": parquet, **{name: entry[name] for name in _ENTRY}}
 
 
 @contextmanager
