@@ -17,7 +17,6 @@ from helpsteer_assets.modpo.models.tokenization import Sequence
 from helpsteer_assets.modpo.progress import Progress, silent
 from helpsteer_assets.modpo.scoring.log_probs import attention_for, response_log_probs
 from helpsteer_assets.modpo.scoring.trees import Forest
-from helpsteer_assets.modpo.training.compilation import compiled_layers
 from helpsteer_assets.modpo.training.loop import TrainingResult, WorldTrainer, train, training_arguments
 from helpsteer_assets.modpo.training.losses import log_ratios, modpo_loss
 from helpsteer_assets.modpo.training.processes import ALONE, World
@@ -286,7 +285,6 @@ def train_preference(
     beta: float,
     settings: "TrainingSettings",
     batch_tokens: int,
-    compile_layers: bool = False,
     seed: int,
     report_to: list[str],
     what: str,
@@ -303,7 +301,6 @@ def train_preference(
         beta: strength of the pull to the SFT model.
         settings: how the stage trains.
         batch_tokens: tokens in one forward and backward pass.
-        compile_layers: whether the layers' MLPs and norms are compiled.
         seed: seed of data order and dropout.
         report_to: experiment trackers.
         what: what is trained, for messages.
@@ -340,17 +337,16 @@ def train_preference(
         evaluation_collator=PairCollator(batch_tokens, world),
         world=world,
     )
-    with compiled_layers(model, compile_layers):
-        return train(
-            trainer,
-            settings,
-            what=what,
-            loss_limit=max(HOPELESS_ADVANTAGE / w, HOPELESS_FACTOR * train_pairs.loss_of_reference(w=w)),
-            likely_causes=(
-                f"a learning rate too high (lower learning_rate, {settings.learning_rate:g}), above all at small w, "
-                f"where 1/w = {1 / w:g} multiplies the gradients before they are clipped (raise the smallest weight); "
-                "margins of hundreds (lower objective.margin_beta or objective.penalty); a large beta "
-                f"({beta:g}), which multiplies every log-ratio; model.precision: bf16 with weights that overflow"
-            ),
-            progress=progress,
-        )
+    return train(
+        trainer,
+        settings,
+        what=what,
+        loss_limit=max(HOPELESS_ADVANTAGE / w, HOPELESS_FACTOR * train_pairs.loss_of_reference(w=w)),
+        likely_causes=(
+            f"a learning rate too high (lower learning_rate, {settings.learning_rate:g}), above all at small w, "
+            f"where 1/w = {1 / w:g} multiplies the gradients before they are clipped (raise the smallest weight); "
+            "margins of hundreds (lower objective.margin_beta or objective.penalty); a large beta "
+            f"({beta:g}), which multiplies every log-ratio; model.precision: bf16 with weights that overflow"
+        ),
+        progress=progress,
+    )
