@@ -1,8 +1,8 @@
 """Summed log-probabilities of responses: log p(y|x), the end-of-text token included.
 
 `padded_log_probs` is the plain way: every sequence by itself, padded, all logits. `response_log_probs` computes the
-same numbers from packed prompt trees, with the head fused: the way everything here takes wherever the model allows it,
-which is tried out once per model on a small tree.
+same numbers from packed prompt trees and with a fused head, as far as the model allows it. That is tried out once per
+model on a small tree, against the plain way.
 """
 
 import logging
@@ -39,7 +39,7 @@ SCORING_BATCH_TOKENS = 8192
 """Tokens in one scoring batch."""
 
 BASE = "base"
-"""Stands for the model with its adapters switched off."""
+"""The name for the model with its adapters switched off."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Method:
     kernel: str | None
     """The kernel of `tree_attention`, `varlen` or `split`; None: from padded batches, without trees."""
     fused: bool = False
-    """Whether by a `LogProbHead`, where the head is frozen; else by the model's own, at the predicted positions."""
+    """Whether by a `LogProbHead`, where the head is frozen; else by the model's own head at the predicted positions."""
 
     def __str__(self) -> str:
         if self.kernel is None:
@@ -71,7 +71,7 @@ def padded_log_probs(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
     Returns:
         [batch] float64, in nats: the sum over the response's tokens. Token terms are computed in fp32 (fp64 for an
-        fp64 model) and summed in fp64, since differences of sums of hundreds of terms are what the loss is made of.
+        fp64 model) and summed in fp64, because the loss is made of differences of such sums.
     """
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
     targets = batch.response_mask[:, 1:]  # position t predicts token t + 1
@@ -83,21 +83,21 @@ def padded_log_probs(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def response_log_probs(model: torch.nn.Module, batch: TreeBatch) -> torch.Tensor:
-    """log p(y|x) of each response of the trees: [responses] float64, in nats, as `padded_log_probs` has them.
+    """log p(y|x) of each response of the trees: [responses] float64, in nats, the numbers of `padded_log_probs`.
 
-    Where activations are recomputed in the backward pass, that must happen within `attention_for(model)`, too.
+    Where the backward pass recomputes activations, it must run within `attention_for(model)`, too.
     """
     return log_probs_by(method_for(model), model, batch)
 
 
 def attention_for(model: torch.nn.Module) -> AbstractContextManager[None]:
-    """The attention that `response_log_probs` computes a model with."""
+    """A context in which the model attends as in `response_log_probs`."""
     by_tree = method_for(model) != PADDED
     return tree_attention(_language_model(model)) if by_tree else nullcontext()
 
 
 def log_probs_by(method: Method, model: torch.nn.Module, batch: TreeBatch) -> torch.Tensor:
-    """As `response_log_probs`, by a given method."""
+    """`response_log_probs` by a given method."""
     if method.kernel is None:
         return padded_log_probs(model, collate(unpack(batch), pad_id=0).to(batch.input_ids.device))
     language_model = _language_model(model)
@@ -150,7 +150,7 @@ def _find_method(model: PreTrainedModel) -> Method:
             try:
                 _require_agreement(method, model, batch, truth, tolerance)
                 break
-            except Exception as error:  # whatever a kernel or a model's own code has against it
+            except Exception as error:  # of any kind: a kernel or the model's own code raises it
                 problems.setdefault(f"{type(error).__name__}: {error}", method)
         else:
             method = PADDED
@@ -169,7 +169,7 @@ def _require_agreement(
         heads = config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // heads
         require_varlen(model.device, model.dtype, heads, getattr(config, "num_key_value_heads", None) or heads, size)
-    # Layers that are not told of a tree need not show in the numbers.
+    # A layer that does not attend by the tree may change the numbers of so small a batch too little to be noticed.
     layout = TreeLayout(batch, "split")
     with tree_attention(model):
         model.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, tree=layout)
@@ -224,9 +224,9 @@ def score_sequences(
     _check_token_ids(model, sequences)
     model.eval()
     kept = ResumableRows(checkpoint)
-    found = {int(row["index"]): row["log_probs"] for row in kept.read()}
+    scored = {int(row["index"]): row["log_probs"] for row in kept.read()}
     for indices in plan_trees(sequences, batch_tokens):
-        if all(index in found for index in indices):
+        if all(index in scored for index in indices):
             continue
         batch, rows = pack(sequences[index] for index in indices)
         batch = batch.to(model.device)
@@ -234,10 +234,10 @@ def score_sequences(
         _check_finite(by_adapter, adapters, _language_model(model).dtype)
         finished = [{"index": index, "log_probs": by_adapter[row]} for index, row in zip(indices, rows, strict=True)]
         kept.append(finished)
-        found |= {row["index"]: row["log_probs"] for row in finished}
-        progress(len(found), len(sequences))
+        scored |= {row["index"]: row["log_probs"] for row in finished}
+        progress(len(scored), len(sequences))
     return {
-        adapter: [found[index][column] for index in range(len(sequences))] for column, adapter in enumerate(adapters)
+        adapter: [scored[index][column] for index in range(len(sequences))] for column, adapter in enumerate(adapters)
     }
 
 

@@ -1,4 +1,4 @@
-"""Attention over packed prompt trees: each response sees its prompt and itself, as if it stood there alone.
+"""Attention over packed prompt trees: each response sees its prompt and itself, as if it were alone in the batch.
 
 One function is registered with transformers, for every model that calls its attention through that registry, and is
 switched on by `tree_attention` around a forward pass (and its backward, where activations are recomputed). It has two
@@ -9,8 +9,8 @@ kernels, which differ in speed alone:
     varlen  one call of variable-length flash attention, with keys gathered so that every response has its prompt's
             before its own. CUDA, 16 bits.
 
-Visibility in a tree: key j is seen by query i where both are of one tree, j is of the prompt or of i's response,
-pos(j) <= pos(i), and, with a sliding window of size s, pos(i) - pos(j) < s.
+Query i sees key j where both are of one tree, j is of the prompt or of i's response, pos(j) <= pos(i), and, with a
+sliding window of size s, pos(i) - pos(j) < s.
 """
 
 import inspect
@@ -48,7 +48,8 @@ class TreeLayout:
     def segments(self) -> list[tuple[int, int]]:
         """(queries, keys before them) of each causal segment, in the order of the tokens.
 
-        A prompt and its first response are one segment with nothing before it; every further response has the prompt.
+        A prompt and its first response are one segment, with no keys before it. Each further response is a segment with
+        the prompt's keys before it.
         """
         return [
             (prompt + size, 0) if place == 0 else (size, prompt)
@@ -67,7 +68,7 @@ class TreeLayout:
         return max(queries for queries, _ in self.segments)
 
     def suffix_mask(self, queries: int, before: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
-        """[queries, before + queries] of 0 where a key is seen and -inf elsewhere, for the last `queries` of a path."""
+        """[queries, before + queries]: 0 where a query sees a key, -inf elsewhere; `before` keys come first."""
         key = (queries, before, window)
         if key not in self._masks:
             query = torch.arange(before, before + queries, device=like.device)[:, None]
@@ -83,7 +84,7 @@ def check_layers(config: PreTrainedConfig, windows: list[int | None]) -> None:
     """Raise NotImplementedError unless every layer of a model attended through the registry, with its window.
 
     Some models have layers of another kind, which would carry state from response to response; some apply their window
-    in the mask alone. Neither need show in the numbers of a small tree.
+    in the mask alone. On a small tree the numbers may be right all the same.
 
     Args:
         config: the model's.
@@ -102,9 +103,9 @@ def check_layers(config: PreTrainedConfig, windows: list[int | None]) -> None:
 
 @contextmanager
 def tree_attention(model: torch.nn.Module) -> Iterator[None]:
-    """Let a transformers model attend by prompt trees; each forward pass within must be given a `tree` (a TreeLayout).
+    """Let a transformers model attend by prompt trees. Each forward pass within must be given a `tree`, a TreeLayout.
 
-    Under another name than its own, transformers builds no mask for the model.
+    transformers makes no mask for an attention whose name it does not know.
     """
     configs = {id(module.config): module.config for module in model.modules() if _has_config(module)}
     own = {key: config._attn_implementation for key, config in configs.items()}
@@ -141,13 +142,13 @@ def attend(
         module: the attention layer.
         query: [1, heads, N, head size].
         key, value: [1, key-value heads, N, head size].
-        attention_mask: not used: the tree says what is seen.
+        attention_mask: not used, the tree takes its place.
         tree: the layout of the batch.
         scaling: factor of the scores; None: one over the root of the head size.
         dropout: probability that an attention weight is dropped.
         sliding_window: how far back a token sees, itself included; None: as far as there is text.
         softcap: c of c * tanh(scores / c); None: none.
-        further: what transformers hands to every attention function; what would change the result is refused.
+        further: other arguments of transformers; those that would change the result are refused.
 
     Returns:
         [1, N, heads, head size], and None for the weights.
@@ -175,12 +176,12 @@ def _split(
     dropout: float,
     softcap: float | None,
 ) -> torch.Tensor:
-    # `split`, whose backward is one concatenation; a slice's backward would fill a tensor of zeros for each.
+    # The backward pass of `split` is one concatenation; that of a slice would fill a tensor of zeros for each part.
     queries = query.split([queries for queries, _ in tree.segments], dim=2)
     parts = [size for sizes in tree.sizes for size in sizes]
     keys, values = iter(key.split(parts, dim=2)), iter(value.split(parts, dim=2))
     segments = iter(zip(tree.segments, queries, strict=True))
-    found = []
+    results = []
     for sizes in tree.sizes:
         prompt_key, prompt_value = next(keys), next(values)
         for _ in sizes[1:]:
@@ -197,8 +198,8 @@ def _split(
                 )
             else:
                 attended = _soft_capped(part, seen_key, seen_value, mask, dropout, scaling, softcap)
-            found.append(attended)
-    return torch.cat(found, dim=2).transpose(1, 2).contiguous()
+            results.append(attended)
+    return torch.cat(results, dim=2).transpose(1, 2).contiguous()
 
 
 def _soft_capped(
@@ -258,7 +259,7 @@ def require_varlen(device: torch.device, dtype: torch.dtype, heads: int, key_val
     """Raise RuntimeError unless `varlen` agrees with `split` on a small tree, in its results and gradients.
 
     The kernel has conditions on the card, the dtype and the head size, and raises errors of its own where they do not
-    hold: to try it is surer than to know them.
+    hold. To try it is surer than to know them.
     """
     forest = Forest()
     for prompt, *responses in ((7, 5, 3, 9), (4, 6), (3, 2, 1)):
@@ -279,10 +280,10 @@ def require_varlen(device: torch.device, dtype: torch.dtype, heads: int, key_val
             layout = TreeLayout(batch, kernel)
             attended, _ = attend(torch.nn.Identity(), *inputs, None, tree=layout, sliding_window=window)
             results.append((attended, *torch.autograd.grad(attended, inputs, upstream)))
-        for name, found, expected in zip(
+        for name, actual, expected in zip(
             ("result", "queries' gradient", "keys' gradient", "values' gradient"), *results, strict=True
         ):
             # Relative to the whole tensor: one element that is nearly zero may round to anything.
-            difference = ((found - expected).float().norm() / expected.float().norm()).item()
+            difference = ((actual - expected).float().norm() / expected.float().norm()).item()
             if not difference <= VARLEN_TOLERANCE:  # so that NaN is refused, too
                 raise RuntimeError(f"variable-length flash attention is off by {difference:.1%} in its {name}")
