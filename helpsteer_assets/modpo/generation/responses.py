@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from helpsteer_assets.experiment.settings import GenerationSettings
 
 SHARE_OF_PROMPTS = 256
-"""Prompts that are decoded together: where rounding depends on the batch, what a killed generation begins again."""
+"""Prompts that are decoded together. Where rounding depends on the batch, a killed generation begins a share anew."""
 
 Engine = Callable[[dict[int, list[int]], Decoding], Iterator[list[tuple[int, list[int]]]]]
 """Decodes prompts (token ids by index); yields lists of (index, token ids of the response), in any order."""
@@ -56,9 +56,9 @@ def generate(
         tokenizer: its tokenizer.
         prompts: the prompts as text.
         settings: how to decode.
-        seed: of sampling; a response is drawn by seed and place of its prompt.
-        progress: called with the responses done.
-        checkpoint: a file that keeps finished responses, from which a killed generation goes on.
+        seed: seed of sampling; it and the place of its prompt decide a response.
+        progress: called with the number of finished responses.
+        checkpoint: a file for finished responses, from which a killed generation resumes.
     """
     model.eval()
 
@@ -88,17 +88,17 @@ def generate_by(
     progress: Progress = silent,
     checkpoint: Path | None = None,
 ) -> list[Generation]:
-    """As `generate`, whatever decodes: the same tokens of prompts, rules of ending, and records.
+    """`generate` with any engine: prompts have the same tokens, responses end by the same rules.
 
     Args:
-        engine: what decodes.
+        engine: the engine that decodes.
         tokenizer: the policy's tokenizer.
         prompts: the prompts as text.
         settings: how to decode.
-        seed: of sampling.
-        exact: whether a response is the same whatever prompts are decoded beside it.
-        progress: called with the responses done.
-        checkpoint: a file that keeps finished responses.
+        seed: seed of sampling.
+        exact: whether a response does not depend on the prompts that are decoded beside it.
+        progress: called with the number of finished responses.
+        checkpoint: a file for finished responses.
     """
     end_id = end_of_text_id(tokenizer)
     how = Decoding(
@@ -115,16 +115,16 @@ def generate_by(
     encoded = encode_prompts(tokenizer, list(prompts), settings.max_prompt_length)
     longest_first = sorted(range(len(prompts)), key=lambda index: (-len(encoded[index][0]), index))
     kept = ResumableRows(checkpoint)
-    found = {row.pop("index"): Generation(**row) for row in kept.read()}
+    finished = {row.pop("index"): Generation(**row) for row in kept.read()}
     for start in range(0, len(longest_first), SHARE_OF_PROMPTS):
         share = longest_first[start : start + SHARE_OF_PROMPTS]
-        missing = [index for index in share if index not in found]
+        missing = [index for index in share if index not in finished]
         if not missing:
             continue
         if not exact:
-            # Beside fewer prompts a response could come out differently: begin this share again as a whole.
+            # Beside fewer prompts a response could be another one, so the whole share begins anew.
             missing = share
-        for finished in engine({index: encoded[index][0].tolist() for index in missing}, how):
+        for decoded in engine({index: encoded[index][0].tolist() for index in missing}, how):
             made = {
                 index: Generation(
                     response=tokenizer.decode(token_ids, skip_special_tokens=True),
@@ -132,9 +132,9 @@ def generate_by(
                     finish_reason="eos" if token_ids[-1] == end_id else "length",
                     prompt_truncated=encoded[index][1],
                 )
-                for index, token_ids in finished
+                for index, token_ids in decoded
             }
             kept.append([{"index": index, **asdict(generation)} for index, generation in made.items()])
-            found |= made
-            progress(len(found), len(prompts))
-    return [found[index] for index in range(len(prompts))]
+            finished |= made
+            progress(len(finished), len(prompts))
+    return [finished[index] for index in range(len(prompts))]
