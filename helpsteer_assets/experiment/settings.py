@@ -366,19 +366,6 @@ class EvaluationSettings(Section):
         "responses that are evaluated. 0: no estimate.",
     )
     bootstrap_samples: int = Field(2000, ge=100, description="Resamples of the prompts behind every interval.")
-    shards: int = Field(
-        1,
-        ge=1,
-        le=256,
-        description="Steps among which a policy's responses are divided, for several GPUs or machines to make at the "
-        "same time. In fp32 the responses are the same for any number.",
-    )
-
-    @model_validator(mode="after")
-    def _shards_have_prompts(self) -> "EvaluationSettings":
-        if self.shards > self.prompts:
-            raise ValueError(f"shards ({self.shards}) must not be more than prompts ({self.prompts})")
-        return self
 
 
 class CheckSettings(Section):
@@ -422,9 +409,6 @@ class RunSettings(Section):
         description="Tokens in one forward and backward pass of the preference trainings: a batch with more is done "
         "in several. Scoring, which keeps no activations, takes four times as many. null: 1024 on a CPU, 4096 on a "
         "GPU.",
-    )
-    compile: bool = Field(
-        False, description="torch.compile the layers' MLPs and norms in trainings; it costs a minute at the start."
     )
     gpus: float = Field(
         1.0,

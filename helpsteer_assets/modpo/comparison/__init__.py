@@ -1,1 +1,1 @@
-"""What policies gain and lose: intervals, differences, fronts and plots."""
+"""The comparison of policies: intervals, differences, fronts and plots."""

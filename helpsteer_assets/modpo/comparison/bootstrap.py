@@ -1,8 +1,8 @@
 """The statistics of the evaluation: pure, seeded functions on numpy arrays.
 
 Uncertainty comes from the percentile bootstrap (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993,
-chapter 13). What is resampled is the prompt, the unit that was drawn: two responses or two pairs of one prompt are not
-independent. One call resamples all its columns by the same draws, so that differences between policies are paired.
+chapter 13). Prompts are resampled, because they are the units that were drawn: two responses or two pairs of one prompt
+are not independent. One call resamples all its columns by the same draws, so differences between policies are paired.
 """
 
 import math
@@ -48,7 +48,7 @@ def bootstrap_means(values: ArrayLike, samples: int, seed: int, names: Sequence[
         column = int(np.flatnonzero(bad.any(axis=0))[0])
         name = names[column] if names is not None else column
         raise ValueError(f"column {name}: {int(bad[:, column].sum())} of {rows} values are NaN or infinite")
-    # Taken from the first row, a constant column gives its own value exactly and a large offset costs no digits.
+    # Relative to the first row, a constant column gives its value exactly, and a large offset costs no digits.
     centre = table[0]
     centred = table - centre
     rng = np.random.default_rng(seed)
@@ -95,16 +95,17 @@ def simultaneous_interval(
     max_j |resampled_j - estimate_j| / se_j, and the p-value the share of resamples in which that maximum reaches
     |estimate_j| / se_j: the single-step max-|t| method of Westfall and Young, "Resampling-Based Multiple Testing",
     1993, with the bootstrap as in Romano and Wolf, "Exact and Approximate Stepdown Methods for Multiple Hypothesis
-    Testing", 2005. Drawn jointly, correlated estimates cost less than Bonferroni's rule would. That se_j is itself
-    estimated, the bootstrap does not see: the maxima are stretched from the normal to Student's t distribution with
-    rows - 1 degrees of freedom (Abramowitz and Stegun, "Handbook of Mathematical Functions", 1964, 26.7.5).
+    Testing", 2005. Since all are drawn together, intervals of correlated estimates are narrower than by Bonferroni's
+    rule. The bootstrap does not account for se_j being an estimate, so the maxima are stretched from the normal to
+    Student's t distribution with rows - 1 degrees of freedom (Abramowitz and Stegun, "Handbook of Mathematical
+    Functions", 1964, 26.7.5).
 
     Six independent estimates were simulated: at least one interval missed in 5 to 7% of trials for normal values and 20
     to 300 rows, in at most 5% for rare values of -1 and 1, and for exponential values in 5 to 9% with 120 rows or more,
     but in 14 to 18% with 20 to 40: with so few rows a skewed measure is claimed too easily.
 
-    An estimate that no resample moves has an interval of no width and takes no part in the maximum; its p-value is that
-    of M exact sign-flip tests (Bonferroni), min(1, M 2^(1 - rows)), for a few rows that agree prove little.
+    An estimate that is the same in all resamples has an interval of no width and takes no part in the maximum. A few
+    equal rows prove little, so its p-value is that of M exact sign-flip tests (Bonferroni), min(1, M 2^(1 - rows)).
     """
     # The bootstrap divides by rows where an unbiased variance divides by rows - 1.
     deviations = (resampled - estimates) * math.sqrt(rows / max(rows - 1, 1))

@@ -1,4 +1,4 @@
-"""What each weight gains and loses against the SFT model, in numbers that hold for all weights at once, and in words.
+"""Gains and losses of each weight against the SFT model, in numbers that hold for all weights at once, and in words.
 
 Several weights are compared, so one of them would look different by chance more often than 1 time in 20. Intervals and
 p-values are therefore simultaneous over the weights, within each measure; over measures nothing is adjusted. A
@@ -19,13 +19,13 @@ Verdict = Literal["higher", "lower", "undecided"]
 
 @dataclass(frozen=True)
 class Measure:
-    """How words speak of a measure.
+    """The words for a measure.
 
     `title` stands in sentences ("rated helpfulness"). `unit` is "tokens", "nats", "words", "share" (a number from 0 to
     1, shown in percentage points), "0 to 4" (shown in points) or "" (none). `better` says which way is better, None
     where neither is. `comparatives` name responses for which it is higher or lower ("longer", "shorter"); without them
-    the measure itself is called higher or lower. `to_sft` marks a distance to SFT (KL), which is told as a value, for
-    SFT's own is 0.
+    the measure itself is called higher or lower. `to_sft` marks a distance to SFT (KL): it is told as a value, because
+    the distance of SFT itself is 0.
     """
 
     name: str
@@ -64,28 +64,28 @@ def differences_to_sft(
     """Paired differences of every weight to the SFT model, with `simultaneous_interval`s over the weights per measure.
 
     `policies` are the SFT model's scores and those of the weights, on the same prompts. A difference that is the same
-    on every prompt has an interval of no width; it is decided only where that many prompts cannot agree by chance
-    (p-value up to 0.05, see `simultaneous_interval`). Raises HelpsteerError without the SFT model, else as
+    on every prompt has an interval of no width; its verdict is decided only where so many prompts do not agree by
+    chance (p-value up to 0.05, see `simultaneous_interval`). Raises HelpsteerError without the SFT model, else as
     `score_table`.
     """
     reference, compared = reference_and_weights(policies)
     table = score_table([reference, *compared], measures)
-    found: dict[str, dict[str, Difference]] = {scores.w or "": {} for scores in compared}
-    if not found:
-        return found
+    by_weight: dict[str, dict[str, Difference]] = {scores.w or "": {} for scores in compared}
+    if not by_weight:
+        return by_weight
     changes = table[:, 1:] - table[:, :1]
     rows = len(changes)
     for m, measure in enumerate(measures):
         column = changes[:, :, m]
         mean = column[0] + (column - column[0]).mean(axis=0)
         ends = simultaneous_interval(mean, bootstrap_means(column, samples, seed), rows)
-        for i, w in enumerate(found):
+        for i, w in enumerate(by_weight):
             low, high, p_value = (float(end[i]) for end in ends)
             verdict: Verdict = "higher" if low > 0 else "lower" if high < 0 else "undecided"
             if p_value > 1 - LEVEL and low == high:
                 verdict = "undecided"
-            found[w][measure] = Difference(w, measure, rows, float(mean[i]), low, high, p_value, verdict)
-    return found
+            by_weight[w][measure] = Difference(w, measure, rows, float(mean[i]), low, high, p_value, verdict)
+    return by_weight
 
 
 def statements(differences: Differences, measures: Sequence[Measure]) -> dict[str, list[str]]:
@@ -118,7 +118,7 @@ def _side(verdict: Verdict, measure: Measure) -> str:
 
 
 def _amount(difference: Difference, measure: Measure) -> str:
-    """`31 tokens [24, 38]`: the size of a difference whose side the words beside it name."""
+    """`31 tokens [24, 38]`: the size of a difference; the words around it tell its direction."""
     ends = (difference.low, difference.high) if difference.mean > 0 else (-difference.high, -difference.low)
     return with_interval(abs(difference.mean), *ends, measure)
 
@@ -165,7 +165,7 @@ def headlines(
     others: Sequence[Measure] = (),
     front: FrontUncertainty | None = None,
 ) -> list[str]:
-    """The most important statements, as whole sentences: what moves where, which w to look at, how sure the front is.
+    """The most important statements, as whole sentences: the movements, the w to look at, how sure the front is.
 
     `preference` and `margin` are the two axes, each with its `better`; `others` (length, say) are told after them.
     Without a rater there is no `preference` (None), and nothing is said about what a weight costs in it.
@@ -175,15 +175,15 @@ def headlines(
     if not differences:
         return ["There is no weight to compare with SFT."]
     measures = [margin, *others] if preference is None else [preference, margin, *others]
-    found = [_movement(differences, measure) for measure in measures]
+    sentences = [_movement(differences, measure) for measure in measures]
     if preference is not None:
-        found.append(_both(differences, preference, margin))
-        found += [_best(differences, preference, margin), _best(differences, margin, preference)]
+        sentences.append(_both(differences, preference, margin))
+        sentences += [_best(differences, preference, margin), _best(differences, margin, preference)]
     if front is not None:
-        found.append(_front(front, ["SFT", *(f"w={w}" for w in differences)]))
+        sentences.append(_front(front, ["SFT", *(f"w={w}" for w in differences)]))
     if front is not None and preference is not None:
-        found.append(_area(front, preference, margin))
-    return found
+        sentences.append(_area(front, preference, margin))
+    return sentences
 
 
 def listed(weights: Sequence[str]) -> str:
@@ -239,9 +239,9 @@ def _both(differences: Differences, one: Measure, other: Measure) -> str:
 
 
 def _best(differences: Differences, kept: Measure, gained: Measure) -> str:
-    """Of the weights that are not shown to be worse in `kept`, the one with the best estimate of `gained`.
+    """The weight with the best estimate of `gained`, among those that are not shown to be worse in `kept`.
 
-    SFT is not worse than itself, so where its own estimate is the better one, that is said.
+    SFT is not worse than itself, so where SFT has the best estimate, the sentence says that.
     """
     candidates = [w for w, own in differences.items() if own[kept.name].verdict != _worse(kept)]
     if not candidates:

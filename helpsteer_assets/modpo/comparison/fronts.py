@@ -1,6 +1,6 @@
 """The Pareto front of the policies, how sure it is, and how a measure moves with w.
 
-Pure, seeded functions. Uncertainty comes from resampling prompts, as in `statistics`.
+Pure, seeded functions. Uncertainty comes from resampling prompts, as in `bootstrap`.
 """
 
 import math
@@ -28,7 +28,7 @@ def _checked_points(points: ArrayLike) -> Floats:
 
 
 def pareto_front(points: ArrayLike, larger_is_better: tuple[bool, bool]) -> NDArray[np.bool_]:
-    """Which of `points` [N, 2] no other point dominates: [N].
+    """Mark the points of `points` [N, 2] that no other point dominates: [N].
 
     A point dominates another if it is at least as good on both axes and better on one, so equal points both stay.
     """
@@ -36,7 +36,7 @@ def pareto_front(points: ArrayLike, larger_is_better: tuple[bool, bool]) -> NDAr
 
 
 def _undominated(points: Floats) -> NDArray[np.bool_]:
-    """Which points of `points` [..., P, 2], both axes maximised, no other point of their set dominates: [..., P]."""
+    """Mark the points of each set of `points` [..., P, 2] that no other point dominates, axes maximised: [..., P]."""
     one, other = points[..., :, None, :], points[..., None, :, :]
     return ~((one >= other).all(axis=-1) & (one > other).any(axis=-1)).any(axis=-2)
 
@@ -54,7 +54,7 @@ def _areas(points: Floats) -> Floats:
     """Area that each set of `points` [..., P, 2] dominates above the origin: [...]."""
     extent = np.maximum(points, 0.0)
     order = np.argsort(-extent[..., 0], axis=-1, kind="stable")
-    # From right to left, each point adds a slab of its width above what stands already.
+    # From right to left, each point adds a rectangle above the highest point so far.
     width, height = (np.take_along_axis(extent[..., axis], order, axis=-1) for axis in (0, 1))
     return (width * np.diff(np.maximum.accumulate(height, axis=-1), axis=-1, prepend=0.0)).sum(axis=-1)
 
@@ -64,7 +64,7 @@ class FrontUncertainty:
     """The front of P policies and how sure it is.
 
     `on_front` [P] is the front of the means. `probability` [P] is the share of resamples in which a policy is on the
-    front: how often as many other prompts would show it there, not the probability that it belongs there.
+    front. That tells how often other prompts would show it there, not the probability that it belongs there.
     `hypervolume` is the area above the reference, in the product of the axes' units, with its 95% interval.
     """
 
@@ -119,12 +119,12 @@ def front_with_uncertainty(
 
 
 _DIGITS = 12
-"""Decimals of the largest value in which two means are equal: what lies beyond is rounding, not quality."""
+"""Two means are equal if they agree to this many decimals of the largest value: smaller differences are rounding."""
 
 
 @dataclass(frozen=True)
 class Monotonicity:
-    """How one measure moves with w.
+    """The movement of one measure with w.
 
     `rank_correlation` is Spearman's, of w and the means; NaN where it is undefined. `slope` is that of the
     least-squares line, in units of the measure per unit of w. Both with 95% percentile intervals.
@@ -138,10 +138,10 @@ class Monotonicity:
 
 
 def monotonicity(weights: Sequence[float], table: ArrayLike, samples: int, seed: int) -> Monotonicity:
-    """How the means of `table` [N, W], one row per prompt and one column per weight, move with `weights` [W].
+    """The movement of the means of `table` [N, W], one row per prompt and one column per weight, with `weights` [W].
 
-    Noise only breaks an order that the means show, so the interval of a rank correlation of 1 reaches down from 1: it
-    says how firmly the prompts hold that order. A resample in which all means are equal counts as rank correlation 0.
+    Noise can only break an order that the means show, so the interval of a rank correlation of 1 lies below 1: it says
+    how firmly the prompts show that order. A resample in which all means are equal counts as rank correlation 0.
     Raises ValueError with fewer than two weights or equal ones, without rows, or where a value is NaN or infinite.
     """
     values, w = np.asarray(table, dtype=np.float64), np.asarray(weights, dtype=np.float64)
@@ -155,7 +155,7 @@ def monotonicity(weights: Sequence[float], table: ArrayLike, samples: int, seed:
     mean = values[0] + (values - values[0]).mean(axis=0)
     line = (w - w.mean()) / ((w - w.mean()) ** 2).sum()
     slope = float((mean - mean[0]) @ line)
-    # The slope of differences to the first weight: a constant measure then has a slope of 0 exactly.
+    # Relative to the first weight, a constant measure has a slope of exactly 0.
     low, high = percentile_interval(((resampled - resampled[:, :1]) @ line)[:, None])
     scale = np.abs(values).max() or 1.0
     rounded = np.round(resampled / scale, _DIGITS)

@@ -1,6 +1,6 @@
-"""What might make a trade-off look like something it is not: degenerate text, length, an adapter that measures length.
+"""Differences between policies at equal length of their responses.
 
-Pure, seeded functions. As in `statistics`, prompts are resampled with all that belongs to them.
+Pure, seeded functions. As in `bootstrap`, prompts are resampled with all that belongs to them.
 """
 
 from collections.abc import Sequence
@@ -19,15 +19,10 @@ from helpsteer_assets.modpo.comparison.bootstrap import (
 from helpsteer_assets.modpo.comparison.differences import Differences, Measure, Verdict, listed, number, with_interval
 from helpsteer_assets.modpo.comparison.scores import PolicyScores, reference_and_weights, score_table
 
-# Degenerate text
-
-
-# Equal length
-
 CLOSE_LENGTHS = 0.1
-"""Two responses are of about equal length if the shorter is shorter by at most this share of the longer."""
+"""Two responses are of about equal length if they differ by at most this share of the longer one."""
 _FEWEST_PROMPTS = 10
-"""Fewer give no line and no interval worth showing."""
+"""With fewer prompts, no line and no interval is worth showing."""
 
 
 @dataclass(frozen=True)
@@ -95,14 +90,14 @@ def at_equal_length(
         for position, i in enumerate(np.flatnonzero(usable)):
             adjusted[i] = Interval(float(intercepts[position]), float(low[position]), float(high[position]))
     close = _about_equal(table[:, 1:, 1], table[:, :1, 1])
-    found = []
+    results = []
     for i, scores in enumerate(compared):
         near = y[close[:, i], i]
         extrapolated = bool(min((x[:, i] <= 0).mean(), (x[:, i] >= 0).mean()) < 0.05)
         cross_check = bootstrap_interval(near, samples, seed) if len(near) >= _FEWEST_PROMPTS else None
         sides = {_side(interval) for interval in (adjusted[i], cross_check) if interval is not None}
         decided = adjusted[i] is not None and len(sides) == 1
-        found.append(
+        results.append(
             EqualLength(
                 w=scores.w or "",
                 measure=measure.name,
@@ -117,15 +112,15 @@ def at_equal_length(
                 sentence="",
             )
         )
-        found[-1] = replace(found[-1], sentence=_equal_length_sentence(found[-1], measure, int(changed[i])))
-    return found
+        results[-1] = replace(results[-1], sentence=_equal_length_sentence(results[-1], measure, int(changed[i])))
+    return results
 
 
-def length_caveats(differences: Differences, found: Sequence[EqualLength], measure: Measure) -> list[str]:
-    """A sentence on the differences in `measure` that are shown as the lengths are and not at equal length, if any."""
+def length_caveats(differences: Differences, equal_length: Sequence[EqualLength], measure: Measure) -> list[str]:
+    """A sentence on the differences in `measure` that are shown, but not at equal length; none without any."""
     gone = [
         own.w
-        for own in found
+        for own in equal_length
         if own.measure == measure.name and differences[own.w][measure.name].verdict not in ("undecided", own.verdict)
     ]
     if not gone:
@@ -146,7 +141,7 @@ def _about_equal(a: Floats, b: Floats) -> NDArray[np.bool_]:
 
 def _intercepts(x: Floats, y: Floats, samples: int, seed: int) -> tuple[Floats, Floats, Floats, Floats]:
     """Intercepts and slopes [W] of the columns' lines y = a + b x, and the ends of the intercepts' intervals."""
-    # A line depends on four means only, so resampled means give resampled lines. Centring keeps their digits.
+    # A line depends on four means only, so resampled means give resampled lines. Centring avoids rounding errors.
     centre_x, centre_y, width = x.mean(axis=0), y.mean(axis=0), x.shape[1]
     u, v = x - centre_x, y - centre_y
     moments = np.concatenate([u, v, u * u, u * v], axis=1)
@@ -156,41 +151,35 @@ def _intercepts(x: Floats, y: Floats, samples: int, seed: int) -> tuple[Floats, 
         slope = (mean_uv - mean_u * mean_v) / (mean_uu - mean_u**2)
         return mean_v + centre_y - slope * (mean_u + centre_x), slope
 
-    # Where length explains all, as it does a length penalty, what is left is rounding.
+    # Where length explains everything, as with a length penalty, only rounding is left.
     scale = np.abs(y).max(axis=0)
     scale[scale == 0] = 1.0
     intercepts, slopes = line(moments.mean(axis=0))
     intercepts = np.round(intercepts / scale, 12) * scale
     means = bootstrap_means(moments, samples, seed)
     spread = means[:, 2 * width : 3 * width] - means[:, :width] ** 2
-    # A resample may repeat so few prompts that it has no line.
+    # A resample may have too few different prompts for a line.
     means = means[(spread > 1e-9 * (u * u).mean(axis=0)).all(axis=1)]
     low, high, _ = simultaneous_interval(intercepts, np.round(line(means)[0] / scale, 12) * scale, len(x))
     return intercepts, slopes, low, high
 
 
-def _equal_length_sentence(found: EqualLength, measure: Measure, changed: int) -> str:
-    adjusted, close = found.adjusted, found.close
+def _equal_length_sentence(difference: EqualLength, measure: Measure, changed: int) -> str:
+    adjusted, close = difference.adjusted, difference.close
     if adjusted is None:
         why = "all by the same" if changed >= _FEWEST_PROMPTS else "too few to tell more"
         sentence = f"{changed} responses changed their length, {why}: no line of {measure.title} on length"
     else:
         seen = "is not shown to differ from SFT's"
-        if found.verdict != "undecided":
-            seen = f"is {found.verdict} than SFT's"
+        if difference.verdict != "undecided":
+            seen = f"is {difference.verdict} than SFT's"
         elif _side(adjusted) != "undecided":
             seen = f"is {_side(adjusted)} than SFT's by the line, which prompts of about equal length do not show"
-        raw = number(found.raw, adjusted.high - adjusted.low, measure)
+        raw = number(difference.raw, adjusted.high - adjusted.low, measure)
         numbers = with_interval(adjusted.mean, adjusted.low, adjusted.high, measure)
         sentence = f"at equal length {measure.title} {seen} ({numbers}; as the lengths are, {raw})"
     if close is not None:
         near = with_interval(close.mean, close.low, close.high, measure)
-        sentence += f"; over the {found.close_prompts} prompts whose lengths differ by a tenth at most: {near}"
-    doubt = " Hardly any response changed its length the other way: this is extrapolated." if found.extrapolated else ""
-    return f"w={found.w}: {sentence}.{doubt}"
-
-
-# Quality of the implicit reward
-
-
-# KL
+        sentence += f"; over the {difference.close_prompts} prompts whose lengths differ by a tenth at most: {near}"
+    doubt = " Hardly any response changed its length the other way: this is extrapolated."
+    return f"w={difference.w}: {sentence}.{doubt if difference.extrapolated else ''}"

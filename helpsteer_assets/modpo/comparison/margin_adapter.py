@@ -1,4 +1,4 @@
-"""What the margin adapter's reward measures, and whether it is good enough to train on."""
+"""Judge the margin adapter: does its reward measure the attribute, and is it good enough to train on?"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,7 +18,7 @@ from helpsteer_assets.modpo.comparison.bootstrap import (
 from helpsteer_assets.modpo.comparison.length import _FEWEST_PROMPTS, _about_equal
 
 _BINS = ("much shorter", "shorter", "about equal", "longer", "much longer")
-"""Chosen against rejected: much shorter than half, much longer than twice; about equal as CLOSE_LENGTHS says."""
+"""The length of chosen against rejected: below half, ..., above twice; about equal is within CLOSE_LENGTHS."""
 
 
 _CORRELATION_OF_A_RULER = 0.9
@@ -79,7 +79,7 @@ def margin_adapter_quality(
             f"the log-ratio or length of {bad} of {len(gap)} validation pairs is NaN or infinite: the margin adapter "
             "is broken; train it with a lower margin_adapter.learning_rate, or in fp32"
         )
-    # By the ids' names, so that no result depends on the order of pairs.
+    # Sorted by the ids, so that no result depends on the order of pairs.
     member = np.unique(np.array(prompt_ids, dtype=str), return_inverse=True)[1]
     right = _wins(chosen_reward - rejected_reward)
     longer_wins = _wins(chosen - rejected)
@@ -143,7 +143,7 @@ def _ratios(
     if not len(member):
         return [{"n": 0, "prompts": 0, "mean": None, "low": None, "high": None} for _ in asked]
     means = [float(values[mask].mean()) if mask.any() else 0.0 for values, mask in asked]
-    # The mean over pairs is a ratio: what the drawn prompts' pairs add up to, over how many they are.
+    # The mean over pairs is a ratio: the sum over the drawn prompts' pairs, over the number of these pairs.
     sums = [np.bincount(member, (values - mean) * mask) for (values, mask), mean in zip(asked, means, strict=True)]
     sizes = [np.bincount(member, mask.astype(float)) for _, mask in asked]
     drawn = bootstrap_means(np.stack([*sums, *sizes], axis=1), samples, seed)
@@ -162,7 +162,7 @@ def _ratios(
 
 
 def _share(ratio: _Ratio) -> _Ratio:
-    """A ratio of 0 or 1 with the interval of Clopper and Pearson in place of that of resamples that cannot differ."""
+    """A ratio of 0 or 1 with the interval of Clopper and Pearson, because its resamples are all the same."""
     if ratio["mean"] is None:
         return ratio
     ratio = ratio | {"low": max(ratio["low"], 0.0), "high": min(ratio["high"], 1.0)}  # but for rounding they are
@@ -271,7 +271,7 @@ def sanity_metrics(margins: ArrayLike, samples: int, seed: int, groups: Sequence
     member = np.arange(len(values)) if groups is None else np.unique(np.array(groups), return_inverse=True)[1]
     sizes = np.bincount(member)
     accuracy, mean_margin = float(won.mean()), float(values.mean())
-    # A resample's mean over pairs is a ratio: what the drawn prompts' pairs add up to, over how many they are.
+    # A resample's mean over pairs is a ratio: the sum over the drawn prompts' pairs, over their number.
     sums = np.stack(
         [np.bincount(member, won - accuracy), np.bincount(member, values - mean_margin), sizes.astype(float)], axis=1
     )
@@ -318,7 +318,7 @@ def judge_margin_adapter(metrics: Mapping[str, Any], min_accuracy: float) -> lis
 
 
 WORST_FAILURES = 10
-"""Pairs that the report on a margin adapter shows: those it ranks most wrongly."""
+"""Number of most wrongly ranked pairs in the report on a margin adapter."""
 
 
 def judge_pairs(

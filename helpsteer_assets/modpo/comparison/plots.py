@@ -25,25 +25,25 @@ PAPER = "#ffffff"
 INK = "#1f2933"
 MUTED = "#7b8794"
 NOTE = "#52606d"
-"""Of small letters: MUTED is too faint for them."""
+"""Colour of small letters, for which MUTED is too faint."""
 GRID = "#e4e7eb"
 TRAIN = "#829ab1"
 HELD_OUT = "#d55e00"
-"""Vermilion of Okabe and Ito's palette, which colour-blind readers tell from the grey-blue beside it."""
+"""Vermilion of Okabe and Ito's palette: colour-blind readers can tell it from the grey-blue."""
 
 TITLE_ID = "figure-title"
 NOTE_ID = "figure-note"
-"""Ids in an SVG of the title and of the note below, so that a page can say them in letters of its own."""
+"""Ids of the title and the note in an SVG, so that a page can show them in its own letters."""
 
 _DETAILS = " | "
-"""Between the parts of a point's id, until `svg_bytes` makes attributes of them."""
+"""Separates the parts of a point's id, until `svg_bytes` turns them into attributes."""
 
 
 def policy_colour(w: str | None, dark: bool = False, text: bool = False) -> str:
     """The colour of the policy of weight `w` (None for the SFT model) as `#rrggbb`.
 
-    Viridis, which is even to the eye and to colour-blind readers, from dark (small w) to light; its ends are left out
-    where they are lost on white, or on a `dark` page. `text` gives the variant that can be read as letters.
+    Viridis from dark (small w) to light, which colour-blind readers see as even steps, too. Its ends are left out: they
+    cannot be seen on white, or on a `dark` page. `text` gives a variant that can be read as letters.
     """
     import matplotlib
     from matplotlib.colors import to_hex, to_rgb
@@ -59,7 +59,7 @@ def policy_colour(w: str | None, dark: bool = False, text: bool = False) -> str:
 
 
 def png_bytes(figure: "Figure", dpi: int = 144) -> bytes:
-    """The figure as a PNG file of 256 colours, a third of the size of one of all colours."""
+    """The figure as a PNG file of 256 colours: a third of the size of one with all colours."""
     from PIL import Image
 
     drawn, packed = io.BytesIO(), io.BytesIO()
@@ -94,7 +94,7 @@ def _name_point(artist: "Artist", label: str, *details: str) -> None:
 
 
 def markdown_image(png: bytes, alt: str) -> str:
-    """A Markdown image that carries the PNG inside itself, as Dagster's metadata wants it."""
+    """A Markdown image with the PNG inside, for Dagster's metadata."""
     return f"![{alt}](data:image/png;base64,{base64.b64encode(png).decode('ascii')})"
 
 
@@ -165,7 +165,7 @@ def _interval_key() -> Any:
 
 
 def _number(value: float) -> str:
-    """Three significant digits, without an exponent where a reader would not expect one."""
+    """Three significant digits, with an exponent only for very large or small numbers."""
     return f"{value:.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"
 
 
@@ -303,7 +303,7 @@ def _draw_point(axes: "Axes", point: Mapping[str, Any], filled: bool, details: S
 
 
 def reward_against_kl_plot(points: Sequence[Mapping[str, Any]], y_label: str, title: str, note: str = "") -> "Figure":
-    """What a policy gains for how far it has moved from the SFT model, with 95% intervals.
+    """Each policy's gain against its distance from the SFT model, with 95% intervals.
 
     A point is `{label, w, x, x_low, x_high, y, y_low, y_high, is_sft}`; x is KL(policy || SFT) in nats per response,
     0 for the SFT model. The axis is spaced by the square root of the KL, as Gao et al., "Scaling Laws for Reward Model
@@ -345,7 +345,7 @@ def reward_against_kl_plot(points: Sequence[Mapping[str, Any]], y_label: str, ti
 
 
 def _root_ticks(right: float, width: float) -> list[float]:
-    """0 and numbers of the series 1, 2, 5, 10, ... up to `right` squared, no denser than `width` lets labels be."""
+    """0 and numbers of the series 1, 2, 5, 10, ... up to `right` squared, as many as `width` has room for."""
     ticks = [0.0]
     for power in range(math.floor(math.log10(right**2)) - 3, math.ceil(math.log10(right**2)) + 1):
         for digit in (1, 2, 5):
@@ -370,7 +370,7 @@ def _signed_square(value: Any) -> Any:
 def lengths_plot(
     points: Sequence[Mapping[str, Any]], title: str, y_label: str = "response tokens", note: str = ""
 ) -> "Figure":
-    """How long the responses of each policy are, beside the SFT model's level.
+    """The lengths of each policy's responses, with the SFT model's level.
 
     A point is `{label, w, mean, mean_low, mean_high, is_sft}` with the mean's 95% interval, and `quartiles` where they
     are known: the 25th, 50th and 75th percentile over prompts, drawn as a bar with a line at the median. Policies stand
@@ -440,17 +440,17 @@ def _place_labels(
     labels: Sequence[str],
     path: Sequence[tuple[float, float]],
 ) -> None:
-    """Write each point's label at the spot around it that covers least of what is drawn already.
+    """Write each label near its point, where it covers the least of what is drawn already.
 
-    Labels never cover each other while there is room; one that had to go far from its point gets a line to it.
+    Labels do not cover each other while there is room. A label far from its point gets a line to it.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.transforms import Bbox
 
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    canvas.draw()  # The first lays the figure out, the second settles it: only now do data have places on the page,
-    figure.set_layout_engine("none")  # and keep them.
+    canvas.draw()  # The first call lays the figure out, the second one settles it.
+    figure.set_layout_engine("none")  # From here on, data keep their places on the page.
     place = axes.transData.transform
     frame = axes.get_window_extent()
     pixels = figure.dpi / 72
@@ -493,7 +493,7 @@ def _place_labels(
             cost = _covered(box, taken, frame) + 4 * pixels**2 * (distance - 9)
             centre = (x0 + width / 2, y0 + height / 2)
             if math.dist(centre, (x, y)) > min(math.dist(centre, spot) for spot in spots):
-                cost += 60 * pixels**2  # It would read as the label of a neighbour.
+                cost += 60 * pixels**2  # It would look like a neighbour's label.
             if best is None or cost < best[0]:
                 best = (cost, distance, dx, dy, box)
         assert best is not None
@@ -515,7 +515,7 @@ def _place_labels(
 
 
 def _covered(box: "Bbox", taken: Sequence[tuple["Bbox", float]], frame: "Bbox") -> float:
-    """Weighted area in square pixels that a label's `box` covers of what is `taken` or lies outside the `frame`."""
+    """Weighted area in square pixels of a label's `box` that is `taken` or outside the `frame`."""
     outside = box.width * box.height
     inside_width = min(box.x1, frame.x1) - max(box.x0, frame.x0)
     inside_height = min(box.y1, frame.y1) - max(box.y0, frame.y0)

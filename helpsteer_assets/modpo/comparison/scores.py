@@ -31,7 +31,7 @@ class PolicyScores:
 
     @property
     def title(self) -> str:
-        """The policy as messages name it."""
+        """The policy's name in messages."""
         return self.policy if self.w is None else f"{self.policy} w={self.w}"
 
 

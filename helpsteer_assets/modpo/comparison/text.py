@@ -1,9 +1,9 @@
-"""What a response's text looks like: repeated, empty, degenerate."""
+"""Properties of a response's text: repetitive, empty, degenerate."""
 
 import re
 
 REPETITION_LIMIT = 0.5
-"""Text in which more than this share of the 4-grams occurred before counts as degenerate: it mostly repeats itself."""
+"""Text with a `repetition` above this counts as degenerate: it mostly repeats itself."""
 
 
 _NGRAM = 4
@@ -36,7 +36,7 @@ def repetition(text: str) -> float:
 
 
 def is_empty(text: str) -> bool:
-    """Whether `text` shows nothing: no character but spaces, control and format characters."""
+    """Whether `text` has only spaces, control and format characters."""
     return not any(character.isprintable() and not character.isspace() for character in text)
 
 

@@ -1,6 +1,6 @@
-"""What is gained and lost as w moves: the analysis behind the trade-off's numbers, sentences and plots.
+"""The trade-off: gains and losses as w moves, in numbers, sentences and points for plots.
 
-It brings the statistics together; each of them stands in `fronts`, `comparisons` and `diagnostics`.
+It brings together the statistics of `fronts`, `differences` and `length`.
 """
 
 import math
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def measures_of(experiment: "Experiment", names: Sequence[str]) -> dict[str, Measure]:
-    """How the experiment's measures called `names` are spoken of, in the order in which they matter."""
+    """The words for the experiment's measures `names`, the most important first."""
     objective, data = experiment.objective, experiment.data
     scale = "0 to 4" if experiment.evaluation.rater == "embedded" else ""
     margin_attribute = [data.margin_attribute] if experiment.has_margin_adapter else []
@@ -80,7 +80,7 @@ def analyse(experiment: "Experiment", policies: Sequence[PolicyScores]) -> dict[
     flaws = ("capped", "repetition", "empty")
     shown = [name for name in flaws if any(own[name].verdict != "undecided" for own in differences.values())]
     ends = paired_difference(weighted[-1], weighted[0], "margin_reward", samples, seed)
-    # A length penalty is the length; at equal length it cannot differ.
+    # A length penalty is a function of the length: at equal length it cannot differ.
     rewarded = ("margin_reward", experiment.data.margin_attribute) if experiment.has_margin_adapter else ()
     beyond_length = [name for name in dict.fromkeys((preference, *rewarded)) if name in measures]
     equal_length = [
@@ -122,22 +122,22 @@ def analyse(experiment: "Experiment", policies: Sequence[PolicyScores]) -> dict[
 
 
 FEW_PROMPTS = 50
-"""Below, a bootstrap over prompts gives intervals that are noticeably too narrow (see `simultaneous_interval`)."""
+"""With fewer prompts, bootstrap intervals are noticeably too narrow (see `simultaneous_interval`)."""
 _MANY = 0.05
 
 
 def caveats(experiment: "Experiment", policies: Sequence[PolicyScores]) -> list[str]:
-    """What in the responses and their number makes the comparison less than it looks, in sentences with what to do."""
-    found, limits = [], experiment.generation
+    """Sentences on whatever weakens the comparison (few prompts, degenerate or cut responses), and what to do."""
+    sentences, limits = [], experiment.generation
     prompts = len(policies[0].prompt_ids)
     if prompts < FEW_PROMPTS:
-        found.append(f"{prompts} prompts are few: intervals are too narrow for so few. Raise evaluation.prompts.")
+        sentences.append(f"{prompts} prompts are few: intervals are too narrow for so few. Raise evaluation.prompts.")
 
     def told(shares: dict[str, float], least: float, sentence: str) -> None:
         worst = max(shares, key=lambda label: shares[label])
         if shares[worst] > least:
             much = "below 1%" if shares[worst] < 0.01 else f"{shares[worst]:.0%}"
-            found.append(sentence.format(share=much, policy=worst))
+            sentences.append(sentence.format(share=much, policy=worst))
 
     def share(name: str, above: float = 0.0) -> dict[str, float]:
         return {label_of(scores): float((scores.measures[name] > above).mean()) for scores in policies}
@@ -160,7 +160,7 @@ def caveats(experiment: "Experiment", policies: Sequence[PolicyScores]) -> list[
         0.01,
         "Up to {share} of the responses ({policy}) mostly repeat themselves. Read some in the response browser.",
     )
-    return found
+    return sentences
 
 
 def label_of(scores: PolicyScores) -> str:

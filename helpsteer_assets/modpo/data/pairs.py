@@ -1,8 +1,8 @@
 """Preference pairs: which of two responses to one prompt is rated higher on an attribute.
 
-Pairs are formed over all responses to a prompt within one split, wherever their rows stand. Every function's result
-depends on the set of rows alone, never on their order. Files of ratings and pairs are read by the columns that are
-needed, and never whole.
+Pairs are formed over all responses to a prompt within one split. Every function's result depends on the set of rows
+alone, never on their order. From files of ratings and pairs only the needed columns are read, and never all rows at
+once.
 """
 
 import hashlib
@@ -36,11 +36,11 @@ PAIRS_SCHEMA = pa.schema(
 _RESPONSES_SCHEMA = pa.schema([(name, pa.string()) for name in ("prompt_id", "response_id", "prompt", "response")])
 _SHELF = "left(prompt_id, 1)"
 _STRETCH_ROWS = 16_384
-"""Responses of pairs whose texts the database holds at a time."""
+"""Most responses with their texts that the database holds at a time."""
 
 _MOST_COMPARED = 10**9
-"""Comparisons of two responses to one prompt: the work of minutes. Where a prompt has four responses, 60 million
-prompts make as many."""
+"""Most comparisons of two responses to one prompt: they take minutes. 60 million prompts with four responses each
+reach this number."""
 
 _OVERALL_SQL = " + ".join(ATTRIBUTES)
 
@@ -54,8 +54,8 @@ def build_pairs(ratings: Source, attribute: str, selection_share: float, file: P
     """Write all pairs that an attribute decides; returns their number in each of SPLITS.
 
     Equal ratings make no pair, nor do equal responses. Where a response was rated more than once, the same pair can
-    arise more than once: the one whose ratings lie furthest apart is kept. (Two ratings of a response may also put it
-    above another and below it; both pairs stay, as annotators' disagreement.)
+    arise more than once; the one with the ratings furthest apart is kept. (Two ratings of a response may also put it
+    above another and below it; both pairs are kept, as annotators' disagreement.)
 
     Args:
         ratings: RATINGS_SCHEMA.
@@ -64,7 +64,7 @@ def build_pairs(ratings: Source, attribute: str, selection_share: float, file: P
         file: the Parquet file to write, ordered by split, prompt_id and pair_id (PAIRS_SCHEMA); its folder is used for
             temporary files.
 
-    Raises HelpsteerError where no train pair arises, and where one prompt has so many responses that all too many do.
+    Raises HelpsteerError where no train pair arises, and where a prompt has too many responses to compare.
     """
     with (
         tempfile.TemporaryDirectory(prefix=".pairs-", dir=file.parent) as scratch,
@@ -79,8 +79,8 @@ def build_pairs(ratings: Source, attribute: str, selection_share: float, file: P
 def _decide_pairs(
     connection: duckdb.DuckDBPyConnection, ratings: Source, attribute: str, selection_share: float
 ) -> dict[str, int]:
-    """Make the table `pairs`, PAIRS_SCHEMA without texts, of the table `ratings`; returns their number by split."""
-    # Without repetitions: every two of a million equal rows would be compared.
+    """Make the table `pairs`, PAIRS_SCHEMA without texts, from the table `ratings`; returns their number by split."""
+    # Repeated rows are dropped first: otherwise a million equal rows would all be compared with each other.
     connection.execute(
         f"""
         CREATE TABLE responses AS
@@ -125,7 +125,7 @@ def _decide_pairs(
 
 
 def _require_few_responses(connection: duckdb.DuckDBPyConnection) -> None:
-    """Refuse a table `responses` of which all too many have one prompt."""
+    """Raise HelpsteerError where one prompt of the table `responses` has too many of them."""
     compared, largest, prompt = connection.sql(
         """
         SELECT sum(count * count), max(count), arg_max(prompt_id, count)
@@ -140,9 +140,9 @@ def _require_few_responses(connection: duckdb.DuckDBPyConnection) -> None:
 
 
 def _lay_out_texts(connection: duckdb.DuckDBPyConnection, folder: Path) -> None:
-    """Write the texts of the table `ratings`, each once, to Arrow files, one for all prompts whose ids begin alike.
+    """Write the texts of the table `ratings`, each once, to Arrow files, by the beginning of the prompt's id.
 
-    The database's own joins and sorts fail where texts outgrow its memory. Of these files one at a time is needed.
+    The database's own joins and sorts fail where texts outgrow its memory. One of these files is needed at a time.
     """
     from pyarrow import dataset  # it brings pandas, which who only loads the definitions need not wait for
 
@@ -187,7 +187,7 @@ def _rated_columns(side: str) -> str:
 
 
 def count_train_pairs(ratings: Source) -> dict[str, int]:
-    """How many different pairs each attribute makes of the train prompts, those held out for selection included."""
+    """The number of different train pairs by attribute, those held out for selection included."""
     counted = ", ".join(
         f"count(DISTINCT chosen.response_id || rejected.response_id) FILTER (chosen.{name} > rejected.{name}) AS {name}"
         for name in RATED
@@ -206,13 +206,13 @@ def count_train_pairs(ratings: Source) -> dict[str, int]:
 
 
 def describe_pairs(pairs: Source, ratings: Source, attribute: str, other: str) -> dict[str, Any]:
-    """What the pairs of an attribute are like, JSON-able; shares and means are over the pairs of all splits.
+    """Statistics of an attribute's pairs, JSON-able. Shares and means are over the pairs of all splits.
 
     Args:
         pairs: as `build_pairs(ratings, attribute, ...)` wrote them.
         ratings: RATINGS_SCHEMA.
         attribute: the one that decides the pairs.
-        other: another attribute, to see how far it goes along.
+        other: another attribute, to see how often it agrees.
 
     Returns
         pairs, prompts: their number by split;
@@ -295,10 +295,10 @@ def _count_words(ratings: Source) -> pa.Table:
 
 
 def select_evaluation_prompts(ratings: Source, count: int) -> pa.Table:
-    """`prompt_id` and `prompt` of the `count` unique validation prompts that come first by a stable hash.
+    """`prompt_id` and `prompt` of the first `count` unique validation prompts in the order of a stable hash.
 
-    A larger count only adds prompts at the end. Where there are fewer than asked for, all of them. Raises
-    HelpsteerError where there are none.
+    A larger count only adds prompts at the end. Where there are fewer, all of them are returned. Raises HelpsteerError
+    where there are none.
     """
     prompts = query(
         """
@@ -324,7 +324,7 @@ def select_evaluation_prompts(ratings: Source, count: int) -> pa.Table:
 def unique_responses(
     *pairs: Source, splits: Iterable[str] = SPLITS, sides: Iterable[str] = ("chosen", "rejected")
 ) -> pa.Table:
-    """Every (prompt, response) in the pairs once, as prompt_id, response_id, prompt, response, ordered by the ids.
+    """Each (prompt, response) of the pairs once, as prompt_id, response_id, prompt, response, ordered by the ids.
 
     Args:
         pairs: PAIRS_SCHEMA.

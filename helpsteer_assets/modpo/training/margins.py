@@ -1,4 +1,4 @@
-"""The margin m of a response: what the policy trades its preference reward against."""
+"""The margin m of a response, which the policy trades against its preference reward."""
 
 from typing import TYPE_CHECKING
 
@@ -13,12 +13,12 @@ Floats = NDArray[np.float64]
 
 
 def margin_reward(objective: "ObjectiveSettings", log_ratios: Floats, response_tokens: Floats) -> Floats:
-    """r_m of responses, before the role's sign: higher is more of what the margin adapter prefers.
+    """r_m of responses, before the role's sign: the more the margin adapter prefers a response, the higher it is.
 
     Args:
         objective: kind of margin and its scale.
-        log_ratios: [n] log p_adapter(y|x) - log p_sft(y|x), nats; not read under a length penalty.
-        response_tokens: [n] tokens of the uncut responses; not read with an implicit reward.
+        log_ratios: [n] log p_adapter(y|x) - log p_sft(y|x), nats; not used under a length penalty.
+        response_tokens: [n] tokens of the uncut responses; not used with an implicit reward.
 
     Returns:
         [n] reward units: margin_beta * log-ratio, or -penalty * tokens.

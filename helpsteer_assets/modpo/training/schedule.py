@@ -1,6 +1,6 @@
-"""How many optimizer steps a training takes, and when it evaluates.
+"""The number of optimizer steps of a training, and when it evaluates.
 
-Imports no torch: `helpsteer check` estimates with it.
+Imports no torch: `helpsteer check` uses it for estimates.
 """
 
 import math
@@ -23,5 +23,5 @@ def count_steps(settings: "TrainingSettings", items: int) -> int:
 
 
 def evaluation_interval(settings: "TrainingSettings", steps: int) -> int:
-    """Optimizer steps between the evaluations of a training of so many, each of which leaves a checkpoint."""
+    """Optimizer steps between two evaluations of a training of `steps`; each evaluation writes a checkpoint."""
     return min(settings.evaluate_every or math.ceil(steps / EVALUATIONS), steps)

@@ -201,35 +201,3 @@ class TestResume:
         assert seen == sorted(seen)
         assert len(seen) > 2
         assert seen[-1] == (len(PROMPTS), len(PROMPTS))
-
-
-class TestShards:
-    @pytest.mark.parametrize("shards", [2, 5, 12])
-    def test_all_shards_give_the_responses_of_one_in_the_order_of_the_prompts(self, policy, tokenizer, shards):
-        how = settings_of(do_sample=True)
-        whole = generate(policy, tokenizer, PROMPTS, how, seed=3)
-        assert generate(policy, tokenizer, PROMPTS, how, seed=3, shards=shards) == whole
-        parts = [generate(policy, tokenizer, PROMPTS, how, seed=3, shards=shards, shard=n) for n in range(shards)]
-        assert sorted(str(made) for part in parts for made in part) == sorted(map(str, whole))
-        assert max(map(len, parts)) - min(map(len, parts)) <= 1
-
-    @pytest.mark.parametrize("exact", [True, False])
-    def test_the_whole_makes_only_what_no_shard_has_kept(self, policy, tokenizer, tmp_path, exact):
-        checkpoint, how = tmp_path / "generations.jsonl", settings_of()
-        decoded: list[list[int]] = []
-
-        def engine(encoded, how):
-            decoded.append(sorted(encoded))
-            return decode(policy, encoded, how)
-
-        def made(shard: int | None, checkpoint: Path | None = checkpoint) -> list[Any]:
-            options = {"seed": 0, "exact": exact, "checkpoint": checkpoint, "shards": 3, "shard": shard}
-            return generation.generate_by(engine, tokenizer, PROMPTS, how, **options)
-
-        undisturbed = made(None, None)
-        in_parts, decoded[:] = list(decoded), []
-        made(0)
-        made(2)
-        assert made(None) == undisturbed
-        assert decoded == [in_parts[0], in_parts[2], in_parts[1]]
-        assert made(None) == undisturbed and len(decoded) == 3

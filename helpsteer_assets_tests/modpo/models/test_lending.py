@@ -106,7 +106,6 @@ class TestSnapshot:
         with unchanged(model):
             snapshot = Snapshot(model)
             model.forward = lambda *_, **__: None
-            model.model.layers[0].mlp.compile()
             model.model.layers[1].register_forward_pre_hook(lambda *_: None)
             model.model.layers[0].mlp.down_proj = torch.nn.Identity()
             model.model.note = "left behind"
