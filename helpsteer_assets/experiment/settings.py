@@ -7,8 +7,9 @@ result and enter no fingerprint: `run` (how things run) and `checks` (thresholds
 
 import re
 from collections import Counter
+from dataclasses import fields
 from decimal import Decimal, InvalidOperation
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -23,7 +24,13 @@ from pydantic import (
 
 MOST_MISTAKES = 20
 Attribute = Literal["helpfulness", "correctness", "coherence", "complexity", "verbosity", "overall"]
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 _INHERITED = "in a file that extends another, set it to null"
+
+
+Plain = TypeVar("Plain", bound="DataclassInstance")
 
 
 def canonical_weight(value: object) -> str:
@@ -49,6 +56,10 @@ class Section(BaseModel):
     """Strict and closed: a wrong type or an unknown key is an error, never a guess."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    def plain(self, kind: type[Plain]) -> Plain:
+        """The same settings for the library, which knows no experiment: a dataclass of modpo/settings.py."""
+        return kind(**{field.name: getattr(self, field.name) for field in fields(kind)})
 
 
 class DataSettings(Section):

@@ -29,6 +29,7 @@ from transformers import (
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from helpsteer_assets.modpo.scoring.batching import plan_batches
+from helpsteer_assets.modpo.settings import Sampling
 
 _log = logging.getLogger(__name__)
 
@@ -39,21 +40,12 @@ SPARE_COLUMNS = 64
 """Columns by which a full cache grows; it is copied once in that many steps."""
 
 
-@dataclass(frozen=True)
-class Decoding:
+@dataclass(frozen=True, kw_only=True)
+class Decoding(Sampling):
     """How the next token is chosen, and when a response ends."""
 
-    max_new_tokens: int
-    """Most tokens of a response, its end-of-text token included."""
     end_id: int
     """The token that ends a response."""
-    max_batch_tokens: int
-    """Room of the key-value cache in tokens: rows times the greatest length that a row may reach."""
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0
     seed: int = 0
     """Seed of sampling."""
 

@@ -6,7 +6,7 @@ so responses must be sampled without any setting that alters p.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,9 +16,9 @@ from numpy.typing import ArrayLike
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.comparison.bootstrap import Floats
 from helpsteer_assets.modpo.progress import Progress, silent
+from helpsteer_assets.modpo.settings import Sampling
 
 if TYPE_CHECKING:
-    from helpsteer_assets.experiment.settings import GenerationSettings
     from helpsteer_assets.modpo.generation.responses import Generation
 
 UNALTERED = {
@@ -37,7 +37,7 @@ _SEEDS = 2**32
 def sample_responses(
     answer: "Callable[..., list[Generation]]",
     prompts: Sequence[str],
-    settings: "GenerationSettings",
+    settings: Sampling,
     samples: int,
     *,
     seed: int,
@@ -58,7 +58,7 @@ def sample_responses(
         progress: called with the responses done, of all samples.
         checkpoints: a folder for finished responses, from which a killed sampling resumes.
     """
-    unaltered = settings.model_copy(update=UNALTERED)
+    unaltered = replace(settings, **UNALTERED)
     return [
         answer(
             prompts,

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,9 +12,7 @@ from helpsteer_assets.files.rows import ResumableRows
 from helpsteer_assets.modpo.generation.decoding import Decoding, decode
 from helpsteer_assets.modpo.models.tokenization import encode_prompts, end_of_text_id
 from helpsteer_assets.modpo.progress import Progress, silent
-
-if TYPE_CHECKING:
-    from helpsteer_assets.experiment.settings import GenerationSettings
+from helpsteer_assets.modpo.settings import Sampling
 
 SHARE_OF_PROMPTS = 256
 """Prompts that are decoded together. Where rounding depends on the batch, a killed generation begins a share anew."""
@@ -41,7 +38,7 @@ def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Items[str],
-    settings: "GenerationSettings",
+    settings: Sampling,
     *,
     seed: int,
     progress: Progress = silent,
@@ -81,7 +78,7 @@ def generate_by(
     engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Items[str],
-    settings: "GenerationSettings",
+    settings: Sampling,
     *,
     seed: int,
     exact: bool,
@@ -101,17 +98,7 @@ def generate_by(
         checkpoint: a file for finished responses.
     """
     end_id = end_of_text_id(tokenizer)
-    how = Decoding(
-        max_new_tokens=settings.max_new_tokens,
-        end_id=end_id,
-        max_batch_tokens=settings.max_batch_tokens,
-        do_sample=settings.do_sample,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        repetition_penalty=settings.repetition_penalty,
-        no_repeat_ngram_size=settings.no_repeat_ngram_size,
-        seed=seed,
-    )
+    how = Decoding(**asdict(settings), end_id=end_id, seed=seed)
     encoded = encode_prompts(tokenizer, list(prompts), settings.max_prompt_length)
     longest_first = sorted(range(len(prompts)), key=lambda index: (-len(encoded[index][0]), index))
     kept = ResumableRows(checkpoint)

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -25,9 +24,7 @@ from transformers.utils import logging as transformers_logging
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.models.fused_lora import fuse_lora
 from helpsteer_assets.modpo.models.tokenization import end_of_text_id
-
-if TYPE_CHECKING:
-    from helpsteer_assets.experiment.settings import LoraSettings, ModelSettings, RunSettings
+from helpsteer_assets.modpo.settings import Compute, Lora
 
 # A progress bar for each loaded checkpoint would hide the progress of the work.
 transformers_logging.disable_progress_bar()
@@ -36,7 +33,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
-def choose_device(run: "RunSettings", precision: str) -> torch.device:
+def choose_device(run: Compute, precision: str) -> torch.device:
     """The device to compute on, with the thread count set.
 
     Raises HelpsteerError where the device is missing or lacks the stated precision.
@@ -55,7 +52,7 @@ def choose_device(run: "RunSettings", precision: str) -> torch.device:
     return device
 
 
-def batch_tokens(run: "RunSettings", device: torch.device) -> int:
+def batch_tokens(run: Compute, device: torch.device) -> int:
     """Tokens in one forward and backward pass.
 
     A CPU needs few tokens to be busy, and slows down where activations outgrow its caches.
@@ -63,7 +60,7 @@ def batch_tokens(run: "RunSettings", device: torch.device) -> int:
     return run.batch_tokens or (4096 if device.type == "cuda" else 1024)
 
 
-def scoring_batch_tokens(run: "RunSettings", device: torch.device) -> int:
+def scoring_batch_tokens(run: Compute, device: torch.device) -> int:
     """Tokens in one forward pass without gradients: more than in training, for no activations are kept."""
     return 4 * batch_tokens(run, device)
 
@@ -238,7 +235,7 @@ class ModelSize:
     """Inputs and outputs of the body's matrices, summed."""
 
 
-def model_size(path: Path, lora: "LoraSettings", *, trust_remote_code: bool = False) -> ModelSize:
+def model_size(path: Path, lora: Lora, *, trust_remote_code: bool = False) -> ModelSize:
     """The size of a model with a LoRA, from the model folder's config alone: no weights are read or allocated.
 
     Raises HelpsteerError where the folder describes no causal language model, or the LoRA does not fit the model.
@@ -286,17 +283,17 @@ def context_length(path: Path, *, trust_remote_code: bool = False) -> int | None
     return getattr(_read_config(path, trust_remote_code).get_text_config(), "max_position_embeddings", None)
 
 
-def check_lengths(settings: "ModelSettings", path: Path, needed: int, key: str) -> None:
-    """Raise HelpsteerError where a stage needs more tokens than the model's context has."""
-    limit = context_length(path, trust_remote_code=settings.trust_remote_code)
+def check_lengths(path: Path, needed: int, key: str, *, base: str, trust_remote_code: bool = False) -> None:
+    """Raise HelpsteerError where the setting `key` needs more tokens than the context of the model `base` has."""
+    limit = context_length(path, trust_remote_code=trust_remote_code)
     if limit is not None and needed > limit:
         raise HelpsteerError(
-            f"{key} ask(s) for {needed} tokens of context, and {settings.base} has {limit}; lower {key} or choose a "
+            f"{key} ask(s) for {needed} tokens of context, and {base} has {limit}; lower {key} or choose a "
             "base model with a longer context"
         )
 
 
-def attach_lora(model: PreTrainedModel, lora: "LoraSettings", seed: int) -> PeftModel:
+def attach_lora(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
     """A new LoRA on every targeted linear layer; its initial weights depend on the seed alone."""
     set_seed(seed)
     config = LoraConfig(

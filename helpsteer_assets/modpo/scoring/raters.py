@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -20,9 +20,7 @@ from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.data.attributes import ATTRIBUTES
 from helpsteer_assets.modpo.models.loading import require_safetensors, require_whole_model
 from helpsteer_assets.modpo.progress import Progress, silent
-
-if TYPE_CHECKING:
-    from helpsteer_assets.experiment.settings import RewardModelSettings
+from helpsteer_assets.modpo.settings import RewardModel
 
 
 class Rater(Protocol):
@@ -64,7 +62,7 @@ class RewardModelRater:
     Raises HelpsteerError where the folder holds no reward model that these settings can use.
     """
 
-    def __init__(self, path: Path, settings: "RewardModelSettings", device: str = "cpu") -> None:
+    def __init__(self, path: Path, settings: RewardModel, device: str = "cpu") -> None:
         """Load the model and its tokenizer; nothing is fetched."""
         self._path = Path(path)
         self._settings = settings

@@ -30,11 +30,11 @@ from typing import IO, TYPE_CHECKING, Any
 
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.progress import Progress, silent
+from helpsteer_assets.modpo.settings import Compute, Lora
 
 if TYPE_CHECKING:
     import torch
 
-    from helpsteer_assets.experiment.settings import LoraSettings, RunSettings
     from helpsteer_assets.modpo.training.loop import TrainingResult
     from helpsteer_assets.modpo.training.processes import World
 
@@ -62,9 +62,9 @@ class Job:
     """Folder of the model that gets a new LoRA."""
     precision: str
     trust_remote_code: bool
-    lora: "LoraSettings"
+    lora: Lora
     seed: int
-    run: "RunSettings"
+    run: Compute
     """How it runs, in `train_processes` processes."""
     train: "Callable[..., TrainingResult]"
     """Called with the model, and `report_to`, `progress` and `world` by name; no lambda, which cannot be pickled."""
@@ -72,7 +72,7 @@ class Job:
     """Folder for the trained adapter."""
 
 
-def require_devices(run: "RunSettings", device: "torch.device") -> None:
+def require_devices(run: Compute, device: "torch.device") -> None:
     """Raise HelpsteerError where fewer GPUs are visible than there are processes to train on them."""
     import torch
 
@@ -127,7 +127,7 @@ def train_together(
 
 
 @contextmanager
-def _agent(run: "RunSettings", scratch: Path, log: IO[bytes]) -> Iterator[subprocess.Popen[str]]:
+def _agent(run: Compute, scratch: Path, log: IO[bytes]) -> Iterator[subprocess.Popen[str]]:
     """torchrun and its ranks; when the context ends, all of them have ended."""
     import torch
 
@@ -260,7 +260,7 @@ def _train(path: Path, messages: IO[str]) -> None:
     world.wait()
 
 
-def _join(run: "RunSettings", device: "torch.device") -> "World":
+def _join(run: Compute, device: "torch.device") -> "World":
     """Connect to the other ranks. Raises HelpsteerError where their number is not run.train_processes."""
     import torch.distributed as dist
 

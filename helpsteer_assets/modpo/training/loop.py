@@ -8,7 +8,7 @@ import math
 import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import load_peft_weights, set_peft_model_state_dict
@@ -24,6 +24,7 @@ from transformers import (
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.models.loading import non_finite
 from helpsteer_assets.modpo.progress import Progress
+from helpsteer_assets.modpo.settings import Training
 from helpsteer_assets.modpo.training.checkpoints import (
     checkpoint_folder,
     damage,
@@ -35,9 +36,6 @@ from helpsteer_assets.modpo.training.checkpoints import (
 )
 from helpsteer_assets.modpo.training.processes import ALONE, World
 from helpsteer_assets.modpo.training.schedule import count_steps, evaluation_interval
-
-if TYPE_CHECKING:
-    from helpsteer_assets.experiment.settings import TrainingSettings
 
 TRAINER_STATE_NAME = "trainer_state.json"
 """File of a checkpoint in which transformers keeps its TrainerState."""
@@ -71,7 +69,7 @@ class WorldTrainer(Trainer):
 
 
 def training_arguments(
-    settings: "TrainingSettings",
+    settings: Training,
     *,
     items: int,
     has_selection: bool,
@@ -152,7 +150,7 @@ def _checkpointing_argument(arguments: type[TrainingArguments]) -> str:
 
 def train(
     trainer: WorldTrainer,
-    settings: "TrainingSettings",
+    settings: Training,
     *,
     what: str,
     loss_limit: float,

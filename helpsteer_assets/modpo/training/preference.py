@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -17,13 +17,10 @@ from helpsteer_assets.modpo.models.tokenization import Sequence
 from helpsteer_assets.modpo.progress import Progress, silent
 from helpsteer_assets.modpo.scoring.log_probs import attention_for, response_log_probs
 from helpsteer_assets.modpo.scoring.trees import Forest
+from helpsteer_assets.modpo.settings import Training
 from helpsteer_assets.modpo.training.loop import TrainingResult, WorldTrainer, train, training_arguments
 from helpsteer_assets.modpo.training.losses import log_ratios, modpo_loss
 from helpsteer_assets.modpo.training.processes import ALONE, World
-
-if TYPE_CHECKING:
-    from helpsteer_assets.experiment.settings import TrainingSettings
-
 
 EVALUATION_PAIRS = 64
 """Pairs in a batch of an evaluation."""
@@ -283,7 +280,7 @@ def train_preference(
     selection_pairs: PairDataset,
     w: float,
     beta: float,
-    settings: "TrainingSettings",
+    settings: Training,
     batch_tokens: int,
     seed: int,
     report_to: list[str],

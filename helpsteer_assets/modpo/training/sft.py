@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -14,11 +14,9 @@ from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.models.loading import check_vocabulary
 from helpsteer_assets.modpo.models.tokenization import Sequence
 from helpsteer_assets.modpo.progress import Progress, silent
+from helpsteer_assets.modpo.settings import Training
 from helpsteer_assets.modpo.training.loop import TrainingResult, WorldTrainer, train, training_arguments
 from helpsteer_assets.modpo.training.processes import ALONE, World
-
-if TYPE_CHECKING:
-    from helpsteer_assets.experiment.settings import SftSettings
 
 IGNORED = -100
 """Label of a token that does not count in the loss."""
@@ -32,7 +30,7 @@ def train_sft(
     *,
     train_sequences: Items[Sequence],
     selection_sequences: Items[Sequence],
-    settings: "SftSettings",
+    settings: Training,
     seed: int,
     report_to: list[str],
     checkpoints: Path,
