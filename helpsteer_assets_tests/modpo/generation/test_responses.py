@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.experiment.settings import GenerationSettings
 from helpsteer_assets.modpo.generation import responses as generation
 from helpsteer_assets.modpo.generation.decoding import Decoding, decode
 from helpsteer_assets.modpo.generation.responses import generate
 from helpsteer_assets.modpo.models.loading import load_model
 from helpsteer_assets.modpo.models.tokenization import encode_prompt
+from helpsteer_assets.modpo.settings import Sampling
 from helpsteer_assets_tests.conftest import SENTENCES, make_tokenizer
 
 EOS = 2
@@ -20,8 +20,8 @@ WORDS = [word for sentence in SENTENCES for word in sentence.split()]
 PROMPTS = [" ".join(WORDS[i : i + 1 + i % 7]) for i in range(12)]
 
 
-def settings_of(**changes: Any) -> GenerationSettings:
-    return GenerationSettings(**({"max_prompt_length": 40, "max_new_tokens": 12} | changes))
+def settings_of(**changes: Any) -> Sampling:
+    return Sampling(**({"max_prompt_length": 40, "max_new_tokens": 12} | changes))
 
 
 @pytest.fixture

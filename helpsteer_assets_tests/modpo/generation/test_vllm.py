@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.experiment.settings import GenerationSettings
 from helpsteer_assets.modpo.generation.decoding import Decoding
 from helpsteer_assets.modpo.generation.responses import generate_by
 from helpsteer_assets.modpo.generation.vllm import VllmEngine, response_ids, sampling_arguments
 from helpsteer_assets.modpo.models.tokenization import encode_prompt
+from helpsteer_assets.modpo.settings import Sampling
 
 HOW = Decoding(12, 2, 10**6, repetition_penalty=1.2, seed=7)
 
@@ -24,8 +24,8 @@ def test_without_the_package_the_message_names_the_extra(tiny_model_path: Path) 
 
 def test_a_rule_that_vllm_does_not_have_is_refused() -> None:
     with pytest.raises(ValueError, match="no_repeat_ngram_size: 3 with `engine: vllm`"):
-        GenerationSettings(engine="vllm", no_repeat_ngram_size=3)
-    assert GenerationSettings(engine="vllm", repetition_penalty=1.3).engine == "vllm"
+        Sampling(engine="vllm", no_repeat_ngram_size=3)
+    assert Sampling(engine="vllm", repetition_penalty=1.3).engine == "vllm"
 
 
 def test_greedy_requests_state_every_rule() -> None:
@@ -56,7 +56,7 @@ def test_a_response_holds_the_token_that_ended_it_however_it_is_reported() -> No
 
 def test_records_are_made_as_for_the_other_engine(tokenizer, tmp_path: Path) -> None:
     prompts = ["fold a shirt", "clean " * 40]
-    settings = GenerationSettings(max_prompt_length=60, max_new_tokens=4)
+    settings = Sampling(max_prompt_length=60, max_new_tokens=4)
     seen: list[dict[int, list[int]]] = []
 
     def engine(encoded: dict[int, list[int]], how: Decoding) -> Iterator[list[tuple[int, list[int]]]]:

@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import helpsteer_assets
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.experiment.settings import LoraSettings
 from helpsteer_assets.modpo.models.loading import attach_lora, load_model
 from helpsteer_assets.modpo.models.tokenization import Sequence
 from helpsteer_assets.modpo.scoring import log_probs
@@ -36,10 +35,11 @@ from helpsteer_assets.modpo.scoring.log_probs import (
 )
 from helpsteer_assets.modpo.scoring.tree_attention import tree_attention
 from helpsteer_assets.modpo.scoring.trees import pack
+from helpsteer_assets.modpo.settings import Lora
 from helpsteer_assets_tests.conftest import make_model
 
 PAD, EOS = 0, 2
-LORA = LoraSettings(r=4, alpha=8)
+LORA = Lora(r=4, alpha=8)
 EMBEDDED_MODEL = Path(helpsteer_assets.__file__).parent / "embedded" / "model"
 
 
