@@ -36,7 +36,7 @@ from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.files.digests import is_intact, sealed
 from helpsteer_assets.files.durable import checked_name, sync, write_atomically
 from helpsteer_assets.files.os_errors import readable_library_errors, readable_os_errors
-from helpsteer_assets.store.locks import exclusive_lock, lock_if_free
+from helpsteer_assets.store.locks import HeldLock, exclusive_lock, lock_if_free
 
 ALL = "all"
 """The partition folder of an unpartitioned asset."""
@@ -49,6 +49,9 @@ SCRATCH = "tmp"
 """Folder in a partial artifact for temporary files; emptied before each attempt, gone from the finished artifact."""
 SCHEMA_VERSION = 2
 """2: the manifest holds `environment`, and its own digest, which version 1 does without."""
+
+ArtifactName = tuple[str, str, str]
+"""Asset, partition and fingerprint."""
 
 _PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "duckdb", "dagster", "helpsteer_assets")
 _RACY_SECONDS = 0.1
@@ -150,17 +153,16 @@ class ArtifactStore:
         with exclusive_lock(
             self.lock(asset, partition, fingerprint),
             lambda holder: on_wait(f"{holder}, which is making {label} ({fingerprint})"),
-        ) as lease:
-            found = self._get_locked(asset, partition, fingerprint) or self._adopt(asset, partition, fingerprint)
-            if found is not None:
-                return found, True
+        ) as lock:
+            name = (asset, partition, fingerprint)
+            if (artifact := self._get_locked(*name) or self._adopt(*name, lock)) is not None:
+                return artifact, True
             partial = self.partial(asset, partition, fingerprint)
             resumed = self._prepare(partial)
             started = time.monotonic()
             with readable_library_errors(partial):
                 metrics = compute(partial)
             _require_finite(metrics, label)
-            lease.check()
             complete = {
                 **manifest,
                 "schema_version": SCHEMA_VERSION,
@@ -179,9 +181,10 @@ class ArtifactStore:
             }
             with readable_os_errors("write", partial):
                 complete["files"] = _listing(partial)
+                lock.check()
                 text = json.dumps(sealed(complete), indent=2, allow_nan=False) + "\n"
                 write_atomically(partial / MANIFEST, text)
-            return self._finish(asset, partition, fingerprint, json.loads(text)), False
+            return self._finish(asset, partition, fingerprint, json.loads(text), lock), False
 
     def contribute(
         self,
@@ -198,8 +201,8 @@ class ArtifactStore:
         `compute` gets the partial folder, and keeps what it made in its `checkpoints/`, where `build` goes on from it.
         Parts of other names may be worked on at the same time; one process works on one part.
         """
-        lock = self.lock(asset, partition, f"{fingerprint}.{part}")
-        with exclusive_lock(lock, lambda holder: on_wait(f"{holder}, which is making {part} of {asset}")) as lease:
+        path = self.lock(asset, partition, f"{fingerprint}.{part}")
+        with exclusive_lock(path, lambda holder: on_wait(f"{holder}, which is making {part} of {asset}")) as lock:
             if self.find(asset, partition, fingerprint) is not None:
                 return False
             partial = self.partial(asset, partition, fingerprint)
@@ -210,7 +213,7 @@ class ArtifactStore:
                 # Another run may have built the whole meanwhile, and removed the folder.
                 if self.find(asset, partition, fingerprint) is None:
                     raise
-            lease.check()
+            lock.check()
             return True
 
     def _prepare(self, partial: Path) -> bool:
@@ -227,7 +230,7 @@ class ArtifactStore:
                     _remove(path)
             return checkpoints.is_dir() and any(checkpoints.iterdir())
 
-    def _adopt(self, asset: str, partition: str, fingerprint: str) -> Artifact | None:
+    def _adopt(self, asset: str, partition: str, fingerprint: str, lock: HeldLock) -> Artifact | None:
         """Finishes a partial folder that was complete when its maker died; None if there is none."""
         partial = self.partial(asset, partition, fingerprint)
         try:
@@ -241,9 +244,11 @@ class ArtifactStore:
             with readable_os_errors("remove", partial):
                 shutil.rmtree(partial)
             return None
-        return None if artifact is None else self._finish(asset, partition, fingerprint, artifact.manifest)
+        return None if artifact is None else self._finish(asset, partition, fingerprint, artifact.manifest, lock)
 
-    def _finish(self, asset: str, partition: str, fingerprint: str, manifest: dict[str, Any]) -> Artifact:
+    def _finish(
+        self, asset: str, partition: str, fingerprint: str, manifest: dict[str, Any], lock: HeldLock
+    ) -> Artifact:
         partial = self.partial(asset, partition, fingerprint)
         folder = self._folder(asset, partition, fingerprint)
         with readable_os_errors("write", partial):
@@ -253,6 +258,7 @@ class ArtifactStore:
                 for name in names:
                     sync(Path(root, name))
                 sync(Path(root))
+            lock.check()
             partial.rename(folder)
             sync(folder.parent)
         return Artifact(asset, partition, fingerprint, folder, manifest)
