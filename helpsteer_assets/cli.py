@@ -255,7 +255,7 @@ def gc(delete: bool, keep: tuple[str, ...], older_than: int | None, as_json: boo
 
     Kept are the artifacts of the shipped experiments, of the one that -e or HELPSTEER_EXPERIMENT names and of those of
     --keep; every experiment's latest materializations; and all that these were made from. Dagster's own state is left
-    alone. --delete needs the home for itself: it refuses at once, and says what runs.
+    alone. While something runs, --delete removes nothing and says what runs.
     """
     from helpsteer_assets.commands.gc import delete_garbage, find_garbage
     from helpsteer_assets.files.durable import size_in_words
