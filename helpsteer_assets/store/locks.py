@@ -24,7 +24,7 @@ from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.files.os_errors import readable_os_errors
 
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
-"""What flock(2) fails with on a file system that has no locks."""
+"""Errors of flock(2) on a file system that has no locks."""
 _working_devices: set[int] = set()
 """File systems on which this process has seen that a locked file cannot be locked again."""
 

@@ -21,7 +21,7 @@ class Column:
 
     @property
     def sql(self) -> str:
-        """What a SELECT says to get this column, by name and type."""
+        """The column in a SELECT, with its name and type."""
         return f"CAST({self.expression or f'data.{identifier(self.name)}'} AS {self.type}) AS {identifier(self.name)}"
 
 
@@ -31,7 +31,7 @@ class Table:
 
     name: str
     comment: str
-    """What a row is; published as COMMENT ON TABLE."""
+    """Meaning of a row; published as COMMENT ON TABLE."""
     assets: tuple[str, ...]
     """The assets whose Parquet files fill it."""
     key: tuple[str, ...]
@@ -305,6 +305,7 @@ TABLES: dict[str, Table] = {table.name: table for table in (*DECLARED, MATERIALI
 
 
 def definition(table: Table) -> Iterator[str]:
+    """The SQL statements that make the table and its comments."""
     name = identifier(table.name)
     yield f"CREATE TABLE {name} ({', '.join(f'{identifier(c.name)} {c.type}' for c in table.columns)})"
     yield f"COMMENT ON TABLE {name} IS {literal(table.comment)}"
@@ -313,8 +314,10 @@ def definition(table: Table) -> Iterator[str]:
 
 
 def identifier(name: str) -> str:
+    """The name, quoted for SQL."""
     return '"' + name.replace('"', '""') + '"'
 
 
 def literal(text: str) -> str:
+    """The text as a string of SQL."""
     return "'" + text.replace("'", "''") + "'"
