@@ -28,6 +28,7 @@ setup(
         "duckdb>=2,<3",
         "accelerate>=1.15,<2",
         "click>=8.1",
+        "filelock>=3.30",
         "huggingface_hub>=2,<3",
         "jinja2>=3.1",
         "matplotlib>=3.9",

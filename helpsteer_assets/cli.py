@@ -254,18 +254,15 @@ def gc(delete: bool, keep: tuple[str, ...], older_than: int | None, as_json: boo
     """List what nothing refers to, with its size and the reason; --delete removes it.
 
     Kept are the artifacts of the shipped experiments, of the one that -e or HELPSTEER_EXPERIMENT names and of those of
-    --keep; every experiment's latest materializations; what a running process uses; and all that these were made from.
-    Dagster's own state is left alone.
+    --keep; every experiment's latest materializations; and all that these were made from. Dagster's own state is left
+    alone. While something runs, --delete removes nothing and says what runs.
     """
     from helpsteer_assets.commands.gc import delete_garbage, find_garbage
     from helpsteer_assets.files.durable import size_in_words
 
     experiments = [load_experiment(), *map(load_experiment, (*SHIPPED, *keep))]
     home = home_path()
-    if delete:
-        survey = delete_garbage(home, experiments, older_than, lambda holder: click.echo(holder, err=True))
-    else:
-        survey = find_garbage(home, experiments, older_than)
+    survey = (delete_garbage if delete else find_garbage)(home, experiments, older_than)
     total = sum(item.bytes for item in survey.garbage)
     if as_json:
         items = [{"path": str(item.path), "bytes": item.bytes, "reason": item.reason} for item in survey.garbage]

@@ -22,7 +22,7 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,8 +33,8 @@ from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment.settings import Experiment, canonical_weight, is_hub_id
 from helpsteer_assets.files.digests import file_sha256, is_intact, sealed
 from helpsteer_assets.files.durable import free_space, size_in_words, sync
-from helpsteer_assets.store.artifacts import ALL, Artifact, ArtifactStore, versions
-from helpsteer_assets.store.uses import ArtifactName, using
+from helpsteer_assets.store.artifacts import ALL, Artifact, ArtifactName, ArtifactStore, versions
+from helpsteer_assets.store.locks import home_in_use
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -128,14 +128,14 @@ def _not_finished(item: Status, experiment: Experiment, home: Path) -> str:
 
 
 @contextmanager
-def held(home: Path, names: Sequence[ArtifactName]) -> Iterator[list[Artifact]]:
-    """Finished artifacts, verified by their digests and kept from gc for the block.
+def held(home: Path, names: Sequence[ArtifactName], doing: str) -> Iterator[list[Artifact]]:
+    """Finished artifacts, verified by their digests, which nobody removes during the block.
 
     Raises HelpsteerError where one is damaged. Works in a home that cannot be written to.
     """
-    with using(home, names) if os.access(home, os.W_OK) else nullcontext():
+    with home_in_use(home, doing):
         store = ArtifactStore(home)
-        found = []
+        artifacts = []
         for asset, partition, fingerprint in names:
             artifact = store.get(asset, partition, fingerprint)
             if artifact is None:
@@ -143,8 +143,8 @@ def held(home: Path, names: Sequence[ArtifactName]) -> Iterator[list[Artifact]]:
                     f"{label(asset, partition)} was damaged, and is set aside or being made again; `helpsteer run` "
                     "computes it again"
                 )
-            found.append(artifact)
-        yield found
+            artifacts.append(artifact)
+        yield artifacts
 
 
 def export_policy(
@@ -198,7 +198,7 @@ def export_policy(
         if not force:
             was = f"{earlier['export']['policy']} ({earlier['export']['form']})"
             raise HelpsteerError(f"{to} holds another export, of {was}; --force replaces it, or choose another folder")
-    with held(home, names) as artifacts:
+    with held(home, names, f"export of {title}") as artifacts:
         by_asset = {artifact.asset: artifact for artifact in artifacts}
         _require_room(target, by_asset)
         with _writing(target), _beside(target) as folder:
@@ -226,7 +226,8 @@ def take_report(experiment: Experiment, home: Path, to: Path | None = None) -> P
     Raises:
         HelpsteerError: it is not finished with the present settings, is damaged, or cannot be copied.
     """
-    with held(home, require_finished(experiment, home, [("tradeoff_report", ALL)])) as (artifact,):
+    names = require_finished(experiment, home, [("tradeoff_report", ALL)])
+    with held(home, names, f"copying the report of experiment {experiment.name}") as (artifact,):
         source = artifact.file("report.html")
         if to is None:
             return source

@@ -40,7 +40,7 @@ from helpsteer_assets.files.digests import file_sha256, is_intact
 from helpsteer_assets.modpo.models.loading import attach_lora, load_model
 from helpsteer_assets.modpo.models.tokenization import FALLBACK_TEMPLATE, encode_prompt
 from helpsteer_assets.store.artifacts import ArtifactStore
-from helpsteer_assets.store.uses import in_use
+from helpsteer_assets.store.locks import home_alone
 from helpsteer_assets_tests.assets.conftest import Finished
 from helpsteer_assets_tests.conftest import make_tokenizer
 
@@ -451,16 +451,13 @@ def test_a_damaged_policy_is_not_exported(copied: Callable[..., Finished], tmp_p
 
 
 def test_gc_is_kept_away_meanwhile(quick: Finished, tmp_path: Path) -> None:
-    used: list[set[tuple[str, str, str]]] = []
-    export_policy(
-        quick.experiment,
-        quick.home,
-        "w=0.1",
-        tmp_path / "out",
-        announce=lambda message: used.append(in_use(quick.home)),
-    )
-    assert {asset for asset, *_ in used[0]} == {"sft_model", "modpo_models", "score_summary"}
-    assert not in_use(quick.home)
+    def clean(message: str) -> None:
+        with pytest.raises(HelpsteerError, match=r"is in use: .*\(export of w=0\.1 of experiment quick, since"):
+            home_alone(quick.home).__enter__()
+
+    export_policy(quick.experiment, quick.home, "w=0.1", tmp_path / "out", announce=clean)
+    with home_alone(quick.home):
+        pass
 
 
 # The hub

@@ -4,6 +4,7 @@ import errno
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -444,6 +445,21 @@ def test_a_killed_process_frees_its_artifact_and_a_waiting_one_takes_it_up(store
     killed.join(60)
     artifact = store.get(*NAME)
     assert artifact is not None
+    assert artifact.manifest["resumed"] is True
+
+
+def test_a_writer_that_lost_its_lock_does_not_finish_the_artifact(store: ArtifactStore) -> None:
+    def compute(partial: Path) -> dict[str, Any]:
+        (partial / "checkpoints").mkdir()
+        (partial / "checkpoints" / "step-1").write_text("kept")
+        shutil.rmtree(store.locks)
+        return write_results(partial)
+
+    with pytest.raises(HelpsteerError, match=r"was removed or replaced while this process held that lock"):
+        make(store, compute)
+    assert store.find(*NAME) is None
+    assert (store.partial(*NAME) / "checkpoints" / "step-1").read_text() == "kept"
+    artifact, _ = make(store)
     assert artifact.manifest["resumed"] is True
 
 
