@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _TRAININGS = {"sft_model": "sft", "margin_adapter": "margin_adapter", "modpo_models": "modpo"}
 """Stages that train, and the section of their settings."""
+_USE_MARGIN_ADAPTER = ("margin_rewards", "sft_scores", "scores")
+"""Stages that compute with the margin adapter if there is one, and so do less under a length penalty."""
 _SAME_SIZE = 0.02
 """Two models whose files differ by less than this share count as equally large."""
 
@@ -137,6 +139,8 @@ def measured_rates(home: Path, works: dict[str, Work], model_bytes: int, device:
             base = manifest["fingerprint"] if stage == "sft_model" else manifest["inputs"]["sft_model"][ALL]
             rows = _rows(stage, manifest)
             comparable = base in same_model and manifest["environment"]["device"] == device
+            if stage in _USE_MARGIN_ADAPTER:
+                comparable &= ("margin_adapter" in manifest["inputs"]) == ("margin_adapter" in works)
             # A resumed stage's duration is that of its last attempt alone.
             if rows and work.rows and comparable and not manifest["resumed"]:
                 rates[stage] = work.flops / work.rows * rows / max(manifest["duration_s"], 1e-3)

@@ -149,7 +149,9 @@ class Home:
     def rates(self, device: str = "cpu") -> dict[str, float]:
         works = {
             "reference_log_probs": Work(rows=10, tokens=100, flops=5000),
+            "margin_adapter": Work(rows=10, tokens=100, flops=7000),
             "modpo_models": Work(rows=10, tokens=100, flops=7000),
+            "margin_rewards": Work(rows=10, tokens=100, flops=5000),
         }
         return measured_rates(self.folder, works, MODEL_BYTES, device)
 
@@ -173,12 +175,13 @@ def test_a_finished_stage_gives_the_rate_of_the_next(tmp_path: Path) -> None:
     assert home.rates("NVIDIA H100") == {}, "it ran on another device"
 
 
-def test_a_resumed_stage_or_one_of_another_model_gives_no_rate(tmp_path: Path) -> None:
+def test_a_stage_that_was_resumed_or_did_other_work_gives_no_rate(tmp_path: Path) -> None:
     home = Home(tmp_path)
     home.finish("sft_model", "a")
     home.finish("sft_model", "b", bytes=2 * MODEL_BYTES)
     home.finish("reference_log_probs", "1", base="a", metrics={"responses": 40}, resumed=True)
     home.finish("reference_log_probs", "2", base="b", metrics={"responses": 40})
+    home.finish("margin_rewards", "3", base="a", metrics={"responses": 40})  # of a length penalty: no margin adapter
     assert home.rates() == {}
 
 
