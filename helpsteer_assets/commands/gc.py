@@ -234,9 +234,8 @@ def _with_inputs(names: set[ArtifactName], manifests: dict[ArtifactName, dict[st
 def _leftovers(home: Path, remaining: set[ArtifactName]) -> Iterator[Garbage]:
     """Locks of artifacts that are gone, and temporary files of processes that were killed."""
     for asset, partition, path in _nested(home / "locks", files=True):
-        fingerprint = path.name.partition(".")[0]
-        is_lock = path.suffix == ".lock" and FOLDER.fullmatch(fingerprint)
-        if is_lock and (asset, partition, fingerprint) not in remaining:
+        is_lock = path.suffix == ".lock" and FOLDER.fullmatch(path.stem)
+        if is_lock and (asset, partition, path.stem) not in remaining:
             yield _garbage(path, "lock of an artifact that is gone")
     for place in (home / "cache", home / "warehouse"):
         for folder, folders, files in os.walk(place):
