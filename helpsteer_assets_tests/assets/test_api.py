@@ -6,14 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 
 import helpsteer_assets as hs
-from helpsteer_assets.commands.export import require_finished
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.store.artifacts import ArtifactStore
 from helpsteer_assets.store.tables import TABLES
 from helpsteer_assets.store.warehouse import Warehouse
 from helpsteer_assets_tests.assets.conftest import Finished
@@ -66,7 +63,7 @@ def test_a_policy_answers_as_in_the_evaluation(here: Finished, w: str) -> None:
     policy = hs.load_policy(w)
     rows = [row for row in hs.load_table("generations").to_pylist() if row["w"] == policy.w]
     assert policy.w == (None if w == "sft" else w)
-    in_order = artifact(here, "evaluation_prompts").table("prompts.parquet")["prompt_id"].to_pylist()
+    in_order = here.artifact("evaluation_prompts").table("prompts.parquet")["prompt_id"].to_pylist()
     rows.sort(key=lambda row: in_order.index(row["prompt_id"]))
     assert policy.generate([row["prompt"] for row in rows]) == [row["response"] for row in rows]
     assert policy.generate([]) == []

@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from helpsteer_assets.commands.export import Export, export_policy, require_finished
-from helpsteer_assets.store.artifacts import Artifact, ArtifactStore
+from helpsteer_assets.commands.export import Export, export_policy
 from helpsteer_assets_tests.assets.conftest import Finished, copied, quick
 
 __all__ = ["copied", "quick"]
@@ -26,13 +25,6 @@ def model(quick: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def adapter(quick: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """w=0.1 as an adapter. Don't write into it."""
     return take(quick, tmp_path_factory.mktemp("exported") / "adapter", merged=False).folder
-
-
-def artifact(finished: Finished, asset: str, partition: str = "all") -> Artifact:
-    ((*_, fingerprint),) = require_finished(finished.experiment, finished.home, [(asset, partition)])
-    made = ArtifactStore(finished.home).find(asset, partition, fingerprint)
-    assert made is not None
-    return made
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -21,7 +21,7 @@ from helpsteer_assets.experiment.settings import Experiment
 from helpsteer_assets.files.digests import is_intact
 from helpsteer_assets.store.uses import in_use
 from helpsteer_assets_tests.assets.conftest import Finished
-from helpsteer_assets_tests.commands.conftest import artifact, contents, flip_last_bit, take
+from helpsteer_assets_tests.commands.conftest import contents, flip_last_bit, take
 from helpsteer_assets_tests.conftest import die, run_to_its_death
 
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
@@ -54,7 +54,7 @@ def test_provenance_vouches_for_every_file_and_names_what_it_was_made_from(model
         for name, content in contents(model).items()
         if name != PROVENANCE
     }
-    policy, made_from = artifact(quick, "modpo_models", "0.1"), provenance["artifacts"]
+    policy, made_from = quick.artifact("modpo_models", "0.1"), provenance["artifacts"]
     assert made_from["modpo_models w=0.1"]["fingerprint"] == policy.fingerprint
     assert made_from["modpo_models w=0.1"]["settings"] == policy.manifest["settings"]
     assert {"helpsteer_ratings", "sft_model", "margin_adapter", "preference_pairs"} <= made_from.keys()
@@ -66,7 +66,7 @@ def test_the_card_has_the_scores_of_this_policy_once_it_is_scored(
     model: Path, copied: Callable[..., Finished], tmp_path: Path
 ) -> None:
     finished = copied()
-    summary = artifact(finished, "score_summary")
+    summary = finished.artifact("score_summary")
     rows = summary.table("score_summary.parquet").to_pylist()
     (row,) = [row for row in rows if row["w"] == "0.1" and row["measure"] == "helpfulness"]
     card = (model / "README.md").read_text()
@@ -192,10 +192,10 @@ def test_what_is_not_finished_or_damaged_is_refused_with_the_way_to_it(
     missing = r"modpo_models w=0.5 .* is not there, .*`helpsteer run --weights 0.5`"
     refused(copied(objective={"weights": [0.5]}), missing, "w=0.5")
     finished = copied()
-    folder = artifact(finished, "modpo_models", "0.9").path
+    folder = finished.artifact("modpo_models", "0.9").path
     folder.rename(folder.with_name(f"{folder.name}.partial"))
     refused(finished, r"not finished \(.+\); `helpsteer run --weights 0.9` goes on with it", "w=0.9")
-    flip_last_bit(artifact(finished, "modpo_models", "0.1").file("adapter/adapter_model.safetensors"))
+    flip_last_bit(finished.artifact("modpo_models", "0.1").file("adapter/adapter_model.safetensors"))
     refused(finished, r"modpo_models w=0\.1 was damaged")
     assert not (tmp_path / "out").exists()
 
@@ -226,7 +226,7 @@ def test_the_report_is_found_copied_and_opened(quick: Finished, tmp_path: Path) 
     command = [sys.executable, "-c", "from helpsteer_assets.cli import main; main()", "report"]
     done = subprocess.run([*command, "--to", copy, "--open"], capture_output=True, text=True, env=variables)
     assert done.returncode == 0, done.stderr
-    source = artifact(quick, "tradeoff_report").file("report.html")
+    source = quick.artifact("tradeoff_report").file("report.html")
     assert done.stdout.splitlines() == [str(copy), copy.as_uri()]
     assert copy.read_bytes() == source.read_bytes()
     assert seen.read_text().strip() == copy.as_uri()

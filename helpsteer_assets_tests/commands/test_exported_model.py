@@ -18,7 +18,7 @@ from helpsteer_assets.experiment.reading import load_experiment
 from helpsteer_assets.modpo.models.loading import attach_lora, load_model
 from helpsteer_assets.modpo.models.tokenization import FALLBACK_TEMPLATE, encode_prompt
 from helpsteer_assets_tests.assets.conftest import Finished
-from helpsteer_assets_tests.commands.conftest import artifact, take
+from helpsteer_assets_tests.commands.conftest import take
 from helpsteer_assets_tests.conftest import make_tokenizer
 
 
@@ -66,12 +66,12 @@ print(json.dumps(result))
 def test_both_forms_load_in_transformers_and_peft_and_score_as_the_evaluation_did(
     model: Path, adapter: Path, quick: Finished, tmp_path: Path
 ) -> None:
-    rows = artifact(quick, "generations", "0.1").table("generations.parquet").to_pylist()
+    rows = quick.artifact("generations", "0.1").table("generations.parquet").to_pylist()
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     result = run_offline(LOG_PROBS, model, adapter, tmp_path / "rows.json")
     assert result["tokenizers"]
     assert result["merged"] == pytest.approx(result["adapter"], abs=1e-3)
-    scores = artifact(quick, "scores", "0.1").table("scores.parquet")
+    scores = quick.artifact("scores", "0.1").table("scores.parquet")
     ratios = [policy - base for policy, base in zip(result["merged"], result["base"], strict=True)]
     assert ratios == pytest.approx(scores["log_ratio_to_sft"].to_pylist(), abs=1e-3)
     assert max(map(abs, ratios)) > 0.01, "the adapter does something"
@@ -95,7 +95,7 @@ print(json.dumps({"answers": answers, "settings": model.generation_config.to_dic
 def test_transformers_answers_as_the_evaluation_did(copied: Callable[..., Finished], tmp_path: Path) -> None:
     finished = copied(generation={"do_sample": False, "max_new_tokens": 12, "repetition_penalty": 1.1})
     assert finished.run(select="generations", weights=["0.9"]), finished.announced
-    rows = artifact(finished, "generations", "0.9").table("generations.parquet").to_pylist()
+    rows = finished.artifact("generations", "0.9").table("generations.parquet").to_pylist()
     folder = take(finished, tmp_path / "greedy", "w=0.9").folder
     result = run_offline(GENERATE, folder, json.dumps([row["prompt"] for row in rows]))
     assert result["answers"] == [row["response"] for row in rows]
