@@ -170,7 +170,8 @@ def export(policy: str, to: Path, merged: bool, force: bool, repo: str | None, p
 
     With it go the tokenizer, the generation settings, a model card with its scores and licences, and its provenance.
     """
-    from helpsteer_assets.commands.export import check_repository, export_policy, push, repository
+    from helpsteer_assets.commands.export import export_policy
+    from helpsteer_assets.commands.push import check_repository, push, repository
     from helpsteer_assets.files.durable import size_in_words
 
     if repo is None and (public or yes):

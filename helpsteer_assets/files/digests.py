@@ -7,7 +7,7 @@ import os
 import stat
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,32 @@ SEAL = "sha256"
 """The key of the digest; it covers all other keys."""
 
 
+_SETTLED_NS = 2_000_000_000
+"""Age from which a file's times identify its content: file systems count time in steps of up to two seconds."""
+
+_known: dict[tuple[int, ...], str] = {}
+
+
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content, 64 hex digits, read in pieces. Raises OSError."""
+    """SHA-256 of a file's content, 64 hex digits. Raises OSError.
+
+    A file that this process has hashed before, and whose inode, size and times are unchanged, is not read again.
+    """
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        before = os.fstat(file.fileno())
+        key = (before.st_dev, before.st_ino, before.st_size, before.st_mtime_ns, before.st_ctime_ns)
+        if key in _known:
+            return _known[key]
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        # A file written just now may change again without a change of its times.
+        if time.time_ns() - max(before.st_mtime_ns, before.st_ctime_ns) > _SETTLED_NS:
+            _known[key] = digest
+        return digest
+
+
+def listing(folder: Path, names: Iterable[str]) -> dict[str, dict[str, int | str]]:
+    """Size (`bytes`) and `sha256` of files, by their path relative to the folder. Raises OSError."""
+    return {name: {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)} for name in names}
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,11 +61,6 @@ def is_intact(content: Mapping[str, Any]) -> bool:
 
 def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
-
-
-_SETTLED_NS = 2_000_000_000
-"""A file that is older gets another modification time when it is written again: file systems count time in steps of up
-to two seconds."""
 
 
 def content_digest(path: Path, cache: Path | None = None) -> str:

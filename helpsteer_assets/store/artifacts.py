@@ -12,7 +12,6 @@ order. So a process killed at any moment leaves a partial folder without a manif
 checkpoints), a partial folder with one (complete: it only has to be renamed), or the finished artifact.
 """
 
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -33,7 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.files.digests import is_intact, sealed
+from helpsteer_assets.files.digests import file_sha256, is_intact, listing, sealed
 from helpsteer_assets.files.durable import checked_name, sync, write_atomically
 from helpsteer_assets.files.os_errors import readable_library_errors, readable_os_errors
 from helpsteer_assets.store.locks import HeldLock, exclusive_lock, lock_if_free
@@ -57,8 +56,6 @@ ArtifactName = tuple[str, str, str]
 """Asset, partition and fingerprint."""
 
 _PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "duckdb", "dagster", "helpsteer_assets")
-_RACY_SECONDS = 0.1
-_digests: dict[tuple[int, int, int, int, int], str] = {}
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +188,7 @@ class ArtifactStore:
                 "environment": environment(),
             }
             with readable_os_errors("write", partial):
-                complete["files"] = _listing(partial)
+                complete["files"] = listing(partial, _results(partial))
                 lock.check()
                 text = json.dumps(sealed(complete), indent=2, allow_nan=False) + "\n"
                 write_atomically(partial / MANIFEST, text)
@@ -318,14 +315,10 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _listing(partial: Path) -> dict[str, dict[str, int | str]]:
-    """Size and sha256 of every result file in the partial folder, by its path relative to it."""
+def _results(partial: Path) -> list[str]:
+    """The result files in the partial folder, by path relative to it."""
     paths = (path.relative_to(partial) for path in sorted(partial.rglob("*")) if path.is_file())
-    return {
-        path.as_posix(): {"bytes": (partial / path).stat().st_size, "sha256": _sha256(partial / path)}
-        for path in paths
-        if path.parts[0] not in (CHECKPOINTS, SCRATCH)
-    }
+    return [path.as_posix() for path in paths if path.parts[0] not in (CHECKPOINTS, SCRATCH)]
 
 
 def _require_finite(metrics: Any, label: str, key: str = "") -> None:
@@ -353,24 +346,9 @@ def _size_problems(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
 def _digest_problems(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
     for name, entry in manifest["files"].items():
         with readable_os_errors("read", folder / name):
-            digest = _sha256(folder / name)
+            digest = file_sha256(folder / name)
         if digest != entry["sha256"]:
             yield f"{name} has sha256 {digest[:16]}... instead of {entry['sha256'][:16]}..."
-
-
-def _sha256(path: Path) -> str:
-    """The file's sha256, remembered by inode, size and times: renaming the folder does not forget it."""
-    with path.open("rb") as file:
-        before = os.fstat(file.fileno())
-        key = (before.st_dev, before.st_ino, before.st_size, before.st_mtime_ns, before.st_ctime_ns)
-        if key in _digests:
-            return _digests[key]
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        # A file written a moment ago can change again within the same tick of the file system's clock, unseen by its
-        # times: such a digest is not remembered.
-        if time.time() - max(before.st_mtime, before.st_ctime) > _RACY_SECONDS:
-            _digests[key] = digest
-        return digest
 
 
 def environment() -> dict[str, Any]:

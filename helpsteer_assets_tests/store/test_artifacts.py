@@ -1,6 +1,7 @@
 """The artifact store: reuse, resume, damage, one writer per artifact."""
 
 import errno
+import hashlib
 import json
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from helpsteer_assets.errors import HelpsteerError
+from helpsteer_assets.files import digests
 from helpsteer_assets.store import artifacts
 from helpsteer_assets.store.artifacts import ALL, Artifact, ArtifactStore
 from helpsteer_assets.store.locks import exclusive_lock
@@ -204,13 +206,14 @@ def test_a_file_that_no_manifest_lists_is_no_damage(store: ArtifactStore) -> Non
 
 
 def test_an_unchanged_file_is_hashed_once_per_process(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digests, "_SETTLED_NS", 100_000_000)
     artifact, _ = make(store)
     time.sleep(0.15)
     assert store.verify(artifact) == []
     hashed: list[str] = []
-    file_digest = artifacts.hashlib.file_digest
+    file_digest = hashlib.file_digest
     monkeypatch.setattr(
-        artifacts.hashlib, "file_digest", lambda file, name: (hashed.append(file.name), file_digest(file, name))[1]
+        hashlib, "file_digest", lambda file, name: (hashed.append(file.name), file_digest(file, name))[1]
     )
 
     assert store.verify(artifact) == []
