@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ class TestSampling:
 
     @pytest.mark.parametrize("max_batch_tokens", [1, 90, 10**6])
     def test_response_does_not_depend_on_batch_size(self, policy, tokenizer, max_batch_tokens):
-        how = self.how.model_copy(update={"max_batch_tokens": max_batch_tokens})
+        how = replace(self.how, max_batch_tokens=max_batch_tokens)
         assert generate(policy, tokenizer, PROMPTS, how, seed=3) == generate(
             policy, tokenizer, PROMPTS, self.how, seed=3
         )

@@ -3,17 +3,24 @@
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from helpsteer_assets.errors import HelpsteerError
+from helpsteer_assets.experiment.settings import GenerationSettings
 from helpsteer_assets.modpo.generation.decoding import Decoding
 from helpsteer_assets.modpo.generation.responses import generate_by
 from helpsteer_assets.modpo.generation.vllm import VllmEngine, response_ids, sampling_arguments
 from helpsteer_assets.modpo.models.tokenization import encode_prompt
 from helpsteer_assets.modpo.settings import Sampling
 
-HOW = Decoding(12, 2, 10**6, repetition_penalty=1.2, seed=7)
+
+def decoding_of(new: int, end: int, room: int, **rules: Any) -> Decoding:
+    return Decoding(max_new_tokens=new, end_id=end, max_batch_tokens=room, **rules)
+
+
+HOW = decoding_of(12, 2, 10**6, repetition_penalty=1.2, seed=7)
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
@@ -24,8 +31,8 @@ def test_without_the_package_the_message_names_the_extra(tiny_model_path: Path) 
 
 def test_a_rule_that_vllm_does_not_have_is_refused() -> None:
     with pytest.raises(ValueError, match="no_repeat_ngram_size: 3 with `engine: vllm`"):
-        Sampling(engine="vllm", no_repeat_ngram_size=3)
-    assert Sampling(engine="vllm", repetition_penalty=1.3).engine == "vllm"
+        GenerationSettings(engine="vllm", no_repeat_ngram_size=3)
+    assert GenerationSettings(engine="vllm", repetition_penalty=1.3).engine == "vllm"
 
 
 def test_greedy_requests_state_every_rule() -> None:
@@ -40,7 +47,7 @@ def test_greedy_requests_state_every_rule() -> None:
 
 
 def test_sampling_requests_have_a_seed_of_their_own() -> None:
-    how = Decoding(12, 2, 10**6, do_sample=True, temperature=0.7, top_p=0.9, seed=2**32 - 1)
+    how = decoding_of(12, 2, 10**6, do_sample=True, temperature=0.7, top_p=0.9, seed=2**32 - 1)
     first, second = sampling_arguments(how, 0), sampling_arguments(how, 1)
     assert (first["temperature"], first["top_p"]) == (0.7, 0.9)
     assert first["seed"] != second["seed"]

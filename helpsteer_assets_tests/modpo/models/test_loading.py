@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from transformers import BloomConfig, LlamaConfig, LlamaForCausalLM
 
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.experiment.settings import ModelSettings
 from helpsteer_assets.modpo.models.loading import (
     attach_lora,
     check_lengths,
@@ -197,20 +196,18 @@ class TestVocabulary:
 
 
 class TestCheckLengths:
-    settings = ModelSettings(base="embedded", precision="fp32")
-
     def test_passes_up_to_the_models_context(self, tiny_model_path: Path):
         assert context_length(tiny_model_path) == 128
-        check_lengths(self.settings, tiny_model_path, 128, "model.max_length")
+        check_lengths(tiny_model_path, 128, "model.max_length", base="embedded")
 
     def test_names_key_model_and_limit_beyond_it(self, tiny_model_path: Path):
         with pytest.raises(HelpsteerError, match=r"model.max_length ask\(s\) for 129 tokens .* embedded has 128"):
-            check_lengths(self.settings, tiny_model_path, 129, "model.max_length")
+            check_lengths(tiny_model_path, 129, "model.max_length", base="embedded")
 
     def test_passes_where_the_config_names_no_limit(self, tmp_path: Path):
         BloomConfig().save_pretrained(tmp_path)
         assert context_length(tmp_path) is None
-        check_lengths(self.settings, tmp_path, 10**6, "model.max_length")
+        check_lengths(tmp_path, 10**6, "model.max_length", base="embedded")
 
 
 def lora_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -312,5 +309,8 @@ def test_a_model_is_measured_by_its_config_alone(tiny_model_path: Path, tmp_path
     whole = load_model(tiny_model_path, precision="fp32")
     assert measured.parameters == whole.num_parameters()
     assert measured.embeddings == whole.get_input_embeddings().num_embeddings
+    looked_up = whole.get_input_embeddings().weight.numel()
+    assert whole.config.tie_word_embeddings is False
+    assert measured.weights_per_token == whole.num_parameters() - looked_up
     trained = lora_weights(attach_lora(whole, Lora(r=4), 0))
     assert measured.adapter_parameters == sum(weight.numel() for weight in trained.values())

@@ -135,7 +135,7 @@ def save_classifier(folder: Path, template: str | None = TEMPLATE, **changes: An
 
 
 def settings_for(folder: Path, **changes: Any) -> RewardModel:
-    return RewardModel(**{"model": str(folder), "heads": HEADS, "max_length": 200} | changes)
+    return RewardModel(**{"heads": HEADS, "max_length": 200} | changes)
 
 
 def rate(folder: Path, **changes: Any) -> dict[str, list[float | None]]:
