@@ -10,9 +10,8 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -20,6 +19,9 @@ from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.data.attributes import ATTRIBUTES, OVERALL
 from helpsteer_assets.modpo.data.ratings import hash_share
 from helpsteer_assets.modpo.data.tables import Source, database, query, stream, write_parquet
+
+if TYPE_CHECKING:
+    import duckdb
 
 RATED = (*ATTRIBUTES, OVERALL)
 SPLITS = ("train", "selection", "validation")
@@ -77,7 +79,7 @@ def build_pairs(ratings: Source, attribute: str, selection_share: float, file: P
 
 
 def _decide_pairs(
-    connection: duckdb.DuckDBPyConnection, ratings: Source, attribute: str, selection_share: float
+    connection: "duckdb.DuckDBPyConnection", ratings: Source, attribute: str, selection_share: float
 ) -> dict[str, int]:
     """Make the table `pairs`, PAIRS_SCHEMA without texts, from the table `ratings`; returns their number by split."""
     # Repeated rows are dropped first: otherwise a million equal rows would all be compared with each other.
@@ -124,7 +126,7 @@ def _decide_pairs(
     return counts
 
 
-def _require_few_responses(connection: duckdb.DuckDBPyConnection) -> None:
+def _require_few_responses(connection: "duckdb.DuckDBPyConnection") -> None:
     """Raise HelpsteerError where one prompt of the table `responses` has too many of them."""
     compared, largest, prompt = connection.sql(
         """
@@ -139,7 +141,7 @@ def _require_few_responses(connection: duckdb.DuckDBPyConnection) -> None:
         )
 
 
-def _lay_out_texts(connection: duckdb.DuckDBPyConnection, folder: Path) -> None:
+def _lay_out_texts(connection: "duckdb.DuckDBPyConnection", folder: Path) -> None:
     """Write the texts of the table `ratings`, each once, to Arrow files, by the beginning of the prompt's id.
 
     The database's own joins and sorts fail where texts outgrow its memory. One of these files is needed at a time.
@@ -163,7 +165,7 @@ def _lay_out_texts(connection: duckdb.DuckDBPyConnection, folder: Path) -> None:
     )
 
 
-def _join_texts(connection: duckdb.DuckDBPyConnection, folder: Path) -> Iterator[pa.RecordBatch]:
+def _join_texts(connection: "duckdb.DuckDBPyConnection", folder: Path) -> Iterator[pa.RecordBatch]:
     """The rows of the table `pairs` with their texts, ordered by split, prompt_id and pair_id."""
     from pyarrow import dataset
 

@@ -4,13 +4,15 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from helpsteer_assets.errors import HelpsteerError
+
+if TYPE_CHECKING:
+    import duckdb
 
 BATCH_ROWS = 10_000
 ROW_GROUP_ROWS = 16_384
@@ -38,13 +40,15 @@ def literal_path(path: Path) -> str:
 
 
 @contextmanager
-def database(scratch: Path | None = None, **tables: Source) -> Iterator[duckdb.DuckDBPyConnection]:
+def database(scratch: Path | None = None, **tables: Source) -> "Iterator[duckdb.DuckDBPyConnection]":
     """A database in memory with tables, each named as its argument.
 
     It has two threads, since assets may run side by side, and 1 GB of memory; more than that is kept in files in
     `scratch` (by default the system's folder for temporary files) until the database is closed. Only ORDER BY gives
     rows an order.
     """
+    import duckdb
+
     with tempfile.TemporaryDirectory(prefix=".duckdb-", dir=scratch) as spilled:
         config = {"threads": 2, "memory_limit": "1GB", "temp_directory": spilled, "preserve_insertion_order": False}
         with duckdb.connect(":memory:", config=config) as connection:
@@ -59,7 +63,7 @@ def database(scratch: Path | None = None, **tables: Source) -> Iterator[duckdb.D
 
 
 def stream(
-    connection: duckdb.DuckDBPyConnection, sql: str, parameters: dict[str, Any] | None = None
+    connection: "duckdb.DuckDBPyConnection", sql: str, parameters: dict[str, Any] | None = None
 ) -> pa.RecordBatchReader:
     """The result of a query in batches, which are computed when they are read."""
     # Text columns of one batch must stay below Arrow's 2 GiB, hence batches of a bounded number of rows.

@@ -1,8 +1,6 @@
 """Statistics against brute force, closed forms and properties."""
 
-import itertools
 import math
-import random
 import tracemalloc
 
 import numpy as np
@@ -11,22 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.comparison import bootstrap as statistics
 from helpsteer_assets.modpo.comparison.bootstrap import Interval
-from helpsteer_assets.modpo.comparison.scores import PolicyScores
 
 small = st.integers(-4, 4)
 """Few values, so that ties happen."""
-
-
-def policy(w: str | None, **measures: list[float]) -> PolicyScores:
-    prompts = len(next(iter(measures.values())))
-    arrays = {name: np.array(values, dtype=float) for name, values in measures.items()}
-    return PolicyScores("sft" if w is None else "modpo", w, [f"p{i:03d}" for i in range(prompts)], arrays)
-
-
-# Bootstrap
 
 
 def test_the_interval_of_a_mean_agrees_with_the_normal_approximation_and_narrows_with_the_level() -> None:
@@ -92,88 +79,6 @@ def test_a_gap_is_refused_by_column_name() -> None:
         statistics.bootstrap_means([[1.0, 2.0], [1.0, math.nan]], 10, 0, names=["helpfulness", "verbosity"])
     with pytest.raises(ValueError, match="no rows"):
         statistics.bootstrap_interval([], 10, 0)
-
-
-# Summary
-
-
-def test_a_summary_holds_means_spread_and_paired_deltas() -> None:
-    rng = np.random.default_rng(8)
-    base = rng.normal(0, 5, size=60)
-    sft = policy(None, margin_reward=base.tolist(), words=[10.0] * 60)
-    shifted = policy("0.5", margin_reward=(base + 1 + rng.normal(0, 0.1, 60)).tolist(), words=[12.0] * 60)
-    rows = {(r["w"], r["measure"]): r for r in statistics.summarize([sft, shifted], samples=1000, seed=0)}
-    assert set(rows) == {(None, "margin_reward"), (None, "words"), ("0.5", "margin_reward"), ("0.5", "words")}
-    row = rows["0.5", "margin_reward"]
-    assert list(row) == [
-        "policy", "w", "measure", "n", "mean", "sd", "ci_low", "ci_high", "delta", "delta_low", "delta_high",
-    ]  # fmt: skip
-    values = shifted.measures["margin_reward"]
-    assert (row["policy"], row["n"]) == ("modpo", 60)
-    assert row["mean"] == pytest.approx(values.mean())
-    assert row["sd"] == pytest.approx(values.std(ddof=1))
-    assert row["ci_low"] < row["mean"] < row["ci_high"]
-    assert row["delta"] == pytest.approx((values - base).mean())
-    # Paired: the prompts' spread of 5 is no part of the difference's uncertainty.
-    assert row["delta_high"] - row["delta_low"] < 0.1 * (row["ci_high"] - row["ci_low"])
-    assert rows["0.5", "words"]["delta_low"] == rows["0.5", "words"]["delta_high"] == 2.0
-    own = rows[None, "margin_reward"]
-    assert (own["policy"], own["delta"], own["delta_low"], own["delta_high"]) == ("sft", None, None, None)
-
-
-def test_a_summary_matches_prompts_by_id_and_does_not_depend_on_row_order() -> None:
-    rng = np.random.default_rng(9)
-    sft = policy(None, m=rng.normal(size=20).tolist())
-    other = policy("0.1", m=rng.normal(size=20).tolist())
-    order = rng.permutation(20)
-    shuffled = PolicyScores("modpo", "0.1", [other.prompt_ids[i] for i in order], {"m": other.measures["m"][order]})
-    assert statistics.summarize([sft, shuffled], 200, 0) == statistics.summarize([sft, other], 200, 0)
-
-
-def test_a_delta_is_the_paired_difference_and_one_prompt_has_no_sd() -> None:
-    rng = np.random.default_rng(10)
-    sft, other = policy(None, m=rng.normal(size=25).tolist()), policy("1", m=rng.normal(size=25).tolist())
-    row = statistics.summarize([sft, other], 300, 5)[1]
-    difference = statistics.paired_difference(other, sft, "m", 300, 5)
-    assert (row["delta"], row["delta_low"], row["delta_high"]) == pytest.approx(
-        (difference.mean, difference.low, difference.high)
-    )
-    assert statistics.summarize([policy(None, m=[2.0])], 100, 0)[0]["sd"] is None
-
-
-def test_scores_that_cannot_be_compared_are_refused_by_name() -> None:
-    sft = policy(None, m=[1.0, 2.0, 3.0])
-    with pytest.raises(HelpsteerError, match=r"modpo w=0.2 lacks 1 of the 3 prompts of sft and has 0 others"):
-        statistics.summarize([sft, policy("0.2", m=[1.0, 2.0])], 100, 0)
-    with pytest.raises(HelpsteerError, match="no scores of the SFT model"):
-        statistics.summarize([policy("0.2", m=[1.0])], 100, 0)
-    with pytest.raises(HelpsteerError, match=r"scores of modpo w=0.2: m is missing or not finite for 2 of 3 prompts"):
-        statistics.summarize([sft, policy("0.2", m=[1.0, math.nan, math.inf])], 100, 0)
-    with pytest.raises(HelpsteerError, match=r"scores of modpo w=0.2 lack m"):
-        statistics.summarize([sft, policy("0.2", other=[1.0, 2.0, 3.0])], 100, 0)
-    twice = PolicyScores("modpo", "0.3", ["p000", "p001", "p001"], {"m": np.zeros(3)})
-    with pytest.raises(HelpsteerError, match=r"scores of modpo w=0.3: 1 prompts stand there more than once"):
-        statistics.paired_difference(twice, sft, "m", 100, 0)
-
-
-# Several policies
-
-
-def test_a_score_table_pairs_policies_by_prompt_id() -> None:
-    sft, other = policy(None, m=[1.0, 2.0], k=[5.0, 6.0]), policy("0.2", m=[3.0, 4.0], k=[7.0, 8.0])
-    turned = PolicyScores("modpo", "0.2", other.prompt_ids[::-1], {n: v[::-1] for n, v in other.measures.items()})
-    table = statistics.score_table([sft, turned], ["k", "m"])
-    assert table.tolist() == [[[5, 1], [7, 3]], [[6, 2], [8, 4]]]
-    with pytest.raises(HelpsteerError, match="lack other"):
-        statistics.score_table([sft, turned], ["other"])
-    with pytest.raises(HelpsteerError, match="no prompts"):
-        statistics.score_table([PolicyScores("sft", None, [], {"m": np.zeros(0)})], ["m"])
-
-
-def test_the_reference_is_told_from_the_weights_which_ascend_as_numbers() -> None:
-    policies = [policy("0.9", m=[1.0]), policy("1", m=[1.0]), policy(None, m=[1.0]), policy("0.25", m=[1.0])]
-    reference, compared = statistics.reference_and_weights(policies)
-    assert reference.w is None and [scores.w for scores in compared] == ["0.25", "0.9", "1"]
 
 
 # Simultaneous intervals
@@ -277,61 +182,3 @@ def test_the_rank_correlation_is_one_for_any_rising_curve_and_undefined_with_a_g
     assert statistics.rank_correlation([0.1, 0.5, 0.9], [-5, -4, 100]) == 1
     assert statistics.rank_correlation([0.1, 0.5, 0.9], [3, 2, 1]) == -1
     assert math.isnan(statistics.rank_correlation([0.1, 0.5], [math.nan, 1]))
-
-
-# Margin adapter
-
-
-def test_sanity_metrics_count_wins_ties_and_means() -> None:
-    metrics = statistics.sanity_metrics([2.0, 1.0, 0.0, -1.0], samples=500, seed=0)
-    assert (metrics["n"], metrics["groups"], metrics["ties"]) == (4, 4, 1)
-    assert (metrics["accuracy"], metrics["mean_margin"]) == (0.625, 0.5)
-    assert metrics["margin_low"] < 0.5 < metrics["margin_high"]
-    assert metrics["margin_sd"] == pytest.approx(np.std([2, 1, 0, -1], ddof=1))
-
-
-def test_pairs_of_one_prompt_are_resampled_together() -> None:
-    rng = np.random.default_rng(12)
-    per_prompt = rng.normal(size=30)
-    margins, groups = np.repeat(per_prompt, 10), [f"p{i}" for i in np.repeat(range(30), 10)]
-    apart = statistics.sanity_metrics(margins, 2000, 0)
-    together = statistics.sanity_metrics(margins, 2000, 0, groups)
-    # Ten copies of a pair say no more than one: the honest interval is that of the 30 prompts.
-    honest = statistics.bootstrap_interval(per_prompt, 2000, 0)
-    width = together["margin_high"] - together["margin_low"]
-    assert together["groups"] == 30
-    assert width == pytest.approx(honest.high - honest.low, rel=0.1)
-    assert width > 2.5 * (apart["margin_high"] - apart["margin_low"])
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(-5, 5)), min_size=1, max_size=8))
-def test_the_cluster_bootstrap_draws_whole_prompts(pairs: list[tuple[str, int]]) -> None:
-    metrics = statistics.sanity_metrics([m for _, m in pairs], 400, 0, [g for g, _ in pairs])
-    names = sorted({g for g, _ in pairs})
-    possible = []
-    for drawn in itertools.product(names, repeat=len(names)):
-        pool = [m for name in drawn for g, m in pairs if g == name]
-        possible.append(sum(pool) / len(pool))
-    assert min(possible) - 1e-9 <= metrics["margin_low"] <= metrics["margin_high"] <= max(possible) + 1e-9
-    assert metrics["mean_margin"] == pytest.approx(np.mean([m for _, m in pairs]))
-
-
-def test_a_good_adapter_passes_and_a_bad_one_is_told_why() -> None:
-    rng = random.Random(13)
-    good = statistics.sanity_metrics([rng.gauss(1, 1) for _ in range(200)], 500, 0)
-    assert statistics.judge_margin_adapter(good, 0.5) == []
-    reasons = statistics.judge_margin_adapter(good, 0.99)
-    assert len(reasons) == 1 and f"{good['accuracy']:.1%} of 200" in reasons[0] and "99.0%" in reasons[0]
-    inverted = statistics.sanity_metrics([rng.gauss(-1, 1) for _ in range(200)], 500, 0)
-    accuracy, margin = statistics.judge_margin_adapter(inverted, 0.5)
-    assert "margin_adapter_min_accuracy" in accuracy and "does not lie above 0" in margin
-    assert "n = 0" in statistics.judge_margin_adapter(statistics.sanity_metrics([], 500, 0), 0.5)[0]
-    exactly_half = statistics.sanity_metrics([5.0, -1.0] * 100, 500, 0)
-    assert len(statistics.judge_margin_adapter(exactly_half, 0.5)) == 1  # more than the threshold, not as much
-    unsure = statistics.sanity_metrics([3.0, 2.0, 1.0, -4.0], 500, 0)
-    assert unsure["mean_margin"] > 0
-    (reason,) = statistics.judge_margin_adapter(unsure, 0.5)
-    assert "mean margin is 0.5 with the 95% interval [-" in reason
-    with pytest.raises(HelpsteerError, match="margin of 1 of 2 validation pairs is NaN"):
-        statistics.sanity_metrics([1.0, math.nan], 100, 0)

@@ -246,7 +246,7 @@ def test_the_loss_curve_shows_what_was_logged() -> None:
 
 def test_importing_the_module_imports_no_matplotlib_and_drawing_no_pyplot() -> None:
     code = (
-        "import sys; from helpsteer_assets.modpo import plots\n"
+        "import sys; from helpsteer_assets.modpo.comparison import plots\n"
         "assert 'matplotlib' not in sys.modules, 'import'\n"
         "plots.png_bytes(plots.loss_curve([{'step': 1, 'loss': 1.0}], 't'))\n"
         "assert 'matplotlib.pyplot' not in sys.modules, 'draw'\n"
