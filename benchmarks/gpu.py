@@ -38,7 +38,7 @@ from benchmarks.timing import seconds as seconds_of
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.generation.decoding import Decoding, decode
 from helpsteer_assets.modpo.models.lending import Snapshot, merged
-from helpsteer_assets.modpo.models.loading import attach_lora, in_words, load_adapters, size_of
+from helpsteer_assets.modpo.models.loading import attach_lora, in_words, load_adapters
 from helpsteer_assets.modpo.models.tokenization import Sequence
 from helpsteer_assets.modpo.scoring import log_probs
 from helpsteer_assets.modpo.scoring.log_probs import (
@@ -113,8 +113,9 @@ def training_step(place: Place) -> dict[str, Any]:
     collate = PairCollator(ours.micro_batch_tokens(place.device))
     batches = [inputs["trees"] for inputs in collate(pairs)["micro_batches"]]
     tokens, predicted = sum(batch.tokens for batch in batches), sum(len(batch.targets) for batch in batches)
-    size = size_of(policy)
-    useful = 4 * (size.body * tokens + size.head * predicted)
+    head = model.lm_head.weight.numel()
+    body = model.num_parameters(exclude_embeddings=True) - head
+    useful = 4 * (body * tokens + head * predicted)
     optimizer = Optimizer(policy)
 
     def step() -> None:

@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from helpsteer_assets.assets import build_assets
+from helpsteer_assets.defs.assets import build_assets
 from helpsteer_assets.defs.automation import build_sensors
 from helpsteer_assets.defs.checks import build_checks
 from helpsteer_assets.defs.jobs import build_jobs

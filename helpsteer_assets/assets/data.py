@@ -6,21 +6,32 @@ both texts and all ratings; evaluation_prompts/prompts.parquet.
 
 from typing import Any
 
-from helpsteer_assets.assets.run import Metrics, StageRun
+from helpsteer_assets.assets.run import StageRun
 from helpsteer_assets.assets.sources import fetch
-from helpsteer_assets.defs.lab import AssetDeclaration
-from helpsteer_assets.defs.metadata import (
-    _describe_pairs,
-    _describe_prompts,
-    _describe_ratings,
-    _margin,
-    _preference,
-)
+from helpsteer_assets.assets.stage import Metrics, stage
 from helpsteer_assets.embedded.generator import build_rows
+from helpsteer_assets.experiment.settings import Experiment
 from helpsteer_assets.modpo.data.pairs import build_pairs, select_evaluation_prompts
 from helpsteer_assets.modpo.data.ratings import read_ratings, rows_to_ratings
+from helpsteer_assets.store.artifacts import Artifact
 
 
+def has_margin_adapter(experiment: Experiment) -> bool:
+    """A length penalty has neither margin pairs nor a margin adapter."""
+    return experiment.has_margin_adapter
+
+
+@stage(
+    group="data",
+    kinds={"huggingface", "parquet"},
+    settings=(
+        "data.source",
+        "data.on_bad_rows",
+        "data.validation_share",
+        "data.max_train_prompts",
+        "data.max_validation_prompts",
+    ),
+)
 def helpsteer_ratings(run: StageRun) -> Metrics:
     """Prompts with responses that people rated from 0 to 4 on five attributes, helpfulness and verbosity among them."""
     data = run.experiment.data
@@ -40,51 +51,46 @@ def helpsteer_ratings(run: StageRun) -> Metrics:
     return report
 
 
-def preference_pairs(run: StageRun) -> Metrics:
+@stage(
+    group="data",
+    kinds={"duckdb", "parquet"},
+    settings=("data.preference_attribute", "data.selection_share"),
+    table="preference_pairs",
+    file="pairs.parquet",
+)
+def preference_pairs(run: StageRun, helpsteer_ratings: Artifact) -> Metrics:
     """Pairs of responses to one prompt, one rated higher on the attribute that policies learn to prefer."""
-    return _pairs(run, run.experiment.data.preference_attribute)
+    return _pairs(run, helpsteer_ratings, run.experiment.data.preference_attribute)
 
 
-def margin_pairs(run: StageRun) -> Metrics:
+@stage(
+    group="data",
+    kinds={"duckdb", "parquet"},
+    settings=("data.margin_attribute", "data.selection_share"),
+    table="margin_pairs",
+    file="pairs.parquet",
+    exists_if=has_margin_adapter,
+)
+def margin_pairs(run: StageRun, helpsteer_ratings: Artifact) -> Metrics:
     """Pairs of responses to one prompt, one rated higher on the attribute that the margin adapter learns."""
-    return _pairs(run, run.experiment.data.margin_attribute)
+    return _pairs(run, helpsteer_ratings, run.experiment.data.margin_attribute)
 
 
-def _pairs(run: StageRun, attribute: str) -> Metrics:
-    ratings = run.input("helpsteer_ratings").file("ratings.parquet")
-    counts = build_pairs(ratings, attribute, run.experiment.data.selection_share, run.folder / "pairs.parquet")
+def _pairs(run: StageRun, ratings: Artifact, attribute: str) -> Metrics:
+    counts = build_pairs(
+        ratings.file("ratings.parquet"), attribute, run.experiment.data.selection_share, run.folder / "pairs.parquet"
+    )
     return {"pairs": sum(counts.values())}
 
 
-def evaluation_prompts(run: StageRun) -> Metrics:
+@stage(group="data", kinds={"duckdb", "parquet"}, settings=("evaluation.prompts",))
+def evaluation_prompts(run: StageRun, helpsteer_ratings: Artifact) -> Metrics:
     """Unique held-out prompts that SFT and every policy answer."""
     asked = run.experiment.evaluation.prompts
-    prompts = select_evaluation_prompts(run.input("helpsteer_ratings").file("ratings.parquet"), asked)
+    prompts = select_evaluation_prompts(helpsteer_ratings.file("ratings.parquet"), asked)
     if prompts.num_rows < asked:
         run.log(
             f"evaluation_prompts: {prompts.num_rows} held-out prompts are there, evaluation.prompts asks for {asked}"
         )
     run.write(prompts, "prompts.parquet")
     return {"prompts": prompts.num_rows, "asked": asked}
-
-
-DATA_ASSETS = (
-    AssetDeclaration(helpsteer_ratings, "data", {"huggingface", "parquet"}, describe=_describe_ratings),
-    AssetDeclaration(
-        preference_pairs,
-        "data",
-        {"duckdb", "parquet"},
-        describe=_describe_pairs(_preference, _margin),
-        table="preference_pairs",
-        file="pairs.parquet",
-    ),
-    AssetDeclaration(
-        margin_pairs,
-        "data",
-        {"duckdb", "parquet"},
-        describe=_describe_pairs(_margin, _preference),
-        table="margin_pairs",
-        file="pairs.parquet",
-    ),
-    AssetDeclaration(evaluation_prompts, "data", {"duckdb", "parquet"}, describe=_describe_prompts),
-)

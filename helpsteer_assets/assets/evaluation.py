@@ -11,17 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from helpsteer_assets.assets.run import Metrics, StageRun, load_sft_tokenizer, sft_model_on_loan
+from helpsteer_assets.assets.run import StageRun, load_sft_tokenizer, sft_model_on_loan
 from helpsteer_assets.assets.sources import fetch
-from helpsteer_assets.defs.lab import AssetDeclaration
-from helpsteer_assets.defs.metadata import _describe_generations, _describe_kl, _describe_scores
+from helpsteer_assets.assets.stage import Metrics, stage
 from helpsteer_assets.experiment.settings import Experiment, RewardModelSettings
 from helpsteer_assets.modpo.comparison.scores import PolicyScores
 from helpsteer_assets.modpo.data.attributes import ATTRIBUTES
 from helpsteer_assets.modpo.generation.kl import kl_estimate, sample_responses
-from helpsteer_assets.modpo.training.margins import margin, margin_reward
+from helpsteer_assets.modpo.training.margins import margin_reward
 from helpsteer_assets.store.artifacts import Artifact
 
 if TYPE_CHECKING:
@@ -33,6 +31,7 @@ SCORES_SCHEMA = pa.schema(
         ("policy", pa.string()),
         ("w", pa.string()),
         ("prompt_id", pa.string()),
+        ("margin_reward", pa.float64()),
         ("margin_log_ratio", pa.float64()),
         ("log_ratio_to_sft", pa.float64()),
         ("response_tokens", pa.int32()),
@@ -41,7 +40,7 @@ SCORES_SCHEMA = pa.schema(
         *((attribute, pa.float64()) for attribute in ATTRIBUTES),
     ]
 )
-"""Of scores.parquet. The margin log-ratio is unscaled: the warehouse adds margin_reward."""
+"""Columns of scores.parquet. margin_reward is r_m before the role's sign; margin_log_ratio is unscaled."""
 
 KL_SCHEMA = pa.schema(
     [
@@ -56,24 +55,73 @@ KL_SCHEMA = pa.schema(
         ("token_ids", pa.list_(pa.int32())),
     ]
 )
-"""Of kl.parquet: by prompt in the order of the prompts, then by sample."""
+"""Columns of kl.parquet; its rows stand by prompt in the order of the prompts, then by sample."""
 
 
-def sft_generations(run: StageRun) -> Metrics:
+def generation_settings(experiment: Experiment) -> tuple[str, ...]:
+    """The keys that responses depend on: the batch only where rounding lets it change them, the seed where it draws."""
+    keys = [f"generation.{key}" for key in type(experiment.generation).model_fields if key != "max_batch_tokens"]
+    return (*keys, *_batch(experiment), *(("seed",) if experiment.generation.do_sample else ()))
+
+
+def _batch(experiment: Experiment) -> tuple[str, ...]:
+    """In fp32 the batch that a response was made in does not change it; in bf16 it may."""
+    return () if experiment.model.precision == "fp32" else ("generation.max_batch_tokens",)
+
+
+def _kl_settings(experiment: Experiment) -> tuple[str, ...]:
+    drawn = ("generation.engine", "generation.max_prompt_length", "generation.max_new_tokens", "seed")
+    return ("evaluation.kl_samples", *drawn, *_batch(experiment))
+
+
+def _draws_kl_samples(experiment: Experiment) -> bool:
+    return experiment.evaluation.kl_samples > 0
+
+
+SCORE_SETTINGS = ("evaluation.rater", "objective.margin", "objective.margin_beta", "objective.penalty")
+
+
+@stage(
+    group="evaluation",
+    kinds={"pytorch", "parquet"},
+    settings=generation_settings,
+    loads_model=True,
+    table="generations",
+    file="generations.parquet",
+)
+def sft_generations(run: StageRun, evaluation_prompts: Artifact, sft_model: Artifact) -> Metrics:
     """The reference policy's responses to the evaluation prompts."""
-    return _generate(run)
+    return _generate(run, evaluation_prompts, sft_model, None)
 
 
-def generations(run: StageRun) -> Metrics:
+@stage(
+    group="evaluation",
+    kinds={"pytorch", "parquet"},
+    settings=generation_settings,
+    partitioned=True,
+    loads_model=True,
+    table="generations",
+    file="generations.parquet",
+)
+def generations(run: StageRun, evaluation_prompts: Artifact, sft_model: Artifact, modpo_models: Artifact) -> Metrics:
     """One policy's responses to the evaluation prompts."""
-    return _generate(run)
+    return _generate(run, evaluation_prompts, sft_model, modpo_models)
 
 
-def _generate(run: StageRun) -> Metrics:
-    prompts, made = run.table("evaluation_prompts", "prompts.parquet"), _responses(run)
+def _generate(run: StageRun, prompts: Artifact, sft_model: Artifact, policy: Artifact | None) -> Metrics:
+    asked = prompts.table("prompts.parquet")
+    with _answering(run, sft_model, policy) as answer:
+        made = answer(
+            asked["prompt"].to_pylist(),
+            run.experiment.generation,
+            seed=run.experiment.seed,
+            progress=run.progress,
+            checkpoint=run.checkpoints / "generations.jsonl",
+        )
     columns = {
-        "prompt_id": prompts["prompt_id"],
-        "prompt": prompts["prompt"],
+        **_named(run, policy, len(made)),
+        "prompt_id": asked["prompt_id"],
+        "prompt": asked["prompt"],
         "response": pa.array([g.response for g in made], pa.string()),
         "response_tokens": pa.array([len(g.token_ids) for g in made], pa.int32()),
         "finish_reason": pa.array([g.finish_reason for g in made], pa.string()),
@@ -89,34 +137,29 @@ def _generate(run: StageRun) -> Metrics:
     }
 
 
-def _responses(run: StageRun, shard: int | None = None) -> "list[Generation]":
-    """The policy's responses to the prompts of one shard, or of all; those in the checkpoints are not made again."""
-    experiment = run.experiment
-    with _answering(run, run.input("modpo_models") if "modpo_models" in run.inputs else None) as answer:
-        return answer(
-            run.table("evaluation_prompts", "prompts.parquet")["prompt"].to_pylist(),
-            experiment.generation,
-            seed=experiment.seed,
-            progress=run.progress,
-            checkpoint=run.checkpoints / "generations.jsonl",
-            shards=experiment.evaluation.shards,
-            shard=shard,
-        )
+def _named(run: StageRun, policy: Artifact | None, rows: int) -> dict[str, pa.Array]:
+    """The columns `policy` and `w` of so many rows: a policy's, or the SFT model's."""
+    return {
+        "policy": pa.array(["sft" if policy is None else "modpo"] * rows, pa.string()),
+        "w": pa.array([None if policy is None else run.partition] * rows, pa.string()),
+    }
 
 
 @contextmanager
-def _answering(run: StageRun, policy: Artifact | None) -> "Iterator[Callable[..., list[Generation]]]":
+def _answering(
+    run: StageRun, sft_model: Artifact, policy: Artifact | None
+) -> "Iterator[Callable[..., list[Generation]]]":
     """`generate` without its first arguments, model and tokenizer: a policy's, or None for the SFT model's."""
     from helpsteer_assets.modpo.generation.responses import generate, generate_by
     from helpsteer_assets.modpo.models.lending import merged
     from helpsteer_assets.modpo.models.loading import check_lengths
 
     experiment, settings = run.experiment, run.experiment.generation
-    base = run.input("sft_model").path / "model"
+    base = sft_model.path / "model"
     adapter = None if policy is None else policy.path / "adapter"
     longest = settings.max_prompt_length + settings.max_new_tokens
     check_lengths(experiment.model, base, longest, "generation.max_prompt_length + max_new_tokens")
-    tokenizer = load_sft_tokenizer(run)
+    tokenizer = load_sft_tokenizer(run, sft_model)
     if settings.engine == "vllm":
         with run.models.vllm_engine(
             base,
@@ -127,36 +170,74 @@ def _answering(run: StageRun, policy: Artifact | None) -> "Iterator[Callable[...
         ) as engine:
             yield partial(generate_by, engine.policy(adapter), tokenizer, exact=False)
     else:
-        with sft_model_on_loan(run) as model:
+        with sft_model_on_loan(run, sft_model) as model:
             with nullcontext(model) if adapter is None else merged(model, adapter) as answering:
                 yield partial(generate, answering, tokenizer)
 
 
-def sft_scores(run: StageRun) -> Metrics:
+@stage(
+    group="evaluation",
+    kinds={"pytorch", "duckdb"},
+    settings=SCORE_SETTINGS,
+    loads_model=True,
+    table="scores",
+    file="scores.parquet",
+)
+def sft_scores(
+    run: StageRun, sft_generations: Artifact, sft_model: Artifact, margin_adapter: Artifact | None = None
+) -> Metrics:
     """How the reference policy's responses score: margin reward, length, ratings."""
-    return _score(run, "sft_generations", None)
+    return _score(run, sft_generations, sft_model, None, margin_adapter)
 
 
-def scores(run: StageRun) -> Metrics:
+@stage(
+    group="evaluation",
+    kinds={"pytorch", "duckdb"},
+    settings=SCORE_SETTINGS,
+    partitioned=True,
+    loads_model=True,
+    table="scores",
+    file="scores.parquet",
+)
+def scores(
+    run: StageRun,
+    generations: Artifact,
+    sft_model: Artifact,
+    modpo_models: Artifact,
+    margin_adapter: Artifact | None = None,
+) -> Metrics:
     """How one policy's responses score: margin reward, log-ratio to SFT, length, ratings."""
-    return _score(run, "generations", run.input("modpo_models"))
+    return _score(run, generations, sft_model, modpo_models, margin_adapter)
 
 
-def _score(run: StageRun, source: str, policy: Artifact | None) -> Metrics:
-    rows = run.table(source, "generations.parquet").to_pylist()
-    log_ratios = _log_ratios(run, rows, policy)
+def _score(
+    run: StageRun,
+    generations: Artifact,
+    sft_model: Artifact,
+    policy: Artifact | None,
+    margin_adapter: Artifact | None,
+) -> Metrics:
+    rows = generations.table("generations.parquet").to_pylist()
+    log_ratios = _log_ratios(run, rows, sft_model, policy, margin_adapter)
     rater = _rater(run)
     rated: dict[str, list[float | None]] = {}
     if rater is not None:
         rated = rater([row["prompt"] for row in rows], [row["response"] for row in rows], run.progress)
-    blank: list[float | None] = [None] * len(rows)
+    blank: list[None] = [None] * len(rows)
+    margin_log_ratios = log_ratios.get("margin", blank)
+    tokens = [row["response_tokens"] for row in rows]
     columns = {
-        "policy": ["sft" if policy is None else "modpo"] * len(rows),
-        "w": [None if policy is None else run.partition] * len(rows),
+        **_named(run, policy, len(rows)),
         "prompt_id": [row["prompt_id"] for row in rows],
-        "margin_log_ratio": log_ratios.get("margin", blank),
+        "margin_reward": margin_reward(
+            np.array(margin_log_ratios, np.float64),
+            np.array(tokens, np.float64),
+            margin_beta=run.experiment.objective.margin_beta,
+            penalty=run.experiment.objective.penalty,
+        ),
+        "margin_log_ratio": margin_log_ratios,
         "log_ratio_to_sft": log_ratios.get("policy", [0.0] * len(rows)),
-        "response_tokens": [row["response_tokens"] for row in rows],
+        "response_tokens": tokens,
         "response_words": [len(row["response"].split()) for row in rows],
         "finish_reason": [row["finish_reason"] for row in rows],
         **{attribute: rated.get(attribute, blank) for attribute in ATTRIBUTES},
@@ -165,26 +246,32 @@ def _score(run: StageRun, source: str, policy: Artifact | None) -> Metrics:
     return {"responses": len(rows), "rated": sorted(rated)}
 
 
-def _log_ratios(run: StageRun, rows: list[dict[str, Any]], policy: Artifact | None) -> dict[str, list[float]]:
-    """log p_adapter - log p_sft of generated responses, by adapter: `margin`, `policy`, as far as there are such."""
+def _log_ratios(
+    run: StageRun,
+    rows: list[dict[str, Any]],
+    sft_model: Artifact,
+    policy: Artifact | None,
+    margin_adapter: Artifact | None,
+) -> dict[str, list[float]]:
+    """log p_adapter - log p_sft of generated responses, by adapter: `margin` and `policy`, those that are given."""
     from helpsteer_assets.modpo.models.loading import load_adapters, scoring_batch_tokens
     from helpsteer_assets.modpo.models.tokenization import Sequence, encode_prompts
     from helpsteer_assets.modpo.scoring.log_probs import BASE, score_sequences
 
     experiment = run.experiment
     adapters = {} if policy is None else {"policy": policy.path / "adapter"}
-    if "margin_adapter" in run.inputs:
-        adapters["margin"] = run.input("margin_adapter").path / "adapter"
+    if margin_adapter is not None:
+        adapters["margin"] = margin_adapter.path / "adapter"
     if not adapters:
         return {}
-    tokenizer = load_sft_tokenizer(run)
+    tokenizer = load_sft_tokenizer(run, sft_model)
     # The tokens that were generated, not their text tokenized again: that can differ.
     prompts = encode_prompts(tokenizer, [row["prompt"] for row in rows], experiment.generation.max_prompt_length)
     sequences = [
         Sequence(prompt_ids, np.array(row["token_ids"], np.int32))
         for (prompt_ids, _), row in zip(prompts, rows, strict=True)
     ]
-    with sft_model_on_loan(run) as base:
+    with sft_model_on_loan(run, sft_model) as base:
         model = load_adapters(base, adapters)
         scored = score_sequences(
             model,
@@ -197,7 +284,17 @@ def _log_ratios(run: StageRun, rows: list[dict[str, Any]], policy: Artifact | No
     return {name: [a - b for a, b in zip(scored[name], scored[BASE], strict=True)] for name in adapters}
 
 
-def kl_to_sft(run: StageRun) -> Metrics:
+@stage(
+    group="evaluation",
+    kinds={"pytorch", "parquet"},
+    settings=_kl_settings,
+    partitioned=True,
+    loads_model=True,
+    table="kl_to_sft",
+    file="kl.parquet",
+    exists_if=_draws_kl_samples,
+)
+def kl_to_sft(run: StageRun, evaluation_prompts: Artifact, sft_model: Artifact, modpo_models: Artifact) -> Metrics:
     """How far one policy is from SFT: responses drawn from it as it is, each with its log-ratio to SFT.
 
     The mean of log p_policy - log p_sft over the policy's own samples is an unbiased estimate of KL(policy || SFT) in
@@ -205,11 +302,12 @@ def kl_to_sft(run: StageRun) -> Metrics:
     divergence of that many tokens, and of all only where none is capped.
     """
     experiment = run.experiment
-    policy, prompts = run.input("modpo_models"), run.table("evaluation_prompts", "prompts.parquet")
-    with _answering(run, policy) as answer:
+    prompts = evaluation_prompts.table("prompts.parquet")
+    ids, texts = prompts["prompt_id"].to_pylist(), prompts["prompt"].to_pylist()
+    with _answering(run, sft_model, modpo_models) as answer:
         samples = sample_responses(
             answer,
-            prompts["prompt"].to_pylist(),
+            texts,
             experiment.generation,
             experiment.evaluation.kl_samples,
             seed=experiment.seed,
@@ -219,40 +317,21 @@ def kl_to_sft(run: StageRun) -> Metrics:
     rows = [
         {
             "prompt_id": prompt_id,
+            "prompt": prompt,
             "sample": number,
             "response": sample.response,
+            "response_tokens": len(sample.token_ids),
             "finish_reason": sample.finish_reason,
             "token_ids": sample.token_ids,
         }
-        for prompt_id, drawn in zip(prompts["prompt_id"].to_pylist(), zip(*samples, strict=True), strict=True)
+        for prompt_id, prompt, drawn in zip(ids, texts, zip(*samples, strict=True), strict=True)
         for number, sample in enumerate(drawn)
     ]
-    return score_samples(run, rows)
-
-
-def score_samples(run: StageRun, rows: list[dict[str, Any]]) -> Metrics:
-    """Write kl.parquet: samples with their log-ratio to SFT.
-
-    Args:
-        run: of `kl_to_sft`.
-        rows: prompt_id, sample, response, finish_reason and token_ids of each sample; by prompt, equally many of each.
-    """
-    prompts = run.table("evaluation_prompts", "prompts.parquet")
-    texts = dict(zip(prompts["prompt_id"].to_pylist(), prompts["prompt"].to_pylist(), strict=True))
-    with_prompts = [{**row, "prompt": texts[row["prompt_id"]]} for row in rows]
-    log_ratios = _log_ratios(run, with_prompts, run.input("modpo_models"))["policy"]
-    columns = {
-        "policy": ["modpo"] * len(rows),
-        "w": [run.partition] * len(rows),
-        "log_ratio": log_ratios,
-        "response_tokens": [len(row["token_ids"]) for row in rows],
-        **{
-            name: [row[name] for row in rows]
-            for name in ("prompt_id", "sample", "response", "finish_reason", "token_ids")
-        },
-    }
-    run.write(pa.table({name: columns[name] for name in KL_SCHEMA.names}, schema=KL_SCHEMA), "kl.parquet")
-    kl, standard_error = kl_estimate(np.reshape(log_ratios, (len({row["prompt_id"] for row in rows}), -1)))
+    log_ratios = _log_ratios(run, rows, sft_model, modpo_models, None)["policy"]
+    columns = {**_named(run, modpo_models, len(rows)), "log_ratio": log_ratios}
+    columns |= {name: [row[name] for row in rows] for name in KL_SCHEMA.names if name not in columns}
+    run.write(pa.table(columns, schema=KL_SCHEMA), "kl.parquet")
+    kl, standard_error = kl_estimate(np.reshape(log_ratios, (len(ids), -1)))
     return {
         "samples": len(rows),
         "capped": sum(row["finish_reason"] == "length" for row in rows),
@@ -276,9 +355,9 @@ def _rater(run: StageRun) -> "Rater | None":
     return RewardModelRater(fetch(run.experiment, "rater"), settings, str(device))
 
 
-def policy_scores(artifact: Artifact, experiment: Experiment) -> PolicyScores:
+def policy_scores(scores: Artifact, experiment: Experiment) -> PolicyScores:
     """The measures of one policy's scores.parquet."""
-    table = pq.read_table(artifact.file("scores.parquet"))
+    table = scores.table("scores.parquet")
 
     def column(name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
         return table[name].to_numpy(zero_copy_only=False).astype(np.float64)
@@ -286,60 +365,18 @@ def policy_scores(artifact: Artifact, experiment: Experiment) -> PolicyScores:
     rated = {name: column(name) for name in ATTRIBUTES if table[name].null_count < table.num_rows}
     if len(rated) == len(ATTRIBUTES):
         rated["overall"] = np.sum(list(rated.values()), axis=0)
-    log_ratios, tokens = column("margin_log_ratio"), column("response_tokens")
+    reward = column("margin_reward")
     return PolicyScores(
         policy=table["policy"][0].as_py(),
         w=table["w"][0].as_py(),
         prompt_ids=table["prompt_id"].to_pylist(),
         measures={
             **rated,
-            "margin_reward": margin_reward(experiment.objective, log_ratios, tokens),
-            "margin": margin(experiment.objective, log_ratios, tokens),
+            "margin_reward": reward,
+            "margin": experiment.objective.margin_sign * reward,
             "log_ratio_to_sft": column("log_ratio_to_sft"),
-            "response_tokens": tokens,
+            "response_tokens": column("response_tokens"),
             "response_words": column("response_words"),
             "capped": np.array([reason == "length" for reason in table["finish_reason"].to_pylist()], dtype=np.float64),
         },
     )
-
-
-def _generations_asset(compute: Any) -> AssetDeclaration:
-    return AssetDeclaration(
-        compute,
-        "evaluation",
-        {"pytorch", "parquet"},
-        describe=_describe_generations,
-        table="generations",
-        file="generations.parquet",
-        loads_model=True,
-        shard=_responses,
-    )
-
-
-def _scores_asset(compute: Any) -> AssetDeclaration:
-    return AssetDeclaration(
-        compute,
-        "evaluation",
-        {"pytorch", "duckdb"},
-        describe=_describe_scores,
-        table="scores",
-        file="scores.parquet",
-        loads_model=True,
-    )
-
-
-EVALUATION_ASSETS = (
-    _generations_asset(sft_generations),
-    _generations_asset(generations),
-    _scores_asset(sft_scores),
-    _scores_asset(scores),
-    AssetDeclaration(
-        kl_to_sft,
-        "evaluation",
-        {"pytorch", "parquet"},
-        describe=_describe_kl,
-        table="kl_to_sft",
-        file="kl.parquet",
-        loads_model=True,
-    ),
-)

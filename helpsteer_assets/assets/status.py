@@ -105,9 +105,10 @@ def _why(
     if earlier is None:
         return {asset: ["other settings (the earlier artifact is gone, so nothing says which)"]}
     manifest = earlier.manifest
-    code, inputs = manifest.get("code", {}), manifest.get("inputs", {})
+    inputs = manifest.get("inputs", {})
     changes = _differences(manifest.get("settings", {}), fingerprint.settings)
-    changes += [f"code of {piece}" for piece, version in fingerprint.code.items() if code.get(piece) != version]
+    if manifest.get("version") != fingerprint.version:
+        changes.append(f"its code, version {manifest.get('version')} -> {fingerprint.version}")
     reasons = {asset: changes} if changes else {}
     for name, partitions in fingerprint.inputs.items():
         for partition, value in partitions.items():

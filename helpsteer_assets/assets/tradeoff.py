@@ -9,17 +9,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from helpsteer_assets.assets.evaluation import policy_scores
-from helpsteer_assets.assets.run import Metrics, StageRun
-from helpsteer_assets.defs.lab import AssetDeclaration
-from helpsteer_assets.defs.metadata import _describe_report, _describe_summary, _describe_tradeoff
+from helpsteer_assets.assets.run import StageRun
+from helpsteer_assets.assets.stage import Metrics, stage
+from helpsteer_assets.assets.training import MARGIN
 from helpsteer_assets.experiment.settings import Experiment
-from helpsteer_assets.modpo.comparison.scores import PolicyScores, summarize
+from helpsteer_assets.modpo.comparison.scores import PolicyScores, policy_label, summarize
 from helpsteer_assets.modpo.comparison.text import is_empty, repetition
+from helpsteer_assets.modpo.comparison.tradeoff import (
+    TradeoffSettings,
+    analyse,
+    axis_label,
+    length_points,
+    measures_of,
+    points_on,
+)
 from helpsteer_assets.modpo.generation.kl import kl_by_prompt
-from helpsteer_assets.store.artifacts import ALL, Artifact
+from helpsteer_assets.store.artifacts import Artifact
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,11 +39,33 @@ PLOTS = {
 }
 
 
-def score_summary(run: StageRun) -> Metrics:
+SUMMARY_SCHEMA = pa.schema(
+    [("policy", pa.string()), ("w", pa.string()), ("measure", pa.string()), ("n", pa.int64())]
+    + [(name, pa.float64()) for name in ("mean", "sd", "ci_low", "ci_high", "delta", "delta_low", "delta_high")]
+)
+
+
+@stage(
+    group="evaluation",
+    kinds={"duckdb", "parquet"},
+    settings=("evaluation.bootstrap_samples", "seed", "objective.weights", *MARGIN),
+    table="score_summary",
+    file="score_summary.parquet",
+)
+def score_summary(
+    run: StageRun,
+    sft_generations: Artifact,
+    generations: dict[str, Artifact],
+    sft_scores: Artifact,
+    scores: dict[str, Artifact],
+    kl_to_sft: dict[str, Artifact] | None = None,
+) -> Metrics:
     """Per policy and measure: mean, spread, 95% interval over prompts, and the paired difference to SFT."""
     experiment = run.experiment
-    weights = sorted(run.inputs["scores"], key=float)
-    policies = [_measured(run, ALL), *(_measured(run, weight) for weight in weights)]
+    kl = {w: _kl(artifact) for w, artifact in (kl_to_sft or {}).items()}
+    zero = dict.fromkeys(next(iter(kl.values())), 0.0) if kl else None
+    policies = [_measured(experiment, sft_scores, sft_generations, zero)]
+    policies += [_measured(experiment, scores[w], generations[w], kl.get(w)) for w in sorted(scores, key=float)]
     columns = list(policies[0].measures)
     rows = [
         {"policy": p.policy, "w": p.w, "prompt_id": prompt_id} | {name: float(p.measures[name][i]) for name in columns}
@@ -49,43 +78,35 @@ def score_summary(run: StageRun) -> Metrics:
     return {"policies": len(policies), "prompts": len(policies[0].prompt_ids), "measures": columns}
 
 
-SUMMARY_SCHEMA = pa.schema(
-    [("policy", pa.string()), ("w", pa.string()), ("measure", pa.string()), ("n", pa.int64())]
-    + [(name, pa.float64()) for name in ("mean", "sd", "ci_low", "ci_high", "delta", "delta_low", "delta_high")]
-)
-
-
-def _measured(run: StageRun, partition: str) -> PolicyScores:
-    """All measures of one policy: its scores, what its text looks like, and its divergence from SFT."""
-    is_sft = partition == ALL
-    scores = policy_scores(run.inputs["sft_scores" if is_sft else "scores"][partition], run.experiment)
-    made = run.inputs["sft_generations" if is_sft else "generations"][partition]
-    rows = {row["prompt_id"]: row for row in pq.read_table(made.file("generations.parquet")).to_pylist()}
-    texts = [rows[prompt_id]["response"] for prompt_id in scores.prompt_ids]
-    measures = dict(scores.measures)
-    if "kl_to_sft" in run.inputs:
-        measures["kl_to_sft"] = (
-            np.zeros(len(texts)) if is_sft else _kl(run.inputs["kl_to_sft"][partition], scores.prompt_ids)
-        )
+def _measured(
+    experiment: Experiment, scores: Artifact, generations: Artifact, kl_to_sft: dict[str, float] | None
+) -> PolicyScores:
+    """All measures of one policy: its scores, what its text looks like, and its divergence from SFT by prompt."""
+    measured = policy_scores(scores, experiment)
+    rows = {row["prompt_id"]: row for row in generations.table("generations.parquet").to_pylist()}
+    answers = [rows[prompt_id] for prompt_id in measured.prompt_ids]
+    measures = dict(measured.measures)
+    if kl_to_sft is not None:
+        measures["kl_to_sft"] = np.array([kl_to_sft[prompt_id] for prompt_id in measured.prompt_ids])
     measures |= {
-        "repetition": np.array([repetition(text) for text in texts]),
-        "empty": np.array([float(is_empty(text)) for text in texts]),
-        "prompt_truncated": np.array([float(rows[prompt_id]["prompt_truncated"]) for prompt_id in scores.prompt_ids]),
+        "repetition": np.array([repetition(row["response"]) for row in answers]),
+        "empty": np.array([float(is_empty(row["response"])) for row in answers]),
+        "prompt_truncated": np.array([float(row["prompt_truncated"]) for row in answers]),
     }
-    return PolicyScores(scores.policy, scores.w, scores.prompt_ids, measures)
+    return PolicyScores(measured.policy, measured.w, measured.prompt_ids, measures)
 
 
-def _kl(artifact: Artifact, prompt_ids: list[str]) -> "np.ndarray[Any, np.dtype[np.float64]]":
-    table = pq.read_table(artifact.file("kl.parquet"), columns=["prompt_id", "log_ratio", "finish_reason"])
+def _kl(kl_to_sft: Artifact) -> dict[str, float]:
+    """KL divergence to SFT by prompt, nats."""
+    table = kl_to_sft.table("kl.parquet", columns=["prompt_id", "log_ratio", "finish_reason"])
     capped = [reason == "length" for reason in table["finish_reason"].to_pylist()]
-    found = kl_by_prompt(table["prompt_id"].to_pylist(), table["log_ratio"].to_numpy(), capped)
-    by_prompt = dict(zip(found.prompt_ids, found.kl, strict=True))
-    return np.array([by_prompt[prompt_id] for prompt_id in prompt_ids])
+    by_prompt = kl_by_prompt(table["prompt_id"].to_pylist(), table["log_ratio"].to_numpy(), capped)
+    return dict(zip(by_prompt.prompt_ids, by_prompt.kl, strict=True))
 
 
 def read_measures(summary: Artifact) -> list[PolicyScores]:
     """What `score_summary` measured: the SFT model first, then the weights, ascending."""
-    table = pq.read_table(summary.file(MEASURES))
+    table = summary.table(MEASURES)
     names = [name for name in table.column_names if name not in ("policy", "w", "prompt_id")]
     policies: dict[tuple[str, str | None], list[int]] = {}
     for i, key in enumerate(zip(table["policy"].to_pylist(), table["w"].to_pylist(), strict=True)):
@@ -98,13 +119,24 @@ def read_measures(summary: Artifact) -> list[PolicyScores]:
     ]
 
 
-def tradeoff(run: StageRun) -> Metrics:
+def _compared(experiment: Experiment) -> tuple[str, ...]:
+    attributes = ("data.preference_attribute", *(("data.margin_attribute",) if experiment.has_margin_adapter else ()))
+    statistics = ("evaluation.bootstrap_samples", "evaluation.rater", "generation.do_sample", "seed")
+    return ("name", *attributes, *statistics, *MARGIN)
+
+
+def _reported(experiment: Experiment) -> tuple[str, ...]:
+    facts = ("description", "data.source", "model.base", "objective.beta", "objective.weights")
+    return (*facts, "generation.max_new_tokens", "generation.temperature", *_compared(experiment))
+
+
+@stage(group="evaluation", kinds={"python"}, settings=_compared)
+def tradeoff(run: StageRun, score_summary: Artifact) -> Metrics:
     """What is gained and lost as w moves: the Pareto front, how sure it is, what differs from SFT, and the plots."""
     from helpsteer_assets.modpo.comparison.plots import png_bytes, svg_bytes
-    from helpsteer_assets.modpo.comparison.tradeoff import analyse
 
-    policies = read_measures(run.input("score_summary"))
-    result = analyse(run.experiment, policies)
+    policies = read_measures(score_summary)
+    result = analyse(tradeoff_settings(run.experiment), policies)
     for name, figure in _figures(run.experiment, policies, result).items():
         (run.folder / f"{name}.png").write_bytes(png_bytes(figure))
         (run.folder / f"{name}.svg").write_bytes(svg_bytes(figure))
@@ -112,12 +144,28 @@ def tradeoff(run: StageRun) -> Metrics:
     return result
 
 
+def tradeoff_settings(experiment: Experiment) -> TradeoffSettings:
+    """What a comparison of the experiment's policies depends on."""
+    generation = experiment.generation
+    return TradeoffSettings(
+        preference=experiment.data.preference_attribute,
+        margin_attribute=experiment.data.margin_attribute if experiment.has_margin_adapter else None,
+        margin_sign=experiment.objective.margin_sign,
+        rating_unit="0 to 4" if experiment.evaluation.rater == "embedded" else "",
+        sampled=generation.do_sample,
+        max_prompt_length=generation.max_prompt_length,
+        max_new_tokens=generation.max_new_tokens,
+        samples=experiment.evaluation.bootstrap_samples,
+        seed=experiment.seed,
+    )
+
+
 def _figures(experiment: Experiment, policies: list[PolicyScores], result: dict[str, Any]) -> dict[str, "Figure"]:
     from helpsteer_assets.modpo.comparison.plots import lengths_plot, reward_against_kl_plot, tradeoff_plot
-    from helpsteer_assets.modpo.comparison.tradeoff import axis_label, length_points, measures_of, points_on
 
-    samples, seed = experiment.evaluation.bootstrap_samples, experiment.seed
-    measures = measures_of(experiment, list(policies[0].measures))
+    settings = tradeoff_settings(experiment)
+    samples, seed = settings.samples, settings.seed
+    measures = measures_of(settings, list(policies[0].measures))
     x, note = result["axes"]["x"], result["note"]
     figures = {
         "front": tradeoff_plot(
@@ -140,17 +188,23 @@ def _figures(experiment: Experiment, policies: list[PolicyScores], result: dict[
     return figures
 
 
-def tradeoff_report(run: StageRun) -> Metrics:
+@stage(group="evaluation", kinds={"html"}, settings=_reported)
+def tradeoff_report(
+    run: StageRun,
+    tradeoff: Artifact,
+    score_summary: Artifact,
+    sft_generations: Artifact,
+    generations: dict[str, Artifact],
+    margin_adapter_quality: Artifact | None = None,
+    kl_to_sft: dict[str, Artifact] | None = None,
+) -> Metrics:
     """The trade-off as one HTML file to look at: the front, the scores, and every response beside its rivals."""
     from helpsteer_assets.report import render
     from helpsteer_assets.report.content import report_content
 
-    tradeoff, summary = run.input("tradeoff"), run.input("score_summary")
-    made = [run.inputs["sft_generations"][ALL], *run.inputs["generations"].values()]
-    responses = {
-        artifact.partition if artifact.partition != ALL else None: pq.read_table(artifact.file("generations.parquet"))
-        for artifact in made
-    }
+    policies = read_measures(score_summary)
+    responses: dict[str | None, pa.Table] = {None: sft_generations.table("generations.parquet")}
+    responses.update((w, artifact.table("generations.parquet")) for w, artifact in generations.items())
     svgs = {
         name: tradeoff.file(f"{name}.svg").read_text(encoding="utf-8")
         for name in PLOTS
@@ -159,15 +213,14 @@ def tradeoff_report(run: StageRun) -> Metrics:
     page = render(
         report_content(
             run.experiment,
-            read_measures(summary),
-            pq.read_table(summary.file("score_summary.parquet")).to_pylist(),
+            measures_of(tradeoff_settings(run.experiment), list(policies[0].measures)),
+            policies,
+            score_summary.table("score_summary.parquet").to_pylist(),
             json.loads(tradeoff.file("tradeoff.json").read_text(encoding="utf-8")),
             responses,
             {name: (PLOTS[name], svg) for name, svg in svgs.items()},
-            quality=run.input("margin_adapter_quality").manifest["metrics"]
-            if "margin_adapter_quality" in run.inputs
-            else None,
-            kl={w: artifact.manifest["metrics"] for w, artifact in run.inputs.get("kl_to_sft", {}).items()},
+            quality=None if margin_adapter_quality is None else margin_adapter_quality.manifest["metrics"],
+            kl={w: artifact.manifest["metrics"] for w, artifact in (kl_to_sft or {}).items()},
         )
     )
     (run.folder / REPORT).write_text(page, encoding="utf-8")
@@ -181,20 +234,6 @@ def wide_summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per policy with `mean [low, high]` of each measure, for people to read."""
     wide: dict[tuple[str, str | None], dict[str, Any]] = {}
     for row in rows:
-        policy = wide.setdefault((row["policy"], row["w"]), {"policy": "SFT" if row["w"] is None else f"w={row['w']}"})
+        policy = wide.setdefault((row["policy"], row["w"]), {"policy": policy_label(row["w"])})
         policy[row["measure"]] = f"{row['mean']:.3g} [{row['ci_low']:.3g}, {row['ci_high']:.3g}]"
     return list(wide.values())
-
-
-TRADEOFF_ASSETS = (
-    AssetDeclaration(
-        score_summary,
-        "evaluation",
-        {"duckdb", "parquet"},
-        describe=_describe_summary,
-        table="score_summary",
-        file="score_summary.parquet",
-    ),
-    AssetDeclaration(tradeoff, "evaluation", {"python"}, describe=_describe_tradeoff),
-    AssetDeclaration(tradeoff_report, "evaluation", {"html"}, describe=_describe_report),
-)

@@ -16,25 +16,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from helpsteer_assets.assets.run import Inputs, Metrics, StageRun, load_sft_tokenizer, sft_model_on_loan
+from helpsteer_assets.assets.data import has_margin_adapter
+from helpsteer_assets.assets.run import StageRun, load_sft_tokenizer, sft_model_on_loan
 from helpsteer_assets.assets.sources import fetch
-from helpsteer_assets.defs.lab import AssetDeclaration
-from helpsteer_assets.defs.metadata import (
-    _describe_adapter,
-    _describe_counts,
-    _describe_quality,
-    _describe_training,
-)
+from helpsteer_assets.assets.stage import Inputs, Metrics, stage
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.experiment.settings import Experiment
-from helpsteer_assets.modpo.comparison import length as diagnostics
-from helpsteer_assets.modpo.comparison.margin_adapter import judge_margin_adapter
+from helpsteer_assets.experiment.settings import Experiment, TrainingSettings
+from helpsteer_assets.modpo.comparison import margin_adapter as adapter_quality
 from helpsteer_assets.modpo.comparison.plots import loss_curve, png_bytes
 from helpsteer_assets.modpo.data.pairs import unique_responses
-from helpsteer_assets.store.artifacts import ALL, SCRATCH
+from helpsteer_assets.store.artifacts import ALL, SCRATCH, Artifact
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from helpsteer_assets.modpo.models.tokenization import EncodedResponses, Sequence
     from helpsteer_assets.modpo.training.loop import TrainingResult
@@ -44,51 +38,41 @@ LOSS_CURVE = "loss_curve.png"
 SANITY_BOOTSTRAP_SAMPLES = 2000
 
 
-def sft_model(run: StageRun) -> Metrics:
+LENGTHS = ("model.max_length", "model.max_prompt_length")
+BASE_MODEL = ("model.base", "model.precision", "model.trust_remote_code")
+MARGIN = ("objective.margin", "objective.margin_role", "objective.margin_beta", "objective.penalty")
+
+
+def _trains_sft(experiment: Experiment) -> bool:
+    return experiment.sft.enabled
+
+
+def _sft_settings(experiment: Experiment) -> tuple[str, ...]:
+    return (*BASE_MODEL, "sft", "lora", "seed", *LENGTHS) if experiment.sft.enabled else (*BASE_MODEL, "sft.enabled")
+
+
+@stage(
+    group="training",
+    kinds={"pytorch", "huggingface"},
+    settings=_sft_settings,
+    loads_model=True,
+    reads_if={"preference_pairs": _trains_sft},
+)
+def sft_model(run: StageRun, preference_pairs: Artifact | None = None) -> Metrics:
     """The base model fine-tuned on chosen responses by LoRA and merged: the reference policy of all that follows."""
     from transformers import GenerationConfig
 
-    from helpsteer_assets.modpo.models.loading import (
-        attach_lora,
-        check_lengths,
-        choose_device,
-        load_adapters,
-        load_model,
-        load_tokenizer,
-    )
-    from helpsteer_assets.modpo.training.sft import train_sft
+    from helpsteer_assets.modpo.models.loading import check_lengths, load_tokenizer
 
-    experiment, settings = run.experiment, run.experiment.model
-    device = choose_device(experiment.run, settings.precision)
-    base = fetch(experiment, "model")
+    settings = run.experiment.model
+    base = fetch(run.experiment, "model")
     check_lengths(settings, base, settings.max_length, "model.max_length")
     tokenizer = load_tokenizer(base, trust_remote_code=settings.trust_remote_code)
-    load = partial(
-        load_model, precision=settings.precision, device=device, trust_remote_code=settings.trust_remote_code
-    )
     metrics: Metrics = {}
-    if experiment.sft.enabled:
-        pairs = run.input("preference_pairs").file("pairs.parquet")
-        train = partial(
-            train_sft,
-            tokenizer=tokenizer,
-            train_sequences=_chosen(run, tokenizer, pairs, "train"),
-            selection_sequences=_chosen(run, tokenizer, pairs, "selection"),
-            settings=experiment.sft,
-            seed=experiment.seed,
-            checkpoints=run.checkpoints,
-        )
-        if experiment.run.train_processes > 1:
-            adapter = run.folder / SCRATCH / "adapter"
-            result = _train_together(run, base, train, adapter)
-            model = load_adapters(load(base), {"sft": adapter})
-        else:
-            model = attach_lora(load(base), experiment.lora, experiment.seed)
-            result = train(model, report_to=experiment.run.report_to, progress=run.progress)
-        metrics = _record(run, result)
-        model = model.merge_and_unload()
+    if preference_pairs is None:
+        model = _load(run, base)
     else:
-        model = load(base)
+        model, metrics = _fine_tuned(run, base, tokenizer, preference_pairs.file("pairs.parquet"))
     # The base's defaults for generation play no part here, and transformers saves none that contradict each other.
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
@@ -96,6 +80,41 @@ def sft_model(run: StageRun) -> Metrics:
     model.save_pretrained(run.folder / "model")
     tokenizer.save_pretrained(run.folder / "model")
     return metrics
+
+
+def _load(run: StageRun, folder: Path) -> "PreTrainedModel":
+    from helpsteer_assets.modpo.models.loading import choose_device, load_model
+
+    settings = run.experiment.model
+    device = choose_device(run.experiment.run, settings.precision)
+    return load_model(folder, precision=settings.precision, device=device, trust_remote_code=settings.trust_remote_code)
+
+
+def _fine_tuned(
+    run: StageRun, base: Path, tokenizer: "PreTrainedTokenizerBase", pairs: Path
+) -> "tuple[PreTrainedModel, Metrics]":
+    """The base model with a LoRA trained on the chosen responses merged into it, and how the training went."""
+    from helpsteer_assets.modpo.models.loading import attach_lora, load_adapters
+    from helpsteer_assets.modpo.training.sft import train_sft
+
+    experiment = run.experiment
+    train = partial(
+        train_sft,
+        tokenizer=tokenizer,
+        train_sequences=_chosen(run, tokenizer, pairs, "train"),
+        selection_sequences=_chosen(run, tokenizer, pairs, "selection"),
+        settings=experiment.sft,
+        seed=experiment.seed,
+        checkpoints=run.checkpoints,
+    )
+    if experiment.run.train_processes > 1:
+        adapter = run.folder / SCRATCH / "adapter"
+        result = _train_together(run, base, train, adapter)
+        policy = load_adapters(_load(run, base), {"sft": adapter})
+    else:
+        policy = attach_lora(_load(run, base), experiment.lora, experiment.seed)
+        result = train(policy, report_to=experiment.run.report_to, progress=run.progress)
+    return policy.merge_and_unload(), _record(run, result)
 
 
 def _chosen(run: StageRun, tokenizer: "PreTrainedTokenizerBase", pairs: Path, split: str) -> "list[Sequence]":
@@ -107,16 +126,24 @@ def _chosen(run: StageRun, tokenizer: "PreTrainedTokenizerBase", pairs: Path, sp
     return list(encode_responses(tokenizer, chosen, model.max_length, model.max_prompt_length).values())
 
 
-def reference_log_probs(run: StageRun) -> Metrics:
+@stage(
+    group="training",
+    kinds={"pytorch", "parquet"},
+    settings=LENGTHS,
+    loads_model=True,
+    table="reference_log_probs",
+    file="log_probs.parquet",
+)
+def reference_log_probs(
+    run: StageRun, sft_model: Artifact, preference_pairs: Artifact, margin_pairs: Artifact | None = None
+) -> Metrics:
     """log p_sft(y|x) and token count of every unique (prompt, response) of the pairs, computed once for all weights."""
     from helpsteer_assets.modpo.scoring.log_probs import BASE
 
-    pair_files = [
-        run.input(name).file("pairs.parquet") for name in ("preference_pairs", "margin_pairs") if name in run.inputs
-    ]
+    pair_files = [pairs.file("pairs.parquet") for pairs in (preference_pairs, margin_pairs) if pairs is not None]
     responses = unique_responses(*pair_files)
-    sequences = list(_encode(run, load_sft_tokenizer(run), responses).values())
-    with sft_model_on_loan(run) as model:
+    sequences = list(_encode(run, load_sft_tokenizer(run, sft_model), responses).values())
+    with sft_model_on_loan(run, sft_model) as model:
         log_probs = _log_probs(run, model, sequences, BASE)
     truncated = [sequence.truncated for sequence in sequences]
     table = responses.select(["prompt_id", "response_id"])
@@ -131,25 +158,44 @@ def reference_log_probs(run: StageRun) -> Metrics:
     }
 
 
-def margin_adapter(run: StageRun) -> Metrics:
+@stage(
+    group="training",
+    kinds={"pytorch", "huggingface"},
+    settings=("margin_adapter", "lora", "seed", *LENGTHS),
+    loads_model=True,
+    exists_if=has_margin_adapter,
+)
+def margin_adapter(
+    run: StageRun, sft_model: Artifact, margin_pairs: Artifact, reference_log_probs: Artifact
+) -> Metrics:
     """LoRA trained by DPO on the margin pairs; margin_beta (log p_adapter - log p_sft) is its implicit reward."""
-    from helpsteer_assets.modpo.comparison.margin_adapter import judge_pairs
     from helpsteer_assets.modpo.models.loading import load_adapters
 
     experiment = run.experiment
     settings = experiment.margin_adapter
     assert settings is not None  # validated with the experiment: this asset would not be there
-    tokenizer = load_sft_tokenizer(run)
-    pairs = run.input("margin_pairs").file("pairs.parquet")
+    tokenizer = load_sft_tokenizer(run, sft_model)
+    pairs = margin_pairs.file("pairs.parquet")
     validation = pq.read_table(pairs, filters=[("split", "=", "validation")])
     encoded = _encode(run, tokenizer, unique_responses(pairs, splits=("validation",)))
-    result = _train(run, tokenizer, pairs, settings, w=1.0, beta=settings.beta, margins=None, what="margin_adapter")
-    with sft_model_on_loan(run) as base:
+    reference = _reference(reference_log_probs)
+    result = _train(
+        run,
+        sft_model,
+        tokenizer,
+        pairs,
+        reference,
+        settings,
+        w=1.0,
+        beta=settings.beta,
+        margins=None,
+        what="margin_adapter",
+    )
+    with sft_model_on_loan(run, sft_model) as base:
         model = load_adapters(base, {"margin": run.folder / "adapter"})
         log_probs = _log_probs(run, model, list(encoded.values()), "margin", resumable=False)
-    reference = _reference(run)
     ratios = {response: log_prob - reference[response] for response, log_prob in zip(encoded, log_probs, strict=True)}
-    sanity, failures = judge_pairs(
+    sanity, failures = adapter_quality.judge_pairs(
         validation,
         ratios,
         beta=settings.beta,
@@ -159,19 +205,34 @@ def margin_adapter(run: StageRun) -> Metrics:
     return _record(run, result) | {"sanity": sanity, "worst_failures": failures}
 
 
-def margin_adapter_quality(run: StageRun) -> Metrics:
+@stage(
+    group="training",
+    kinds={"pytorch", "parquet"},
+    settings=("data.margin_attribute", "seed", *LENGTHS),
+    loads_model=True,
+    table="margin_validation",
+    file="margin_validation.parquet",
+    exists_if=has_margin_adapter,
+)
+def margin_adapter_quality(
+    run: StageRun,
+    sft_model: Artifact,
+    margin_pairs: Artifact,
+    reference_log_probs: Artifact,
+    margin_adapter: Artifact,
+) -> Metrics:
     """What the margin adapter's reward measures on validation pairs: the attribute, or only the length."""
     from helpsteer_assets.modpo.models.loading import load_adapters
 
     experiment = run.experiment
-    pairs = run.input("margin_pairs").file("pairs.parquet")
+    pairs = margin_pairs.file("pairs.parquet")
     attribute = experiment.data.margin_attribute
     validation = pq.read_table(pairs, filters=[("split", "=", "validation")])
-    encoded = _encode(run, load_sft_tokenizer(run), unique_responses(pairs, splits=("validation",)))
-    with sft_model_on_loan(run) as base:
-        model = load_adapters(base, {"margin": run.input("margin_adapter").path / "adapter"})
+    encoded = _encode(run, load_sft_tokenizer(run, sft_model), unique_responses(pairs, splits=("validation",)))
+    with sft_model_on_loan(run, sft_model) as base:
+        model = load_adapters(base, {"margin": margin_adapter.path / "adapter"})
         log_probs = _log_probs(run, model, list(encoded.values()), "margin")
-    reference = _reference(run)
+    reference = _reference(reference_log_probs)
     log_ratios = {r: log_prob - reference[r] for r, log_prob in zip(encoded, log_probs, strict=True)}
     ids = {side: validation[f"{side}_id"].to_pylist() for side in ("chosen", "rejected")}
     gaps = pc.subtract(
@@ -185,7 +246,7 @@ def margin_adapter_quality(run: StageRun) -> Metrics:
         columns[f"{side}_log_ratio"] = pa.array([log_ratios[r] for r in found], pa.float64())
     table = pa.table(columns)
     run.write(table, "margin_validation.parquet")
-    return diagnostics.margin_adapter_quality(
+    return adapter_quality.margin_adapter_quality(
         **{name: table[name].to_numpy() for name in table.column_names if name not in ("pair_id", "prompt_id")},
         prompt_ids=table["prompt_id"].to_pylist(),
         samples=SANITY_BOOTSTRAP_SAMPLES,
@@ -193,20 +254,39 @@ def margin_adapter_quality(run: StageRun) -> Metrics:
     )
 
 
-def margin_rewards(run: StageRun) -> Metrics:
+def _margin_reward_settings(experiment: Experiment) -> tuple[str, ...]:
+    return ("objective.margin", *(LENGTHS if experiment.has_margin_adapter else ()))
+
+
+@stage(
+    group="training",
+    kinds={"pytorch", "parquet"},
+    settings=_margin_reward_settings,
+    loads_model=True,
+    table="margin_rewards",
+    file="margin_rewards.parquet",
+    reads_if={"reference_log_probs": has_margin_adapter},
+)
+def margin_rewards(
+    run: StageRun,
+    sft_model: Artifact,
+    preference_pairs: Artifact,
+    reference_log_probs: Artifact | None = None,
+    margin_adapter: Artifact | None = None,
+) -> Metrics:
     """The unscaled margin reward of every response in the preference pairs, once for all weights and roles."""
     from helpsteer_assets.modpo.models.loading import load_adapters
     from helpsteer_assets.modpo.models.tokenization import count_response_tokens
 
-    responses = unique_responses(run.input("preference_pairs").file("pairs.parquet"))
-    tokenizer = load_sft_tokenizer(run)
-    log_ratios: list[float | None] = [None] * responses.num_rows
-    if run.experiment.has_margin_adapter:
+    responses = unique_responses(preference_pairs.file("pairs.parquet"))
+    tokenizer = load_sft_tokenizer(run, sft_model)
+    log_ratios: list[float] | list[None] = [None] * responses.num_rows
+    if margin_adapter is not None and reference_log_probs is not None:
         encoded = _encode(run, tokenizer, responses)
-        with sft_model_on_loan(run) as base:
-            model = load_adapters(base, {"margin": run.input("margin_adapter").path / "adapter"})
+        with sft_model_on_loan(run, sft_model) as base:
+            model = load_adapters(base, {"margin": margin_adapter.path / "adapter"})
             log_probs = _log_probs(run, model, list(encoded.values()), "margin")
-        reference = _reference(run)
+        reference = _reference(reference_log_probs)
         log_ratios = [log_prob - reference[response] for response, log_prob in zip(encoded, log_probs, strict=True)]
     tokens = count_response_tokens(tokenizer, responses)
     table = responses.select(["prompt_id", "response_id"])
@@ -220,37 +300,59 @@ def margin_rewards(run: StageRun) -> Metrics:
     return {"responses": responses.num_rows}
 
 
-def modpo_models(run: StageRun) -> Metrics:
+def adapter_gate(experiment: Experiment, inputs: Inputs) -> None:
+    """Refuse to train or reuse a policy on a margin adapter that fails its check.
+
+    Dagster's blocking check stops downstream in the same run only; a backfill goes past it. This stops every path.
+    """
+    adapter = inputs.get("margin_adapter")
+    if isinstance(adapter, Artifact):
+        sanity = adapter.manifest["metrics"]["sanity"]
+        reasons = adapter_quality.judge_margin_adapter(sanity, experiment.checks.margin_adapter_min_accuracy)
+        if reasons:
+            raise HelpsteerError(
+                "the margin adapter does not prefer chosen over rejected well enough to train on: " + "; ".join(reasons)
+            )
+
+
+@stage(
+    group="training",
+    kinds={"pytorch", "huggingface"},
+    settings=("objective.beta", *MARGIN, "modpo", "lora", "seed", *LENGTHS),
+    partitioned=True,
+    loads_model=True,
+    gate=adapter_gate,
+)
+def modpo_models(
+    run: StageRun,
+    sft_model: Artifact,
+    preference_pairs: Artifact,
+    reference_log_probs: Artifact,
+    margin_rewards: Artifact,
+    margin_adapter: Artifact | None = None,
+) -> Metrics:
     """The policy of one weight: a LoRA on the SFT model, trained by MODPO; w on the preference, 1 - w on the margin."""
     from helpsteer_assets.modpo.training.margins import margins_by_response
 
     experiment = run.experiment
     result = _train(
         run,
-        load_sft_tokenizer(run),
-        run.input("preference_pairs").file("pairs.parquet"),
+        sft_model,
+        load_sft_tokenizer(run, sft_model),
+        preference_pairs.file("pairs.parquet"),
+        _reference(reference_log_probs),
         experiment.modpo,
         w=float(run.partition),
         beta=experiment.objective.beta,
-        margins=margins_by_response(experiment.objective, run.table("margin_rewards", "margin_rewards.parquet")),
+        margins=margins_by_response(
+            margin_rewards.table("margin_rewards.parquet"),
+            margin_beta=experiment.objective.margin_beta,
+            penalty=experiment.objective.penalty,
+            sign=experiment.objective.margin_sign,
+        ),
         what=f"w={run.partition}",
     )
     return _record(run, result)
-
-
-def adapter_gate(experiment: Experiment, inputs: Inputs) -> None:
-    """Refuse to train or reuse a policy on a margin adapter that fails its check.
-
-    Dagster's blocking check stops downstream in the same run only; a backfill goes past it. This stops every path.
-    """
-    if "margin_adapter" in inputs:
-        (adapter,) = inputs["margin_adapter"].values()
-        sanity = adapter.manifest["metrics"]["sanity"]
-        reasons = judge_margin_adapter(sanity, experiment.checks.margin_adapter_min_accuracy)
-        if reasons:
-            raise HelpsteerError(
-                "the margin adapter does not prefer chosen over rejected well enough to train on: " + "; ".join(reasons)
-            )
 
 
 def _encode(run: StageRun, tokenizer: "PreTrainedTokenizerBase", responses: pa.Table) -> "EncodedResponses":
@@ -281,17 +383,19 @@ def _log_probs(
     return scored[adapter]
 
 
-def _reference(run: StageRun) -> dict[str, float]:
+def _reference(reference_log_probs: Artifact) -> dict[str, float]:
     """log p_sft by response_id."""
-    table = run.table("reference_log_probs", "log_probs.parquet")
+    table = reference_log_probs.table("log_probs.parquet")
     return dict(zip(table["response_id"].to_pylist(), table["log_prob"].to_pylist(), strict=True))
 
 
 def _train(
     run: StageRun,
+    sft_model: Artifact,
     tokenizer: "PreTrainedTokenizerBase",
     pairs: Path,
-    settings: Any,
+    reference: dict[str, float],
+    settings: TrainingSettings,
     *,
     w: float,
     beta: float,
@@ -305,14 +409,13 @@ def _train(
 
     experiment = run.experiment
     sequences = _encode(run, tokenizer, unique_responses(pairs, splits=("train", "selection")))
-    reference = _reference(run)
 
     def of_split(split: str) -> PairDataset:
         rows = pq.read_table(pairs, columns=["chosen_id", "rejected_id"], filters=[("split", "=", split)])
         ids = zip(rows["chosen_id"].to_pylist(), rows["rejected_id"].to_pylist(), strict=True)
         return PairDataset(list(ids), sequences, reference, margins)
 
-    base, adapter = run.input("sft_model").path / "model", run.folder / "adapter"
+    base, adapter = sft_model.path / "model", run.folder / "adapter"
     train = partial(
         train_preference,
         train_pairs=of_split("train"),
@@ -329,7 +432,7 @@ def _train(
     if experiment.run.train_processes > 1:
         result = _train_together(run, base, train, adapter)
     else:
-        with sft_model_on_loan(run) as model:
+        with sft_model_on_loan(run, sft_model) as model:
             policy = attach_lora(model, experiment.lora, experiment.seed)
             result = train(policy, report_to=experiment.run.report_to, progress=run.progress)
             policy.save_pretrained(adapter)
@@ -372,46 +475,3 @@ def _record(run: StageRun, result: "TrainingResult") -> Metrics:
     title = run.asset if run.partition == ALL else f"{run.asset} w={run.partition}"
     (run.folder / LOSS_CURVE).write_bytes(png_bytes(loss_curve(result.history, title)))
     return asdict(result)
-
-
-TRAINING_ASSETS = (
-    AssetDeclaration(sft_model, "training", {"pytorch", "huggingface"}, describe=_describe_training, loads_model=True),
-    AssetDeclaration(
-        reference_log_probs,
-        "training",
-        {"pytorch", "parquet"},
-        describe=_describe_counts,
-        table="reference_log_probs",
-        file="log_probs.parquet",
-        loads_model=True,
-    ),
-    AssetDeclaration(
-        margin_adapter, "training", {"pytorch", "huggingface"}, describe=_describe_adapter, loads_model=True
-    ),
-    AssetDeclaration(
-        margin_adapter_quality,
-        "training",
-        {"pytorch", "parquet"},
-        describe=_describe_quality,
-        table="margin_validation",
-        file="margin_validation.parquet",
-        loads_model=True,
-    ),
-    AssetDeclaration(
-        margin_rewards,
-        "training",
-        {"pytorch", "parquet"},
-        describe=_describe_counts,
-        table="margin_rewards",
-        file="margin_rewards.parquet",
-        loads_model=True,
-    ),
-    AssetDeclaration(
-        modpo_models,
-        "training",
-        {"pytorch", "huggingface"},
-        describe=_describe_training,
-        gate=adapter_gate,
-        loads_model=True,
-    ),
-)

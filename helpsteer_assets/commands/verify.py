@@ -18,6 +18,7 @@ from helpsteer_assets.experiment.settings import Experiment
 from helpsteer_assets.files.os_errors import readable_os_errors
 from helpsteer_assets.store.artifacts import FOLDER, MANIFEST, Artifact, ArtifactStore, environment, versions
 from helpsteer_assets.store.home import digest_cache
+from helpsteer_assets.store.locks import home_in_use
 from helpsteer_assets.store.warehouse import Warehouse
 
 _RUN = "the next `helpsteer run`"
@@ -79,6 +80,18 @@ def verify(
     """
     if not home.is_dir():
         raise HelpsteerError(f"{home} does not exist: nothing materialized yet; run `helpsteer run`")
+    with home_in_use(home, "verify"):
+        return _verify(experiment, home, samples, seed, log, terminal)
+
+
+def _verify(
+    experiment: Experiment,
+    home: Path,
+    samples: int,
+    seed: int,
+    log: Callable[[str], None],
+    terminal: TextIO | None,
+) -> Report:
     store, warehouse = ArtifactStore(home), Warehouse(home)
     report = Report()
     try:
@@ -141,7 +154,7 @@ def _verify_artifact(store: ArtifactStore, name: tuple[str, str, str], report: R
     if wrong:
         report.problems.append(Problem("damaged", subject, "; ".join(wrong), _RECOMPUTED))
     elif artifact is not None and not _is_what_it_says(artifact):
-        wrong = ["its manifest's settings, code and inputs are not those that its fingerprint stands for"]
+        wrong = ["its manifest's version, settings and inputs are not those that its fingerprint stands for"]
         report.problems.append(
             Problem("damaged", subject, wrong[0], f"remove {artifact.path}; {_RUN} computes it again")
         )
@@ -157,8 +170,8 @@ def _verify_artifact(store: ArtifactStore, name: tuple[str, str, str], report: R
 
 
 def _is_what_it_says(artifact: Artifact) -> bool:
-    code, settings, inputs = (artifact.manifest.get(key, {}) for key in ("code", "settings", "inputs"))
-    stated = fingerprint_value(artifact.asset, code, settings, inputs)
+    version, settings, inputs = (artifact.manifest.get(key, {}) for key in ("version", "settings", "inputs"))
+    stated = fingerprint_value(artifact.asset, version, settings, inputs)
     return stated == artifact.fingerprint
 
 

@@ -11,7 +11,8 @@ import warnings
 
 import dagster as dg
 
-from helpsteer_assets.assets.graph import Stage, fingerprints, stages
+from helpsteer_assets.assets.graph import fingerprints, stages
+from helpsteer_assets.assets.stage import Stage
 from helpsteer_assets.experiment.settings import Experiment
 from helpsteer_assets.store.artifacts import ALL, ArtifactStore
 from helpsteer_assets.store.home import digest_cache, home_path

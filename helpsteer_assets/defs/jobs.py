@@ -1,9 +1,11 @@
 """The jobs: three parts of the graph, in the order in which people run them."""
 
-import dagster as dg
-from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
+from typing import Any
 
-from helpsteer_assets.assets.graph import Stage, stages
+import dagster as dg
+
+from helpsteer_assets.assets.graph import stages
+from helpsteer_assets.assets.stage import Stage
 from helpsteer_assets.defs.partitions import weight_partitions
 from helpsteer_assets.experiment.settings import Experiment
 
@@ -18,7 +20,7 @@ def phases(experiment: Experiment) -> dict[str, list[str]]:
     return grouped
 
 
-def build_jobs(experiment: Experiment) -> list[UnresolvedAssetJobDefinition]:
+def build_jobs(experiment: Experiment) -> list[Any]:
     """One job per phase; `tradeoff_grid` is partitioned by weight."""
     descriptions = {
         "prepare": "Everything that does not depend on w: data, SFT, margin adapter, what is computed once for all w.",

@@ -1,8 +1,7 @@
 """How every asset is made: its inputs are looked up, a finished artifact is reused, else it is computed and recorded.
 
-The assets in data.py, training.py and evaluation.py are plain functions of a `StageRun`: they write files into a
-folder and return metrics. Here they become Dagster assets. The order in one materialization: the gate, the inputs, the
-store (reuse, wait, resume or compute), the warehouse, Dagster's record.
+The order in one materialization: the inputs, the gate, the store (reuse, wait, resume or compute), the warehouse,
+Dagster's record.
 """
 
 import logging
@@ -15,44 +14,21 @@ from typing import Any, TextIO
 import dagster as dg
 import pyarrow.parquet as pq
 
-from helpsteer_assets.assets.graph import Fingerprint, fingerprints
+from helpsteer_assets.assets.graph import Fingerprint, fingerprints, stages
 from helpsteer_assets.assets.loaded import LoadedModels, release_memory
-from helpsteer_assets.assets.run import Inputs, Metrics, StageRun
-from helpsteer_assets.assets.status import partial_progress
-from helpsteer_assets.defs.metadata import rounded
+from helpsteer_assets.assets.run import StageRun
+from helpsteer_assets.assets.stage import Inputs, Metrics, Stage
+from helpsteer_assets.assets.status import label, partial_progress
+from helpsteer_assets.defs.metadata import describe, rounded
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment.settings import Experiment
 from helpsteer_assets.modpo.progress import ProgressReporter
 from helpsteer_assets.store.artifacts import ALL, CHECKPOINTS, Artifact, ArtifactStore
-from helpsteer_assets.store.uses import using
+from helpsteer_assets.store.locks import home_in_use
 from helpsteer_assets.store.warehouse import Warehouse
 
-GPU_POOL = "gpu"
-"""Pool of the assets that load a model; its limit (dagster.yaml) is how many of them run at once."""
-
-_RETRIES = dg.RetryPolicy(max_retries=1, delay=5)
-"""Of those assets: a killed or crashed step goes on from its last checkpoint. A user's mistake is not tried again."""
-
-
-@dataclass(frozen=True)
-class AssetDeclaration:
-    """An asset of the graph: a computation, and what Dagster shows of it."""
-
-    compute: Callable[[StageRun], Metrics]
-    """Its name is the asset's; its docstring is what the UI shows."""
-    group: str
-    kinds: set[str]
-    describe: Callable[[Artifact, Inputs, Experiment], Mapping[str, Any]] = lambda artifact, inputs, experiment: {}
-    """Dagster metadata of a finished artifact, the same whether it was computed or reused."""
-    gate: Callable[[Experiment, Inputs], None] | None = None
-    """Raises HelpsteerError where the asset must not be made or reused, whatever lies in the store."""
-    table: str | None = None
-    """Table of the warehouse that holds the asset's rows."""
-    file: str | None = None
-    """Parquet file of those rows."""
-    loads_model: bool = False
-    shard: Callable[[StageRun, int], object] | None = None
-    """Does the work of one of `evaluation.shards` parts ahead, and keeps it in the checkpoints of the whole."""
+RETRIES = dg.RetryPolicy(max_retries=1, delay=5)
+"""A killed or crashed step that loads a model goes on from its last checkpoint. A user's mistake is not tried again."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +40,7 @@ class _Step:
     fingerprint: Fingerprint
     inputs: Inputs
     label: str
-    """Asset, weight and shard, for people."""
+    """Asset and weight, for people."""
     log: Callable[[str], None]
 
     def say(self, message: str) -> None:
@@ -93,6 +69,7 @@ class Lab:
                 assets passes False and publishes in the end: reuse takes a moment, publishing takes more.
         """
         self.experiment = experiment
+        self.graph = stages(experiment)
         self._publish_reused = publish_reused
         self.store = ArtifactStore(home)
         self.warehouse = Warehouse(home)
@@ -105,11 +82,11 @@ class Lab:
         """The fingerprint of every asset and partition, sources digested anew where they changed."""
         return fingerprints(self.experiment, self.digest_cache)
 
-    def materialize(self, declaration: AssetDeclaration, context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+    def materialize(self, stage: Stage, context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         """Reuse or compute one asset (of one weight), and record it in warehouse and Dagster."""
-        with self._step(declaration, context) as step:
-            fingerprint, inputs = step.fingerprint, step.inputs
-            artifact, reused = self._make(declaration, step)
+        with self._step(stage, context) as step:
+            fingerprint = step.fingerprint
+            artifact, reused = self._make(stage, step)
             step.say(f"{'reused' if reused else 'finished'} ({artifact.path})")
             self.warehouse.forget_others(self.experiment.name, set(step.present))
             self.warehouse.record(
@@ -120,16 +97,15 @@ class Lab:
                 path=artifact.path,
                 run_id=context.run_id,
                 reused=reused,
-                table=declaration.table,
-                parquet=artifact.file(declaration.file) if declaration.file else None,
-                constants=self._constants(declaration.table, fingerprint.partition),
+                table=stage.table,
+                parquet=artifact.file(stage.file) if stage.file else None,
                 publish=self._publish_reused or not reused,
             )
         return dg.MaterializeResult(
             data_version=dg.DataVersion(fingerprint.value),
             metadata={
-                **rounded(declaration.describe(artifact, inputs, self.experiment)),
-                **self._table_metadata(declaration, artifact),
+                **rounded(describe(stage.name, artifact, step.inputs, self.experiment)),
+                **self._table_metadata(stage, artifact),
                 "fingerprint": fingerprint.value,
                 "reused": reused,
                 "duration_s": artifact.manifest["duration_s"],
@@ -137,28 +113,11 @@ class Lab:
             },
         )
 
-    def make_shard(self, declaration: AssetDeclaration, context: dg.OpExecutionContext, number: int) -> None:
-        """Do one shard's part of an asset (of one weight), unless the asset is finished."""
-        shard = declaration.shard
-        assert shard is not None  # the asset would have no such step
-        with self._step(declaration, context, f" shard {number + 1} of {self.experiment.evaluation.shards}") as step:
-            fingerprint = step.fingerprint
-            was_needed = self.store.contribute(
-                fingerprint.asset,
-                fingerprint.partition,
-                fingerprint.value,
-                f"shard-{number + 1}",
-                compute=lambda folder: self._compute(lambda run: shard(run, number), step, folder),
-                on_wait=step.say,
-            )
-            step.say("done" if was_needed else "the whole is finished already")
-
     @contextmanager
-    def _step(self, declaration: AssetDeclaration, context: dg.OpExecutionContext, suffix: str = "") -> Iterator[_Step]:
+    def _step(self, stage: Stage, context: dg.AssetExecutionContext) -> Iterator[_Step]:
         """What a step of an asset needs; a user's mistake within ends it without another try."""
-        name = declaration.compute.__name__
         partition = context.partition_key if context.has_partition_key else ALL
-        label = (name if partition == ALL else f"{name} w={partition}") + suffix
+        name = label(stage.name, partition)
 
         def log(message: str) -> None:
             context.log.info(message)
@@ -168,22 +127,22 @@ class Lab:
         try:
             with _warnings_to(log):
                 present = self.fingerprints()
-                fingerprint = present[name, partition]
-                with using(self.store.home, _used(fingerprint)):
-                    inputs = self._inputs(fingerprint, label)
-                    if declaration.gate is not None:
-                        declaration.gate(self.experiment, inputs)
-                    yield _Step(present, fingerprint, inputs, label, log)
+                fingerprint = present[stage.name, partition]
+                with home_in_use(self.store.home, name, lambda message: log(f"{name}: {message}")):
+                    inputs = self._inputs(stage, fingerprint, name)
+                    if stage.gate is not None:
+                        stage.gate(self.experiment, inputs)
+                    yield _Step(present, fingerprint, inputs, name, log)
         except HelpsteerError as error:
             # The user has to change something first: trying again would end the same way.
             raise dg.Failure(description=str(error), allow_retries=False) from error
         except Exception as error:
-            if declaration.loads_model and context.retry_number < _RETRIES.max_retries:
+            if stage.loads_model and context.retry_number < RETRIES.max_retries:
                 # Else it would seem to begin anew by itself, and nobody would hear of it if it then went well.
-                log(f"{label}: failed by {type(error).__name__}: {error}; it is tried once more, from where it was")
+                log(f"{name}: failed by {type(error).__name__}: {error}; it is tried once more, from where it was")
             raise
 
-    def _make(self, declaration: AssetDeclaration, step: _Step) -> tuple[Artifact, bool]:
+    def _make(self, stage: Stage, step: _Step) -> tuple[Artifact, bool]:
         fingerprint = step.fingerprint
         return self.store.build(
             fingerprint.asset,
@@ -191,82 +150,64 @@ class Lab:
             fingerprint.value,
             manifest={
                 "experiment": self.experiment.name,
+                "version": fingerprint.version,
                 "settings": fingerprint.settings,
-                "code": fingerprint.code,
                 "inputs": fingerprint.inputs,
                 "seed": self.experiment.seed,
                 "run": self.experiment.run.model_dump(mode="json"),
             },
-            compute=lambda folder: self._compute(declaration.compute, step, folder),
+            compute=lambda folder: self._compute(stage, step, folder),
             on_wait=step.say,
         )
 
-    def _compute(self, compute: Callable[[StageRun], Any], step: _Step, folder: Path) -> Any:
-        """What `compute` returns of a partial folder."""
+    def _compute(self, stage: Stage, step: _Step, folder: Path) -> Metrics:
+        """Compute the stage's results in a partial folder; returns what it measured."""
         begun = partial_progress(folder / CHECKPOINTS)
         step.say("computing" + (f", going on from {begun}" if begun else ""))
         with ProgressReporter(step.label, step.log, self._terminal) as progress:
             run = StageRun(
-                self.experiment,
-                step.fingerprint.asset,
-                step.fingerprint.partition,
-                step.fingerprint.value,
-                folder,
-                step.inputs,
-                progress,
-                step.log,
-                self.models,
+                experiment=self.experiment,
+                asset=stage.name,
+                partition=step.fingerprint.partition,
+                fingerprint=step.fingerprint.value,
+                folder=folder,
+                progress=progress,
+                log=step.log,
+                models=self.models,
             )
             try:
-                return compute(run)
+                return stage.compute(run, **step.inputs)
             finally:
                 release_memory()
 
-    def _inputs(self, fingerprint: Fingerprint, label: str) -> dict[str, dict[str, Artifact]]:
-        found: dict[str, dict[str, Artifact]] = {}
-        for asset, partitions in fingerprint.inputs.items():
-            found[asset] = {}
-            for partition, value in partitions.items():
-                artifact = self.store.get(asset, partition, value)
-                if artifact is None:
-                    needed = asset if partition == ALL else f"{asset} for w={partition}"
-                    raise HelpsteerError(
-                        f"{label} needs {needed}, which is not there: not materialized with the present settings, or "
-                        "damaged and set aside, as a warning above says; materialize it (in the UI, or by "
-                        "`helpsteer run`)"
-                    )
-                found[asset][partition] = artifact
-        return found
+    def _inputs(self, stage: Stage, fingerprint: Fingerprint, name: str) -> Inputs:
+        return {
+            asset: {w: self._input(asset, w, value, name) for w, value in partitions.items()}
+            if self.graph[asset].partitioned and not stage.partitioned
+            else self._input(asset, *next(iter(partitions.items())), name)
+            for asset, partitions in fingerprint.inputs.items()
+        }
 
-    def _constants(self, table: str | None, partition: str) -> dict[str, Any]:
-        """What a table's rows need and their Parquet file does not say."""
-        if table == "generations":
-            return {"policy": "sft" if partition == ALL else "modpo", "w": None if partition == ALL else partition}
-        if table == "scores":
-            objective = self.experiment.objective
-            if objective.margin == "length_penalty":
-                return {"penalty": objective.penalty}
-            return {"margin_beta": objective.margin_beta}
-        return {}
+    def _input(self, asset: str, partition: str, value: str, reader: str) -> Artifact:
+        artifact = self.store.get(asset, partition, value)
+        if artifact is None:
+            needed = asset if partition == ALL else f"{asset} for w={partition}"
+            raise HelpsteerError(
+                f"{reader} needs {needed}, which is not there: not materialized with the present settings, or "
+                "damaged and set aside, as a warning above says; materialize it (in the UI, or by `helpsteer run`)"
+            )
+        return artifact
 
-    def _table_metadata(self, declaration: AssetDeclaration, artifact: Artifact) -> dict[str, Any]:
-        if declaration.table is None or declaration.file is None:
+    def _table_metadata(self, stage: Stage, artifact: Artifact) -> dict[str, Any]:
+        if stage.table is None or stage.file is None:
             return {}
-        rows = pq.read_metadata(artifact.file(declaration.file)).num_rows
+        rows = pq.read_metadata(artifact.file(stage.file)).num_rows
         partitioned = artifact.partition != ALL
         return {
             "dagster/partition_row_count" if partitioned else "dagster/row_count": rows,
-            "dagster/table_name": declaration.table,
+            "dagster/table_name": stage.table,
             "dagster/uri": str(self.warehouse.path),
         }
-
-
-def _used(fingerprint: Fingerprint) -> list[tuple[str, str, str]]:
-    """The artifact and its inputs, for nobody to clean up meanwhile."""
-    inputs = [
-        (asset, partition, value) for asset, found in fingerprint.inputs.items() for partition, value in found.items()
-    ]
-    return [(fingerprint.asset, fingerprint.partition, fingerprint.value), *inputs]
 
 
 @contextmanager

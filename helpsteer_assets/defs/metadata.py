@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from helpsteer_assets.assets.evaluation import policy_scores
-from helpsteer_assets.assets.run import Inputs
+from helpsteer_assets.assets.stage import Inputs
 from helpsteer_assets.assets.tradeoff import PLOTS, REPORT, wide_summary
 from helpsteer_assets.assets.training import LOSS_CURVE
 from helpsteer_assets.experiment.settings import Experiment
@@ -66,6 +66,18 @@ def arrow_schema(schema: pa.Schema) -> dg.TableSchema:
 PREVIEW_ROWS = 5
 
 
+def describe(stage: str, artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
+    """What the UI shows of a stage's finished artifact, the same whether it was computed or reused."""
+    return _DESCRIPTIONS.get(stage, _describe_counts)(artifact, inputs, experiment)
+
+
+def _one(inputs: Inputs, name: str) -> Artifact:
+    """The artifact of an input that is read as one."""
+    artifact = inputs[name]
+    assert isinstance(artifact, Artifact)
+    return artifact
+
+
 def _describe_ratings(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
     report = artifact.manifest["metrics"]
     ratings = pq.read_table(artifact.file("ratings.parquet"), columns=["split", *ATTRIBUTES])
@@ -89,7 +101,7 @@ def _describe_ratings(artifact: Artifact, inputs: Inputs, experiment: Experiment
 
 def _describe_pairs(attribute: Callable[[Experiment], str], other: Callable[[Experiment], str]) -> Any:
     def describe(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
-        (ratings,) = inputs["helpsteer_ratings"].values()
+        ratings = _one(inputs, "helpsteer_ratings")
         pairs = artifact.file("pairs.parquet")
         report = describe_pairs(pairs, ratings.file("ratings.parquet"), attribute(experiment), other(experiment))
         count = sum(report["pairs"].values())
@@ -164,7 +176,7 @@ def _describe_training(artifact: Artifact, inputs: Inputs, experiment: Experimen
         "best_step": metrics["best_step"],
         "loss_curve": dg.MetadataValue.md(markdown_image(artifact.file(LOSS_CURVE).read_bytes(), "loss curve")),
     }
-    last = next((row for row in reversed(history) if "loss" in row), {})
+    last: dict[str, float] = next((row for row in reversed(history) if "loss" in row), {})
     described |= {f"final_{key}": last[key] for key in ("loss", "accuracy", "grad_norm") if key in last}
     if metrics["best_loss"] is not None:
         described["best_selection_loss"] = metrics["best_loss"]
@@ -267,7 +279,7 @@ def _describe_tradeoff(artifact: Artifact, inputs: Inputs, experiment: Experimen
 
 
 def _describe_report(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
-    (tradeoff,) = inputs["tradeoff"].values()
+    tradeoff = _one(inputs, "tradeoff")
     shown = [name for name in PLOTS if f"{name}.png" in tradeoff.manifest["files"]]
     return {
         # No link: browsers follow none from here to a file.
@@ -280,3 +292,24 @@ def _describe_report(artifact: Artifact, inputs: Inputs, experiment: Experiment)
 
 def _image(artifact: Artifact, name: str) -> dg.MarkdownMetadataValue:
     return dg.MetadataValue.md(markdown_image(artifact.file(f"{name}.png").read_bytes(), PLOTS[name]))
+
+
+_DESCRIPTIONS: dict[str, Callable[[Artifact, Inputs, Experiment], dict[str, Any]]] = {
+    "helpsteer_ratings": _describe_ratings,
+    "preference_pairs": _describe_pairs(_preference, _margin),
+    "margin_pairs": _describe_pairs(_margin, _preference),
+    "evaluation_prompts": _describe_prompts,
+    "sft_model": _describe_training,
+    "margin_adapter": _describe_adapter,
+    "margin_adapter_quality": _describe_quality,
+    "modpo_models": _describe_training,
+    "sft_generations": _describe_generations,
+    "generations": _describe_generations,
+    "sft_scores": _describe_scores,
+    "scores": _describe_scores,
+    "kl_to_sft": _describe_kl,
+    "score_summary": _describe_summary,
+    "tradeoff": _describe_tradeoff,
+    "tradeoff_report": _describe_report,
+}
+"""By stage; of the others the UI shows what the manifest's metrics say."""

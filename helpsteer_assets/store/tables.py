@@ -21,7 +21,7 @@ class Column:
 
     @property
     def sql(self) -> str:
-        """What a SELECT says to get this column, by name and type."""
+        """The column in a SELECT, with its name and type."""
         return f"CAST({self.expression or f'data.{identifier(self.name)}'} AS {self.type}) AS {identifier(self.name)}"
 
 
@@ -31,7 +31,7 @@ class Table:
 
     name: str
     comment: str
-    """What a row is; published as COMMENT ON TABLE."""
+    """Meaning of a row; published as COMMENT ON TABLE."""
     assets: tuple[str, ...]
     """The assets whose Parquet files fill it."""
     key: tuple[str, ...]
@@ -183,8 +183,8 @@ DECLARED = (
         ("experiment", "policy", "w", "prompt_id"),
         (
             EXPERIMENT,
-            Column("policy", "VARCHAR", _POLICY, "entry.policy"),
-            Column("w", "DOUBLE", _W, "entry.w"),
+            Column("policy", "VARCHAR", _POLICY),
+            Column("w", "DOUBLE", _W),
             Column("prompt_id", "VARCHAR", _PROMPT_ID),
             Column("prompt", "VARCHAR", "prompt, uncut"),
             Column("response", "VARCHAR", "generated response"),
@@ -209,7 +209,6 @@ DECLARED = (
                 "DOUBLE",
                 "r_m before the role's sign, higher is more of what the adapter prefers: "
                 "margin_beta * margin_log_ratio in nats, or -penalty * response_tokens",
-                "coalesce(entry.margin_beta * data.margin_log_ratio, -entry.penalty * data.response_tokens)",
             ),
             Column(
                 "margin_log_ratio",
@@ -305,6 +304,7 @@ TABLES: dict[str, Table] = {table.name: table for table in (*DECLARED, MATERIALI
 
 
 def definition(table: Table) -> Iterator[str]:
+    """The SQL statements that make the table and its comments."""
     name = identifier(table.name)
     yield f"CREATE TABLE {name} ({', '.join(f'{identifier(c.name)} {c.type}' for c in table.columns)})"
     yield f"COMMENT ON TABLE {name} IS {literal(table.comment)}"
@@ -313,8 +313,10 @@ def definition(table: Table) -> Iterator[str]:
 
 
 def identifier(name: str) -> str:
+    """The name, quoted for SQL."""
     return '"' + name.replace('"', '""') + '"'
 
 
 def literal(text: str) -> str:
+    """The text as a string of SQL."""
     return "'" + text.replace("'", "''") + "'"

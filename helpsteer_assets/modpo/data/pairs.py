@@ -1,13 +1,14 @@
 """Preference pairs: which of two responses to one prompt is rated higher on an attribute.
 
-Pairs are formed over all responses to a prompt within one split. Every function's result depends on the set of rows
-alone, never on their order. From files of ratings and pairs only the needed columns are read, and never all rows at
-once.
+Pairs are formed over all responses to a prompt within one split, wherever their rows stand. Every function's result
+depends on the set of rows alone, never on their order. Files of ratings and pairs are read by the columns that are
+needed, and never whole.
 """
 
 import hashlib
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,13 +39,21 @@ PAIRS_SCHEMA = pa.schema(
 _RESPONSES_SCHEMA = pa.schema([(name, pa.string()) for name in ("prompt_id", "response_id", "prompt", "response")])
 _SHELF = "left(prompt_id, 1)"
 _STRETCH_ROWS = 16_384
-"""Most responses with their texts that the database holds at a time."""
+"""Responses of pairs whose texts the database holds at a time."""
 
 _MOST_COMPARED = 10**9
-"""Most comparisons of two responses to one prompt: they take minutes. 60 million prompts with four responses each
-reach this number."""
+"""Comparisons of two responses to one prompt: the work of minutes. Where a prompt has four responses, 60 million
+prompts make as many."""
 
 _OVERALL_SQL = " + ".join(ATTRIBUTES)
+_RESPONSES_SQL = f"""
+    SELECT prompt_id, response_id, {", ".join(ATTRIBUTES)}, {_OVERALL_SQL} AS {OVERALL}, CASE
+        WHEN split = 'train' AND {hash_share("selection", "prompt_id")} < $selection_share THEN 'selection'
+        ELSE split END AS part, count(*) AS rows
+    FROM ratings GROUP BY ALL
+"""
+"""The rated responses of `ratings`, equal rows once: every two of a million equal rows would be compared. `part` is one
+of SPLITS, and `rows` says how many rows were equal."""
 
 
 def pair_id(chosen_id: str, rejected_id: str) -> str:
@@ -56,8 +65,8 @@ def build_pairs(ratings: Source, attribute: str, selection_share: float, file: P
     """Write all pairs that an attribute decides; returns their number in each of SPLITS.
 
     Equal ratings make no pair, nor do equal responses. Where a response was rated more than once, the same pair can
-    arise more than once; the one with the ratings furthest apart is kept. (Two ratings of a response may also put it
-    above another and below it; both pairs are kept, as annotators' disagreement.)
+    arise more than once: the one whose ratings lie furthest apart is kept. (Two ratings of a response may also put it
+    above another and below it; both pairs stay, as annotators' disagreement.)
 
     Args:
         ratings: RATINGS_SCHEMA.
@@ -66,7 +75,7 @@ def build_pairs(ratings: Source, attribute: str, selection_share: float, file: P
         file: the Parquet file to write, ordered by split, prompt_id and pair_id (PAIRS_SCHEMA); its folder is used for
             temporary files.
 
-    Raises HelpsteerError where no train pair arises, and where a prompt has too many responses to compare.
+    Raises HelpsteerError where no train pair arises, and where one prompt has so many responses that all too many do.
     """
     with (
         tempfile.TemporaryDirectory(prefix=".pairs-", dir=file.parent) as scratch,
@@ -81,18 +90,8 @@ def build_pairs(ratings: Source, attribute: str, selection_share: float, file: P
 def _decide_pairs(
     connection: "duckdb.DuckDBPyConnection", ratings: Source, attribute: str, selection_share: float
 ) -> dict[str, int]:
-    """Make the table `pairs`, PAIRS_SCHEMA without texts, from the table `ratings`; returns their number by split."""
-    # Repeated rows are dropped first: otherwise a million equal rows would all be compared with each other.
-    connection.execute(
-        f"""
-        CREATE TABLE responses AS
-        SELECT DISTINCT prompt_id, response_id, {", ".join(ATTRIBUTES)}, {_OVERALL_SQL} AS {OVERALL}, CASE
-            WHEN split = 'train' AND {hash_share("selection", "prompt_id")} < $selection_share THEN 'selection'
-            ELSE split END AS part
-        FROM ratings
-        """,
-        {"selection_share": selection_share},
-    )
+    """Make the table `pairs`, PAIRS_SCHEMA without texts, of the table `ratings`; returns their number by split."""
+    connection.execute(f"CREATE TABLE responses AS {_RESPONSES_SQL}", {"selection_share": selection_share})
     _require_few_responses(connection)
     connection.execute(
         f"""
@@ -115,7 +114,8 @@ def _decide_pairs(
         connection.sql("SELECT split, count(*) FROM pairs GROUP BY split").fetchall()
     )
     if not counts["train"]:
-        by_attribute = ", ".join(f"{name} {count}" for name, count in count_train_pairs(ratings).items())
+        in_train = count_pairs(ratings, selection_share=0)
+        by_attribute = ", ".join(f"{name} {counts['train']}" for name, counts in in_train.items())
         held_out = counts["selection"]
         raise HelpsteerError(
             f"{attribute} makes no train pairs: every two responses to a train prompt are rated equally on it"
@@ -127,7 +127,7 @@ def _decide_pairs(
 
 
 def _require_few_responses(connection: "duckdb.DuckDBPyConnection") -> None:
-    """Raise HelpsteerError where one prompt of the table `responses` has too many of them."""
+    """Refuse a table `responses` of which all too many have one prompt."""
     compared, largest, prompt = connection.sql(
         """
         SELECT sum(count * count), max(count), arg_max(prompt_id, count)
@@ -142,9 +142,9 @@ def _require_few_responses(connection: "duckdb.DuckDBPyConnection") -> None:
 
 
 def _lay_out_texts(connection: "duckdb.DuckDBPyConnection", folder: Path) -> None:
-    """Write the texts of the table `ratings`, each once, to Arrow files, by the beginning of the prompt's id.
+    """Write the texts of the table `ratings`, each once, to Arrow files, one for all prompts whose ids begin alike.
 
-    The database's own joins and sorts fail where texts outgrow its memory. One of these files is needed at a time.
+    The database's own joins and sorts fail where texts outgrow its memory. Of these files one at a time is needed.
     """
     from pyarrow import dataset  # it brings pandas, which who only loads the definitions need not wait for
 
@@ -188,33 +188,42 @@ def _rated_columns(side: str) -> str:
     return ", ".join(f"{side}.{name} AS {side}_{name}" for name in RATED)
 
 
-def count_train_pairs(ratings: Source) -> dict[str, int]:
-    """The number of different train pairs by attribute, those held out for selection included."""
+def count_pairs(ratings: Source, selection_share: float) -> dict[str, dict[str, int]]:
+    """For each attribute of RATED: how many pairs `build_pairs` makes in each of SPLITS, and how many are `tied`.
+
+    Tied are different responses to one prompt of one split with equal ratings, counted as two rows: no pair.
+    """
     counted = ", ".join(
-        f"count(DISTINCT chosen.response_id || rejected.response_id) FILTER (chosen.{name} > rejected.{name}) AS {name}"
+        f"count(DISTINCT one.response_id || two.response_id) FILTER (one.{name} > two.{name}) AS {name}, "
+        f"coalesce(sum(one.rows * two.rows) FILTER (one.{name} = two.{name} AND one.response_id < two.response_id), 0)"
+        f"::BIGINT AS {name}_tied"
         for name in RATED
     )
-    return query(
+    by_part = query(
         f"""
-        WITH responses AS (
-            SELECT DISTINCT prompt_id, response_id, {", ".join(ATTRIBUTES)}, {_OVERALL_SQL} AS {OVERALL}
-            FROM ratings WHERE split = 'train'
-        )
-        SELECT {counted} FROM responses AS chosen JOIN responses AS rejected USING (prompt_id)
-        WHERE chosen.response_id <> rejected.response_id
+        WITH responses AS ({_RESPONSES_SQL})
+        SELECT part, {counted} FROM responses AS one JOIN responses AS two USING (part, prompt_id)
+        WHERE one.response_id <> two.response_id GROUP BY part
         """,
+        {"selection_share": selection_share},
         ratings=ratings,
-    ).to_pylist()[0]
+    ).to_pylist()
+    return {
+        name: dict.fromkeys(SPLITS, 0)
+        | {row["part"]: row[name] for row in by_part}
+        | {"tied": sum(row[f"{name}_tied"] for row in by_part)}
+        for name in RATED
+    }
 
 
 def describe_pairs(pairs: Source, ratings: Source, attribute: str, other: str) -> dict[str, Any]:
-    """Statistics of an attribute's pairs, JSON-able. Shares and means are over the pairs of all splits.
+    """What the pairs of an attribute are like, JSON-able; shares and means are over the pairs of all splits.
 
     Args:
         pairs: as `build_pairs(ratings, attribute, ...)` wrote them.
         ratings: RATINGS_SCHEMA.
         attribute: the one that decides the pairs.
-        other: another attribute, to see how often it agrees.
+        other: another attribute, to see how far it goes along.
 
     Returns
         pairs, prompts: their number by split;
@@ -297,10 +306,10 @@ def _count_words(ratings: Source) -> pa.Table:
 
 
 def select_evaluation_prompts(ratings: Source, count: int) -> pa.Table:
-    """`prompt_id` and `prompt` of the first `count` unique validation prompts in the order of a stable hash.
+    """`prompt_id` and `prompt` of the `count` unique validation prompts that come first by a stable hash.
 
-    A larger count only adds prompts at the end. Where there are fewer, all of them are returned. Raises HelpsteerError
-    where there are none.
+    A larger count only adds prompts at the end. Where there are fewer than asked for, all of them. Raises
+    HelpsteerError where there are none.
     """
     prompts = query(
         """
@@ -326,22 +335,14 @@ def select_evaluation_prompts(ratings: Source, count: int) -> pa.Table:
 def unique_responses(
     *pairs: Source, splits: Iterable[str] = SPLITS, sides: Iterable[str] = ("chosen", "rejected")
 ) -> pa.Table:
-    """Each (prompt, response) of the pairs once, as prompt_id, response_id, prompt, response, ordered by the ids.
+    """Every (prompt, response) in the pairs once, as prompt_id, response_id, prompt, response, ordered by the ids.
 
     Args:
         pairs: PAIRS_SCHEMA.
         splits: take pairs of these splits only.
         sides: take these responses of a pair only.
     """
-    listed = ", ".join(f"'{split}'" for split in splits)
-    united = " UNION ALL ".join(
-        f"SELECT prompt_id, {side}_id AS response_id, prompt, {side} AS response FROM pairs_{number} "
-        f"WHERE split IN ({listed})"
-        for number in range(len(pairs))
-        for side in sides
-    )
-    with database(**{f"pairs_{number}": source for number, source in enumerate(pairs)}) as connection:
-        connection.execute(f"CREATE VIEW sides AS {united}")
+    with _responses_of(pairs, splits, sides) as connection:
         stretches = connection.sql(
             f"""
             SELECT min(prompt_id), max(prompt_id) FROM (
@@ -363,3 +364,28 @@ def unique_responses(
             )
         )
         return pa.Table.from_batches(batches, _RESPONSES_SCHEMA)
+
+
+def count_texts(
+    *pairs: Source, splits: Iterable[str] = SPLITS, sides: Iterable[str] = ("chosen", "rejected")
+) -> tuple[int, int]:
+    """How many different prompts and responses `unique_responses` finds."""
+    with _responses_of(pairs, splits, sides) as connection:
+        return connection.sql("SELECT count(DISTINCT prompt_id), count(DISTINCT response_id) FROM sides").fetchall()[0]
+
+
+@contextmanager
+def _responses_of(
+    pairs: Iterable[Source], splits: Iterable[str], sides: Iterable[str]
+) -> "Iterator[duckdb.DuckDBPyConnection]":
+    """A database with a view `sides`: each response of each pair, as prompt_id, response_id, prompt, response."""
+    files = {f"pairs_{number}": source for number, source in enumerate(pairs)}
+    listed = ", ".join(f"'{split}'" for split in splits)
+    united = " UNION ALL ".join(
+        f"SELECT prompt_id, {side}_id AS response_id, prompt, {side} AS response FROM {name} WHERE split IN ({listed})"
+        for name in files
+        for side in sides
+    )
+    with database(**files) as connection:
+        connection.execute(f"CREATE VIEW sides AS {united}")
+        yield connection

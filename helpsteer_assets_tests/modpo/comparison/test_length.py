@@ -1,15 +1,11 @@
-"""Degenerate text, equal length, the quality of the implicit reward, KL: on data whose answer is known."""
-
-import math
+"""Differences at equal length, on data whose answer is known."""
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from helpsteer_assets.modpo.comparison import length as diagnostics
-from helpsteer_assets.modpo.comparison.bootstrap import bootstrap_means
 from helpsteer_assets.modpo.comparison.differences import Measure
-from helpsteer_assets.modpo.comparison.length import EqualLength
+from helpsteer_assets.modpo.comparison.length import EqualLength, at_equal_length
 from helpsteer_assets.modpo.comparison.scores import PolicyScores
 
 RATING = Measure("helpfulness", "rated helpfulness", "0 to 4", "higher")
@@ -34,10 +30,10 @@ def changed(
 
 
 def compare(*policies: PolicyScores, seed: int = 0, samples: int = 400) -> list[EqualLength]:
-    return diagnostics.at_equal_length(policies, RATING, samples, seed)
+    return at_equal_length(policies, RATING, samples, seed)
 
 
-def test_the_line_is_that_of_scipy_and_its_interval_that_of_a_loop_over_resamples() -> None:
+def test_the_line_is_that_of_scipy_and_its_interval_about_as_wide() -> None:
     sft, other = changed(1, 50, gain=0.2, per_token=0.02)
     (found,) = compare(sft, other)
     x = other.measures["response_tokens"] - sft.measures["response_tokens"]
@@ -46,16 +42,7 @@ def test_the_line_is_that_of_scipy_and_its_interval_that_of_a_loop_over_resample
     assert found.adjusted is not None
     assert (found.adjusted.mean, found.per_token) == pytest.approx((expected.intercept, expected.slope))
     assert found.raw == pytest.approx(y.mean())
-    # The same resamples, drawn as indicators of rows.
-    counts = (bootstrap_means(np.eye(50), 400, 0) * 50).round().astype(int)
-    lines = [stats.linregress(np.repeat(x, c), np.repeat(y, c)).intercept for c in counts]
-    deviations = np.abs(np.array(lines) - expected.intercept) * math.sqrt(50 / 49)
-    half = np.quantile(deviations, 0.95)
-    half *= stats.t.ppf(0.975, 49) / stats.norm.ppf(0.975)
-    assert (found.adjusted.low, found.adjusted.high) == pytest.approx(
-        (expected.intercept - half, expected.intercept + half), abs=0.003
-    )
-    assert half == pytest.approx(1.96 * expected.intercept_stderr, rel=0.3)
+    assert found.adjusted.high - found.adjusted.low == pytest.approx(2 * 1.96 * expected.intercept_stderr, rel=0.3)
 
 
 def test_a_gain_that_is_length_alone_goes_and_one_that_is_not_stays() -> None:

@@ -1,23 +1,36 @@
-"""The margin adapter's quality, on data with known answers."""
+"""The margin adapter: how well it ranks pairs, and whether it measures more than length, where the answer is known."""
 
 import itertools
 import json
 import math
 import random
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.modpo.comparison import margin_adapter
 from helpsteer_assets.modpo.comparison.bootstrap import bootstrap_interval
+from helpsteer_assets.modpo.comparison.margin_adapter import (
+    WORST_FAILURES,
+    judge_margin_adapter,
+    judge_pairs,
+    margin_adapter_quality,
+    sanity_metrics,
+)
+
+
+def judged(margins: list[float] | np.ndarray, groups: list[str] | None = None, samples: int = 500) -> dict[str, Any]:
+    """Sanity metrics of pairs, by default each of a prompt of its own."""
+    return sanity_metrics(margins, groups or [f"p{i:03d}" for i in range(len(margins))], samples, 0)
 
 
 def test_sanity_metrics_count_wins_ties_and_means() -> None:
-    metrics = margin_adapter.sanity_metrics([2.0, 1.0, 0.0, -1.0], samples=500, seed=0)
+    metrics = judged([2.0, 1.0, 0.0, -1.0])
     assert (metrics["n"], metrics["groups"], metrics["ties"]) == (4, 4, 1)
     assert (metrics["accuracy"], metrics["mean_margin"]) == (0.625, 0.5)
     assert metrics["margin_low"] < 0.5 < metrics["margin_high"]
@@ -28,8 +41,8 @@ def test_pairs_of_one_prompt_are_resampled_together() -> None:
     rng = np.random.default_rng(12)
     per_prompt = rng.normal(size=30)
     margins, groups = np.repeat(per_prompt, 10), [f"p{i}" for i in np.repeat(range(30), 10)]
-    apart = margin_adapter.sanity_metrics(margins, 2000, 0)
-    together = margin_adapter.sanity_metrics(margins, 2000, 0, groups)
+    apart = judged(margins, samples=2000)
+    together = judged(margins, groups, 2000)
     # Ten copies of a pair say no more than one: the honest interval is that of the 30 prompts.
     honest = bootstrap_interval(per_prompt, 2000, 0)
     width = together["margin_high"] - together["margin_low"]
@@ -41,7 +54,7 @@ def test_pairs_of_one_prompt_are_resampled_together() -> None:
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(-5, 5)), min_size=1, max_size=8))
 def test_the_cluster_bootstrap_draws_whole_prompts(pairs: list[tuple[str, int]]) -> None:
-    metrics = margin_adapter.sanity_metrics([m for _, m in pairs], 400, 0, [g for g, _ in pairs])
+    metrics = judged([m for _, m in pairs], [g for g, _ in pairs], 400)
     names = sorted({g for g, _ in pairs})
     possible = []
     for drawn in itertools.product(names, repeat=len(names)):
@@ -53,22 +66,38 @@ def test_the_cluster_bootstrap_draws_whole_prompts(pairs: list[tuple[str, int]])
 
 def test_a_good_adapter_passes_and_a_bad_one_is_told_why() -> None:
     rng = random.Random(13)
-    good = margin_adapter.sanity_metrics([rng.gauss(1, 1) for _ in range(200)], 500, 0)
-    assert margin_adapter.judge_margin_adapter(good, 0.5) == []
-    reasons = margin_adapter.judge_margin_adapter(good, 0.99)
+    good = judged([rng.gauss(1, 1) for _ in range(200)])
+    assert judge_margin_adapter(good, 0.5) == []
+    reasons = judge_margin_adapter(good, 0.99)
     assert len(reasons) == 1 and f"{good['accuracy']:.1%} of 200" in reasons[0] and "99.0%" in reasons[0]
-    inverted = margin_adapter.sanity_metrics([rng.gauss(-1, 1) for _ in range(200)], 500, 0)
-    accuracy, margin = margin_adapter.judge_margin_adapter(inverted, 0.5)
+    inverted = judged([rng.gauss(-1, 1) for _ in range(200)])
+    accuracy, margin = judge_margin_adapter(inverted, 0.5)
     assert "margin_adapter_min_accuracy" in accuracy and "does not lie above 0" in margin
-    assert "n = 0" in margin_adapter.judge_margin_adapter(margin_adapter.sanity_metrics([], 500, 0), 0.5)[0]
-    exactly_half = margin_adapter.sanity_metrics([5.0, -1.0] * 100, 500, 0)
-    assert len(margin_adapter.judge_margin_adapter(exactly_half, 0.5)) == 1  # more than the threshold, not as much
-    unsure = margin_adapter.sanity_metrics([3.0, 2.0, 1.0, -4.0], 500, 0)
+    assert "n = 0" in judge_margin_adapter(judged([]), 0.5)[0]
+    exactly_half = judged([5.0, -1.0] * 100)
+    assert len(judge_margin_adapter(exactly_half, 0.5)) == 1  # more than the threshold, not as much
+    unsure = judged([3.0, 2.0, 1.0, -4.0])
     assert unsure["mean_margin"] > 0
-    (reason,) = margin_adapter.judge_margin_adapter(unsure, 0.5)
+    (reason,) = judge_margin_adapter(unsure, 0.5)
     assert "mean margin is 0.5 with the 95% interval [-" in reason
     with pytest.raises(HelpsteerError, match="margin of 1 of 2 validation pairs is NaN"):
-        margin_adapter.sanity_metrics([1.0, math.nan], 100, 0)
+        judged([1.0, math.nan])
+
+
+def test_pairs_are_judged_by_the_adapters_own_reward_and_the_worst_are_shown() -> None:
+    def judge(differences: list[float]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        names = ("prompt_id", "prompt", "chosen_id", "rejected_id", "chosen", "rejected")
+        pairs = pa.table({name: [f"{name} {i}" for i in range(len(differences))] for name in names})
+        ratios = {f"chosen_id {i}": 7.0 + d for i, d in enumerate(differences)}
+        ratios |= {f"rejected_id {i}": 7.0 for i in range(len(differences))}
+        return judge_pairs(pairs, ratios, beta=0.5, samples=200, seed=0)
+
+    metrics, failures = judge([4.0, -2.0, -6.0, 0.0, 8.0])
+    assert metrics["accuracy"] == 0.5 and metrics["mean_margin"] == pytest.approx(0.5 * 0.8)
+    assert [(row["prompt"], row["margin"]) for row in failures] == [("prompt 2", -3.0), ("prompt 1", -1.0)]
+    assert failures[0].keys() == {"margin", "prompt", "chosen", "rejected"}
+    _, failures = judge([-float(i + 1) for i in range(15)])
+    assert len(failures) == WORST_FAILURES and failures[0]["margin"] == -7.5
 
 
 def pairs(seed: int = 0, prompts: int = 120, per_prompt: int = 3, longer_chosen: float = 0.7) -> dict[str, np.ndarray]:
@@ -88,8 +117,8 @@ def pairs(seed: int = 0, prompts: int = 120, per_prompt: int = 3, longer_chosen:
 def quality(data: dict[str, np.ndarray], chosen: np.ndarray, rejected: np.ndarray, samples: int = 400) -> dict:
     ids = data["prompt_ids"].tolist()
     arrays = {name: values for name, values in data.items() if name != "prompt_ids"}
-    return margin_adapter.margin_adapter_quality(
-        **arrays, chosen_log_ratio=chosen, rejected_log_ratio=rejected, prompt_ids=ids, samples=samples
+    return margin_adapter_quality(
+        **arrays, chosen_log_ratio=chosen, rejected_log_ratio=rejected, prompt_ids=ids, samples=samples, seed=0
     )
 
 
@@ -237,7 +266,7 @@ def test_the_verdict_depends_on_neither_the_order_of_pairs_nor_the_scale_of_the_
 
 
 def test_no_pairs_one_length_and_broken_numbers_are_told_apart() -> None:
-    nothing = margin_adapter.margin_adapter_quality([], [], [], [], [], [])
+    nothing = margin_adapter_quality([], [], [], [], [], [], samples=10, seed=0)
     assert nothing["n"] == 0 and nothing["accuracy"]["mean"] is None and nothing["only_length"] is None
     json.dumps(nothing, allow_nan=False)
     data = pairs(10, prompts=20, per_prompt=2)
