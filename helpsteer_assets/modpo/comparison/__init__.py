@@ -1,1 +1,1 @@
-"""The comparison of policies: intervals, differences, fronts and plots."""
+"""What policies gain and lose: intervals, differences, fronts and plots."""

@@ -109,7 +109,7 @@ _DIGITS = 12
 
 @dataclass(frozen=True)
 class Monotonicity:
-    """The movement of one measure with w.
+    """How one measure moves with w.
 
     Intervals are 95% percentile intervals.
     """
@@ -123,7 +123,7 @@ class Monotonicity:
 
 
 def monotonicity(weights: Sequence[float], table: ArrayLike, samples: int, seed: int) -> Monotonicity:
-    """The movement of the means of `table` [N, W], one row per prompt and one column per weight, with `weights` [W].
+    """How the means of `table` [N, W], one row per prompt and one column per weight, move with `weights` [W].
 
     Noise can only break an order that the means show, so the interval of a rank correlation of 1 reaches down from 1
     and tells how firm that order is. A resample in which all means are equal counts as rank correlation 0.
@@ -140,7 +140,7 @@ def monotonicity(weights: Sequence[float], table: ArrayLike, samples: int, seed:
     mean = column_means(values)
     line = (w - w.mean()) / ((w - w.mean()) ** 2).sum()
     slope = float((mean - mean[0]) @ line)
-    # Relative to the first weight, a constant measure has a slope of exactly 0.
+    # The slope of differences to the first weight: a constant measure then has a slope of 0 exactly.
     low, high = percentile_interval(((resampled - resampled[:, :1]) @ line)[:, None])
     scale = np.abs(values).max() or 1.0
     rounded = np.round(resampled / scale, _DIGITS)

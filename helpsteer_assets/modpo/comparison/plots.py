@@ -29,7 +29,7 @@ NOTE = "#52606d"
 GRID = "#e4e7eb"
 TRAIN = "#829ab1"
 HELD_OUT = "#d55e00"
-"""Vermilion of Okabe and Ito's palette: colour-blind readers can tell it from the grey-blue."""
+"""Vermilion of Okabe and Ito's palette, which colour-blind readers tell from the grey-blue beside it."""
 
 TITLE_ID = "figure-title"
 NOTE_ID = "figure-note"

@@ -1,8 +1,8 @@
 """Preference pairs: which of two responses to one prompt is rated higher on an attribute.
 
-Pairs are formed over all responses to a prompt within one split. Every function's result depends on the set of rows
-alone, never on their order. From files of ratings and pairs only the needed columns are read, and never all rows at
-once.
+Pairs are formed over all responses to a prompt within one split, wherever their rows stand. Every function's result
+depends on the set of rows alone, never on their order. Files of ratings and pairs are read by the columns that are
+needed, and never whole.
 """
 
 import hashlib
@@ -11,9 +11,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -21,6 +20,9 @@ from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.data.attributes import ATTRIBUTES, OVERALL
 from helpsteer_assets.modpo.data.ratings import hash_share
 from helpsteer_assets.modpo.data.tables import Source, database, query, stream, write_parquet
+
+if TYPE_CHECKING:
+    import duckdb
 
 RATED = (*ATTRIBUTES, OVERALL)
 SPLITS = ("train", "selection", "validation")
@@ -37,11 +39,11 @@ PAIRS_SCHEMA = pa.schema(
 _RESPONSES_SCHEMA = pa.schema([(name, pa.string()) for name in ("prompt_id", "response_id", "prompt", "response")])
 _SHELF = "left(prompt_id, 1)"
 _STRETCH_ROWS = 16_384
-"""Most responses with their texts that the database holds at a time."""
+"""Responses of pairs whose texts the database holds at a time."""
 
 _MOST_COMPARED = 10**9
-"""Most comparisons of two responses to one prompt: they take minutes. 60 million prompts with four responses each
-reach this number."""
+"""Comparisons of two responses to one prompt: the work of minutes. Where a prompt has four responses, 60 million
+prompts make as many."""
 
 _OVERALL_SQL = " + ".join(ATTRIBUTES)
 _RESPONSES_SQL = f"""
@@ -63,8 +65,8 @@ def build_pairs(ratings: Source, attribute: str, selection_share: float, file: P
     """Write all pairs that an attribute decides; returns their number in each of SPLITS.
 
     Equal ratings make no pair, nor do equal responses. Where a response was rated more than once, the same pair can
-    arise more than once; the one with the ratings furthest apart is kept. (Two ratings of a response may also put it
-    above another and below it; both pairs are kept, as annotators' disagreement.)
+    arise more than once: the one whose ratings lie furthest apart is kept. (Two ratings of a response may also put it
+    above another and below it; both pairs stay, as annotators' disagreement.)
 
     Args:
         ratings: RATINGS_SCHEMA.
@@ -73,7 +75,7 @@ def build_pairs(ratings: Source, attribute: str, selection_share: float, file: P
         file: the Parquet file to write, ordered by split, prompt_id and pair_id (PAIRS_SCHEMA); its folder is used for
             temporary files.
 
-    Raises HelpsteerError where no train pair arises, and where a prompt has too many responses to compare.
+    Raises HelpsteerError where no train pair arises, and where one prompt has so many responses that all too many do.
     """
     with (
         tempfile.TemporaryDirectory(prefix=".pairs-", dir=file.parent) as scratch,
@@ -86,7 +88,7 @@ def build_pairs(ratings: Source, attribute: str, selection_share: float, file: P
 
 
 def _decide_pairs(
-    connection: duckdb.DuckDBPyConnection, ratings: Source, attribute: str, selection_share: float
+    connection: "duckdb.DuckDBPyConnection", ratings: Source, attribute: str, selection_share: float
 ) -> dict[str, int]:
     """Make the table `pairs`, PAIRS_SCHEMA without texts, of the table `ratings`; returns their number by split."""
     connection.execute(f"CREATE TABLE responses AS {_RESPONSES_SQL}", {"selection_share": selection_share})
@@ -124,8 +126,8 @@ def _decide_pairs(
     return counts
 
 
-def _require_few_responses(connection: duckdb.DuckDBPyConnection) -> None:
-    """Raise HelpsteerError where one prompt of the table `responses` has too many of them."""
+def _require_few_responses(connection: "duckdb.DuckDBPyConnection") -> None:
+    """Refuse a table `responses` of which all too many have one prompt."""
     compared, largest, prompt = connection.sql(
         """
         SELECT sum(count * count), max(count), arg_max(prompt_id, count)
@@ -139,10 +141,10 @@ def _require_few_responses(connection: duckdb.DuckDBPyConnection) -> None:
         )
 
 
-def _lay_out_texts(connection: duckdb.DuckDBPyConnection, folder: Path) -> None:
-    """Write the texts of the table `ratings`, each once, to Arrow files, by the beginning of the prompt's id.
+def _lay_out_texts(connection: "duckdb.DuckDBPyConnection", folder: Path) -> None:
+    """Write the texts of the table `ratings`, each once, to Arrow files, one for all prompts whose ids begin alike.
 
-    The database's own joins and sorts fail where texts outgrow its memory. One of these files is needed at a time.
+    The database's own joins and sorts fail where texts outgrow its memory. Of these files one at a time is needed.
     """
     from pyarrow import dataset  # it brings pandas, which who only loads the definitions need not wait for
 
@@ -163,7 +165,7 @@ def _lay_out_texts(connection: duckdb.DuckDBPyConnection, folder: Path) -> None:
     )
 
 
-def _join_texts(connection: duckdb.DuckDBPyConnection, folder: Path) -> Iterator[pa.RecordBatch]:
+def _join_texts(connection: "duckdb.DuckDBPyConnection", folder: Path) -> Iterator[pa.RecordBatch]:
     """The rows of the table `pairs` with their texts, ordered by split, prompt_id and pair_id."""
     from pyarrow import dataset
 
@@ -215,13 +217,13 @@ def count_pairs(ratings: Source, selection_share: float) -> dict[str, dict[str, 
 
 
 def describe_pairs(pairs: Source, ratings: Source, attribute: str, other: str) -> dict[str, Any]:
-    """Statistics of an attribute's pairs, JSON-able. Shares and means are over the pairs of all splits.
+    """What the pairs of an attribute are like, JSON-able; shares and means are over the pairs of all splits.
 
     Args:
         pairs: as `build_pairs(ratings, attribute, ...)` wrote them.
         ratings: RATINGS_SCHEMA.
         attribute: the one that decides the pairs.
-        other: another attribute, to see how often it agrees.
+        other: another attribute, to see how far it goes along.
 
     Returns
         pairs, prompts: their number by split;
@@ -304,10 +306,10 @@ def _count_words(ratings: Source) -> pa.Table:
 
 
 def select_evaluation_prompts(ratings: Source, count: int) -> pa.Table:
-    """`prompt_id` and `prompt` of the first `count` unique validation prompts in the order of a stable hash.
+    """`prompt_id` and `prompt` of the `count` unique validation prompts that come first by a stable hash.
 
-    A larger count only adds prompts at the end. Where there are fewer, all of them are returned. Raises HelpsteerError
-    where there are none.
+    A larger count only adds prompts at the end. Where there are fewer than asked for, all of them. Raises
+    HelpsteerError where there are none.
     """
     prompts = query(
         """
@@ -333,7 +335,7 @@ def select_evaluation_prompts(ratings: Source, count: int) -> pa.Table:
 def unique_responses(
     *pairs: Source, splits: Iterable[str] = SPLITS, sides: Iterable[str] = ("chosen", "rejected")
 ) -> pa.Table:
-    """Each (prompt, response) of the pairs once, as prompt_id, response_id, prompt, response, ordered by the ids.
+    """Every (prompt, response) in the pairs once, as prompt_id, response_id, prompt, response, ordered by the ids.
 
     Args:
         pairs: PAIRS_SCHEMA.
@@ -375,7 +377,7 @@ def count_texts(
 @contextmanager
 def _responses_of(
     pairs: Iterable[Source], splits: Iterable[str], sides: Iterable[str]
-) -> Iterator[duckdb.DuckDBPyConnection]:
+) -> "Iterator[duckdb.DuckDBPyConnection]":
     """A database with a view `sides`: each response of each pair, as prompt_id, response_id, prompt, response."""
     files = {f"pairs_{number}": source for number, source in enumerate(pairs)}
     listed = ", ".join(f"'{split}'" for split in splits)

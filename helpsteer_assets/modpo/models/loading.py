@@ -73,7 +73,7 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrained
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # of any kind: files and the model's own code raise it
-        raise HelpsteerError(f"no tokenizer can be loaded from {path}: {_in_words(error)}") from error
+        raise HelpsteerError(f"no tokenizer can be loaded from {path}: {in_words(error)}") from error
     if "strftime_now" in str(tokenizer.chat_template or ""):
         raise HelpsteerError(
             f"the chat template of {path} writes today's date into every prompt, so that tomorrow's tokens would "
@@ -126,7 +126,7 @@ def require_safetensors(folder: Path) -> None:
         try:
             files = [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise HelpsteerError(f"{index} is damaged ({_in_words(error)}); get the model's files again") from error
+            raise HelpsteerError(f"{index} is damaged ({in_words(error)}); get the model's files again") from error
     elif pickles := sorted(path.name for path in folder.glob("pytorch_model*.bin")):
         raise HelpsteerError(
             f"{folder} holds its weights as pickles only ({pickles[0]}), which run code when they are read and are "
@@ -149,7 +149,7 @@ def _require_intact(file: Path) -> None:
         with safe_open(file, framework="pt") as opened:
             opened.keys()
     except (OSError, SafetensorError) as error:
-        reason = "missing" if isinstance(error, FileNotFoundError) else f"damaged or incomplete ({_in_words(error)})"
+        reason = "missing" if isinstance(error, FileNotFoundError) else f"damaged or incomplete ({in_words(error)})"
         raise HelpsteerError(f"{file} is {reason}; get it again") from error
 
 
@@ -173,7 +173,7 @@ def load_model(
             output_loading_info=True,
         )
     except Exception as error:  # of any kind: files and the model's own code raise it
-        raise HelpsteerError(f"no causal language model can be loaded from {path}: {_in_words(error)}") from error
+        raise HelpsteerError(f"no causal language model can be loaded from {path}: {in_words(error)}") from error
     if mismatched := sorted(loading["mismatched_keys"]):
         name, there, expected = mismatched[0]
         raise HelpsteerError(
@@ -205,10 +205,10 @@ def _read_config(path: Path, trust_remote_code: bool) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # of any kind: files and the model's own code raise it
-        raise HelpsteerError(f"no model config can be read from {path}: {_in_words(error)}") from error
+        raise HelpsteerError(f"no model config can be read from {path}: {in_words(error)}") from error
 
 
-def _in_words(error: Exception) -> str:
+def in_words(error: Exception) -> str:
     """A library's error in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:400]}" if text else type(error).__name__
@@ -239,7 +239,7 @@ def model_size(path: Path, lora: Lora, *, trust_remote_code: bool = False) -> Mo
         try:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         except Exception as error:  # of any kind: the config and the model's own code raise it
-            raise HelpsteerError(f"{path} describes no causal language model: {_in_words(error)}") from error
+            raise HelpsteerError(f"{path} describes no causal language model: {in_words(error)}") from error
         policy = attach_lora(model, lora, 0)
     adapter_parameters = sum(weight.numel() for name, weight in policy.named_parameters() if ".lora_" in name)
     parameters = policy.num_parameters() - adapter_parameters
@@ -310,7 +310,7 @@ def load_adapters(model: PreTrainedModel, adapters: dict[str, Path]) -> PeftMode
                     peft_model.load_adapter(path, adapter_name=name)
         except Exception as error:  # of any kind: peft and torch raise many
             raise HelpsteerError(
-                f"the adapter {path} cannot be loaded onto the model: {_in_words(error)}. It is damaged, or was "
+                f"the adapter {path} cannot be loaded onto the model: {in_words(error)}. It is damaged, or was "
                 "trained on another base model"
             ) from error
         # peft does not complain: missing weights keep their initial values, and unknown ones are ignored.

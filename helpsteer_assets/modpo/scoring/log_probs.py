@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.files.rows import ResumableRows
+from helpsteer_assets.modpo.models.loading import in_words
 from helpsteer_assets.modpo.models.tokenization import Sequence
 from helpsteer_assets.modpo.progress import Progress, silent
 from helpsteer_assets.modpo.scoring.batching import Batch, collate
@@ -151,7 +152,7 @@ def _find_method(model: PreTrainedModel) -> Method:
                 _require_agreement(method, model, batch, truth, tolerance)
                 break
             except Exception as error:  # of any kind: a kernel or the model's own code raises it
-                problems.setdefault(f"{type(error).__name__}: {error}", method)
+                problems.setdefault(in_words(error), method)
         else:
             method = PADDED
     if problems:

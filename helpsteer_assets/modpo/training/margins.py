@@ -1,4 +1,4 @@
-"""The margin m of a response, which the policy trades against its preference reward."""
+"""The margin m of a response: what the policy trades its preference reward against."""
 
 from typing import Literal
 
