@@ -52,7 +52,7 @@ class Report:
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     made_with: dict[str, dict[str, int]] = field(default_factory=dict)
-    """How many of the experiment's artifacts were made with which version, device and so on: counts by value, by key."""
+    """Versions, device and machine of the experiment's artifacts: by key, the number of artifacts by value."""
     here: dict[str, str] = field(default_factory=dict)
     """The same keys for this process, where it knows them."""
     recomputed: "list[Recomputed]" = field(default_factory=list)
@@ -120,9 +120,9 @@ def _verify_artifacts(
     with readable_os_errors("read", store.artifacts):
         paths = sorted(store.artifacts.glob("*/*/*"))
     for path in paths:
-        match = None if path.is_symlink() or not path.is_dir() else FOLDER.fullmatch(path.name)
         if path.name.startswith("."):
             continue  # it is being removed
+        match = None if path.is_symlink() or not path.is_dir() else FOLDER.fullmatch(path.name)
         if match is None:
             report.notes.append(f"{path} is no artifact; nothing reads it")
         elif match["state"]:
