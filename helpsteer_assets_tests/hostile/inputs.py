@@ -42,11 +42,6 @@ TEXTS = (
 
 
 any_text = st.text(st.characters(exclude_categories=()), max_size=12)
-any_value = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | any_text | st.sampled_from([*TEXTS, "3", "٣", 10**400]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(any_text, inner, max_size=3),
-    max_leaves=5,
-)
 
 
 def examples(count: int) -> settings:

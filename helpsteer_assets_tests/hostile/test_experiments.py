@@ -15,7 +15,7 @@ from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment.reading import SHIPPED, load_experiment
 from helpsteer_assets.experiment.settings import Experiment, canonical_weight
 from helpsteer_assets_tests.experiment.test_experiment import VALID, changed
-from helpsteer_assets_tests.hostile.inputs import any_text, any_value, examples
+from helpsteer_assets_tests.hostile.inputs import TEXTS, any_text, examples
 
 EXPERIMENTS = resources.files("helpsteer_assets") / "experiments"
 WEIGHT = r"1|0\.[0-9]{0,9}[1-9]"
@@ -49,6 +49,11 @@ def keys_of(section: dict[str, Any], prefix: str = "") -> list[str]:
     ]
 
 
+any_value = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | any_text | st.sampled_from([*TEXTS, "3", "٣", 10**400]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(any_text, inner, max_size=3),
+    max_leaves=5,
+)
 KEYS = keys_of(Experiment.model_validate(VALID).model_dump())
 
 
@@ -78,17 +83,13 @@ places = st.tuples(st.floats(0, 1), st.integers(0, 30), pieces | any_text)
     text=st.sampled_from([(EXPERIMENTS / f"{name}.yaml").read_text(encoding="utf-8") for name in SHIPPED])
     | st.lists(pieces, max_size=20).map("".join),
     changes=st.lists(places, max_size=4),
+    content=st.binary(max_size=60),
 )
-def test_any_text(file: Path, text: str, changes: list[tuple[float, int, str]]) -> None:
+def test_any_text_or_bytes(file: Path, text: str, changes: list[tuple[float, int, str]], content: bytes) -> None:
     for share, removed, new in changes:
         position = int(share * len(text))
         text = text[:position] + new + text[position + removed :]
     load_or_refuse(file, text)
-
-
-@examples(60)
-@given(content=st.binary(max_size=60))
-def test_any_bytes(file: Path, content: bytes) -> None:
     load_or_refuse(file, content)
 
 

@@ -67,47 +67,32 @@ def within(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
 
 FILES = """
 COPY scores TO 'FILE'
-COPY scores FROM 'FILE'
 COPY (SELECT 1 AS a) TO 'FILE' (PARTITION_BY a)
 EXPORT DATABASE 'FILE'
-IMPORT DATABASE 'FILE'
 ATTACH 'FILE' AS other (READ_ONLY)
 FROM read_csv('FILE')
-FROM read_json('FILE')
 FROM read_text('FILE')
-FROM read_blob('FILE')
-FROM read_parquet('FILE')
-FROM parquet_metadata('FILE')
 FROM sniff_csv('FILE')
 FROM 'FILE'
-FROM query('FROM read_text(''FILE'')')
 FROM json_execute_serialized_sql(json_serialize_sql('FROM read_text(''FILE'')'))
 FROM sqlite_scan('FILE', 'a')
 LOAD 'FILE'
 SET temp_directory = 'FILE'
-SET log_query_path = 'FILE'
 PRAGMA profiling_output = 'FILE'
 CALL enable_logging(storage = 'file', storage_config = {'path': 'FILE'})
-CALL enable_profiling(save_location = 'FILE')
 EXPLAIN ANALYZE COPY scores TO 'FILE'
 PREPARE p AS COPY scores TO 'FILE'; EXECUTE p
 """.strip().splitlines()
 OTHERS = """
-ATTACH ':memory:' AS other
 FROM glob('*')
-FROM 's3://bucket/file.parquet'
 FROM duckdb_secrets()
-SELECT getenv('HOME')
 INSTALL httpfs
 CREATE PERSISTENT SECRET s (TYPE http)
 RESET lock_configuration
-SET memory_limit = '1TB'
-CREATE MACRO mine(x) AS x
 WITH gone AS (DELETE FROM scores RETURNING *) FROM gone
 SELECT 1; DROP TABLE scores
 EXPLAIN ANALYZE DELETE FROM scores
 FROM watched
-SELECT ?
 ;
 """.strip().splitlines()
 LONG = ["SELECT " + "(" * 5000 + "1" + ")" * 5000, "SELECT " + "1 + " * 100_000 + "1", f"FROM range({QUERY_ROWS + 1})"]
