@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import yaml
 
+from helpsteer_assets.assets.graph import fingerprints
 from helpsteer_assets.commands.run import run_experiment
 from helpsteer_assets.experiment.reading import load_experiment
 from helpsteer_assets.experiment.settings import Experiment
+from helpsteer_assets.store.artifacts import ALL, Artifact, ArtifactStore
 
 QUICK: dict[str, Any] = {
     "extends": "demo",
@@ -48,6 +50,13 @@ class Finished:
 
     def run(self, **options: Any) -> bool:
         return run_experiment(self.experiment, self.home, announce=self.announced.append, **options)
+
+    def artifact(self, asset: str, partition: str = ALL) -> Artifact:
+        """The finished artifact that the experiment's present settings determine."""
+        fingerprint = fingerprints(self.experiment)[asset, partition].value
+        artifact = ArtifactStore(self.home).find(asset, partition, fingerprint)
+        assert artifact is not None
+        return artifact
 
 
 @pytest.fixture(scope="session")
