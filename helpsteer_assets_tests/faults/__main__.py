@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 from collections import Counter
@@ -20,6 +21,7 @@ def main() -> int:
     names = [name for name in FAULTS if options.only in name]
     if not names:
         parser.error(f"no such fault; there are: {', '.join(FAULTS)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a trial in progress leaves no process behind
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
     undisturbed = Undisturbed.make(folder / "undisturbed")
     failed: Counter[str] = Counter()
