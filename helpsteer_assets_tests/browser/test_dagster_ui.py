@@ -29,7 +29,7 @@ from helpsteer_assets.store.artifacts import CHECKPOINTS, Artifact, ArtifactStor
 from helpsteer_assets.store.warehouse import Warehouse
 from helpsteer_assets_tests.assets.conftest import write_experiment
 from helpsteer_assets_tests.browser.conftest import FAILED
-from helpsteer_assets_tests.faults.ui_faults import descendants
+from helpsteer_assets_tests.processes import descendants
 
 ROOT = Path(__file__).parents[2]
 GRID = ["0.1", "0.9"]
