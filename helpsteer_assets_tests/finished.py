@@ -1,4 +1,4 @@
-"""A small experiment, and a home in which the whole graph was run on it: see the fixtures `finished_home` and `copied`."""
+"""A small experiment, and a home in which the graph was run on it: the fixtures `finished_home` and `copied`."""
 
 import json
 from collections.abc import Callable

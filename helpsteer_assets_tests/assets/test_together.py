@@ -7,7 +7,7 @@ import pytest
 
 from helpsteer_assets.assets.graph import fingerprints
 from helpsteer_assets.store.artifacts import ALL, Artifact, ArtifactStore
-from helpsteer_assets_tests.assets.conftest import Finished, quick_experiment
+from helpsteer_assets_tests.finished import Finished, write_experiment
 
 
 def trainings(finished: Finished) -> dict[str, Artifact]:
@@ -19,10 +19,10 @@ def trainings(finished: Finished) -> dict[str, Artifact]:
     return found
 
 
-def test_trainings_in_two_processes_make_what_one_makes(quick: Finished, tmp_path: Path) -> None:
-    together = Finished(quick_experiment(tmp_path, run={"train_processes": 2}), tmp_path / "home")
+def test_trainings_in_two_processes_make_what_one_makes(finished_home: Finished, tmp_path: Path) -> None:
+    together = Finished(write_experiment(tmp_path, run={"train_processes": 2}), tmp_path / "home")
     assert together.run(select='+key:"modpo_models"', weights=["0.1"]), together.announced
-    several, one = trainings(together), trainings(quick)
+    several, one = trainings(together), trainings(finished_home)
     for asset, artifact in several.items():
         assert artifact.manifest["run"]["train_processes"] == 2
         assert artifact.manifest["files"].keys() == one[asset].manifest["files"].keys()

@@ -16,7 +16,7 @@ from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.execution.ray_cluster import HOME_TOKEN, Node, _installed, forwarded_variables, judge
 from helpsteer_assets.execution.ray_executor import ray_step_executor
 from helpsteer_assets.experiment.settings import RunSettings
-from helpsteer_assets_tests.assets.conftest import write_experiment
+from helpsteer_assets_tests.finished import write_experiment
 from helpsteer_assets_tests.ray.conftest import DEPLOY, Cluster, Deployment, wait
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(2400)]
