@@ -17,12 +17,12 @@ from benchmarks.report import as_text, describe_machine, write_json
 from benchmarks.setting import Setting
 from helpsteer_assets.errors import HelpsteerError
 
-ON_DEVICE = ("training_step", "grid", "scoring", "trl_dpo", "cost")
+ON_DEVICE = ("training_step", "grid", "scoring", "trl_dpo")
 """Cases that a `Setting` says how to run."""
 OF_THE_MACHINE = ("generation", "data_at_size", "start_up")
 """Cases that have nothing to choose but the form."""
 CASES = (*ON_DEVICE, *OF_THE_MACHINE)
-NEEDS = {"trl_dpo": "trl", "data_at_size": "duckdb", "start_up": "dagster", "cost": "dagster"}
+NEEDS = {"trl_dpo": "trl", "data_at_size": "duckdb", "start_up": "dagster"}
 """Packages without which a case is left out, so that the rest runs on a machine that has but torch and transformers."""
 
 

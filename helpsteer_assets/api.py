@@ -99,7 +99,7 @@ def load_policy(
     of, where = _experiment(experiment), _home(home)
     weight = chosen_policy(w, of)
     settings = of.model
-    with held(where, require_finished(of, where, policy_artifacts(weight))) as artifacts:
+    with held(where, require_finished(of, where, policy_artifacts(weight)), "load_policy") as artifacts:
         sft, policy = artifacts[0], artifacts[-1]
         model = load_model(
             sft.path / "model",

@@ -165,12 +165,12 @@ def finished_home(tmp_path_factory: pytest.TempPathFactory) -> "Finished":
 @pytest.fixture
 def copied(finished_home: "Finished", tmp_path: Path) -> "Callable[..., Finished]":
     """A copy of the finished home, with an experiment that differs as the arguments say."""
-    from helpsteer_assets_tests.finished import Finished, write_experiment
+    from helpsteer_assets_tests.finished import Finished, quick_experiment
 
     def copy(**changes: Any) -> Finished:
         if not (tmp_path / "home").exists():
             shutil.copytree(finished_home.home, tmp_path / "home")
-        return Finished(write_experiment(tmp_path, **changes), tmp_path / "home")
+        return Finished(quick_experiment(tmp_path, **changes), tmp_path / "home")
 
     return copy
 

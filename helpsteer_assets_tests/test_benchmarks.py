@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cost, grid, scoring, training_step
+from benchmarks import grid, scoring, training_step
 from benchmarks.__main__ import main
 from benchmarks.gemm_floor import GemmFloor, count_tokens
 from benchmarks.models import Contenders, contenders, in_fp64
@@ -15,7 +15,6 @@ from benchmarks.optimizer import take_gradient
 from benchmarks.pairs import END_OF_TEXT, MIXES, Pair, RandomText
 from benchmarks.reference_procedure import exact_step
 from benchmarks.report import as_text
-from benchmarks.setting import Setting
 from benchmarks.timing import interleave, peak_memory, ratio
 
 CPU = torch.device("cpu")
@@ -119,12 +118,6 @@ def test_the_floor_counts_each_prompt_token_once(models: Contenders) -> None:
     assert count_tokens([pair]) == (10, 5)
     assert floor.at_peak_rate([pair]) * floor.peak_rate == pytest.approx(4 * (body * 10 + head * 5))
     assert floor.at_own_rates([pair, pair]) == pytest.approx(2 * floor.at_own_rates([pair]))
-
-
-def test_the_cost_model_is_compared_with_each_piece_of_work() -> None:
-    found = cost.pieces("tiny", Setting(long=False, device=CPU, precision="fp32", models=("tiny",)))
-
-    assert all(found[kind]["low"] > 0 for kind in ("training", "scoring", "greedy", "sampled"))
 
 
 def test_contenders_take_turns() -> None:

@@ -230,7 +230,10 @@ def _score(
         **_named(run, policy, len(rows)),
         "prompt_id": [row["prompt_id"] for row in rows],
         "margin_reward": margin_reward(
-            run.experiment.objective, np.array(margin_log_ratios, np.float64), np.array(tokens, np.float64)
+            np.array(margin_log_ratios, np.float64),
+            np.array(tokens, np.float64),
+            margin_beta=run.experiment.objective.margin_beta,
+            penalty=run.experiment.objective.penalty,
         ),
         "margin_log_ratio": margin_log_ratios,
         "log_ratio_to_sft": log_ratios.get("policy", [0.0] * len(rows)),

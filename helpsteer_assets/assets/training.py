@@ -344,7 +344,12 @@ def modpo_models(
         experiment.modpo,
         w=float(run.partition),
         beta=experiment.objective.beta,
-        margins=margins_by_response(experiment.objective, margin_rewards.table("margin_rewards.parquet")),
+        margins=margins_by_response(
+            margin_rewards.table("margin_rewards.parquet"),
+            margin_beta=experiment.objective.margin_beta,
+            penalty=experiment.objective.penalty,
+            sign=experiment.objective.margin_sign,
+        ),
         what=f"w={run.partition}",
     )
     return _record(run, result)

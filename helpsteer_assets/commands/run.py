@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from helpsteer_assets.assets.sources import described_model
 from helpsteer_assets.assets.status import Status, finished_folders, label, status, unfinished
 from helpsteer_assets.assets.tradeoff import wide_summary
-from helpsteer_assets.commands.console import command_name
+from helpsteer_assets.commands.console import command_name, table_lines
 from helpsteer_assets.commands.disk import disk_need, in_words, needs_model, shortage
 from helpsteer_assets.defs.assets import build_assets
 from helpsteer_assets.defs.checks import build_checks
@@ -312,22 +312,15 @@ def _announce_results(lab: Lab, announce: Callable[[str], None]) -> None:
         assert artifact is not None  # materialized a moment ago
         return artifact
 
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     experiment = lab.experiment
     rows = wide_summary(pq.read_table(finished("score_summary").file("score_summary.parquet")).to_pylist())
     traded = [experiment.data.preference_attribute, experiment.data.margin_attribute]
     wanted = ["policy", *traded, "margin_reward", "kl_to_sft", "response_words", "capped"]
     shown = [name for name in wanted if name in rows[0]]
-    table = Table(*shown, box=box.SIMPLE_HEAD, title="Mean [95% interval] per policy")
-    for row in rows:
-        table.add_row(*(row[name] for name in shown))
-    console = Console(width=160)
-    with console.capture() as capture:
-        console.print(table)
-    announce(capture.get())
+    announce("\nMean [95% interval] per policy")
+    for line in table_lines(shown, [[row[name] for name in shown] for row in rows]):
+        announce(line)
+    announce("")
     tradeoff = json.loads(finished("tradeoff").file("tradeoff.json").read_text(encoding="utf-8"))
     if tradeoff["note"]:
         announce(tradeoff["note"])

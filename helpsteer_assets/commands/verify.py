@@ -18,6 +18,7 @@ from helpsteer_assets.experiment.settings import Experiment
 from helpsteer_assets.files.os_errors import readable_os_errors
 from helpsteer_assets.store.artifacts import FOLDER, MANIFEST, Artifact, ArtifactStore, environment, versions
 from helpsteer_assets.store.home import digest_cache
+from helpsteer_assets.store.locks import home_in_use
 from helpsteer_assets.store.warehouse import Warehouse
 
 _RUN = "the next `helpsteer run`"
@@ -79,6 +80,18 @@ def verify(
     """
     if not home.is_dir():
         raise HelpsteerError(f"{home} does not exist: nothing materialized yet; run `helpsteer run`")
+    with home_in_use(home, "verify"):
+        return _verify(experiment, home, samples, seed, log, terminal)
+
+
+def _verify(
+    experiment: Experiment,
+    home: Path,
+    samples: int,
+    seed: int,
+    log: Callable[[str], None],
+    terminal: TextIO | None,
+) -> Report:
     store, warehouse = ArtifactStore(home), Warehouse(home)
     report = Report()
     try:

@@ -10,7 +10,7 @@ import os
 import dagster as dg
 
 from helpsteer_assets.execution.ray_cluster import on_ray, require_ray
-from helpsteer_assets.execution.recovery import Living
+from helpsteer_assets.execution.recovery import MarkedRuns
 
 GPU_POOL = "gpu"
 """Pool of the steps that load a model; its limit (dagster.yaml) is how many of them run at once."""
@@ -57,4 +57,4 @@ def step_executor(context: dg.InitExecutorContext) -> dg.Executor:
     loads_model = GPU_POOL in context.job.get_definition().graph.pools
     preloaded = [*STEP_MODULES, *(MODEL_MODULES if loads_model else ())]
     config = {"start_method": {"forkserver": {"preload_modules": preloaded}}, **context.executor_config}
-    return Living(dg.multiprocess_executor.executor_creation_fn(context._replace(executor_config=config)))
+    return MarkedRuns(dg.multiprocess_executor.executor_creation_fn(context._replace(executor_config=config)))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from helpsteer_assets.experiment.reading import load_experiment
 from helpsteer_assets.store.warehouse import Warehouse
 from helpsteer_assets_tests.finished import Finished
 
@@ -18,7 +19,7 @@ def means(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, float | N
         path.write_text(
             f"extends: demo\nname: {role}\nobjective: {{margin_role: {role}, weights: {weights}}}\n", encoding="utf-8"
         )
-        run = Finished(path, folder / "home")
+        run = Finished(load_experiment(str(path)), folder / "home")
         assert run.run(), run.announced
         _, rows = Warehouse(run.home).query(f"SELECT w, measure, mean FROM score_summary WHERE experiment = '{role}'")
         for w, measure, mean in rows:

@@ -174,7 +174,7 @@ class Training:
         with instance_of(trial.home, trial.undisturbed.experiment.name) as instance:
             run = instance.get_run_by_id(self.run)
         assert run is not None
-        self.worker = _holder(trial.home / "locks" / "runs" / f"{run.tags[PROCESS_TAG]}.lock")
+        self.worker = _holder(trial.home / "locks" / "running" / f"{run.tags[PROCESS_TAG]}.lock")
         trial.note = f"at the checkpoint of step {self._step()}"
 
     def go_on(self) -> None:
@@ -196,7 +196,7 @@ class Training:
 
 def _holder(lock: Path) -> int:
     """The process that holds a lock."""
-    return int(json.loads(lock.with_suffix(".lease").read_text(encoding="utf-8"))["process"])
+    return int(json.loads(lock.read_text(encoding="utf-8"))["process"])
 
 
 def _kill(*pids: int) -> None:

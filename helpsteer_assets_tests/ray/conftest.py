@@ -204,4 +204,4 @@ class Deployment:
 
 def holder(lock: Path) -> int:
     """The process that holds a lock."""
-    return int(json.loads(lock.with_suffix(".lease").read_text(encoding="utf-8"))["process"])
+    return int(json.loads(lock.read_text(encoding="utf-8"))["process"])

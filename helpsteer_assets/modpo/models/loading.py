@@ -219,24 +219,16 @@ def _in_words(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What a model with a LoRA comes to, in numbers of parameters."""
+    """A model with a LoRA, in numbers of parameters."""
 
     parameters: int
+    """Without the LoRA's."""
     adapter_parameters: int
     embeddings: int
     """Token ids that it embeds."""
-    body: int
-    """Weights that every token passes through: all but the embeddings and the head. Of a mixture of experts all, though
-    a token passes through few."""
-    head: int
-    """Weights of the output layer, whether or not they are the embeddings'."""
-    layers: int
-    attention: int
-    """Width of the queries, summed over the layers."""
-    keys_and_values: int
-    """Numbers that are kept of a token for those after it."""
-    features: int
-    """Inputs and outputs of the body's matrices, summed."""
+    weights_per_token: int
+    """Weights that each token is multiplied by: all but the input embeddings, which are only looked up. A mixture of
+    experts counts with all of its weights, though a token passes through few."""
 
 
 def model_size(path: Path, lora: "LoraSettings", *, trust_remote_code: bool = False) -> ModelSize:
@@ -251,35 +243,12 @@ def model_size(path: Path, lora: "LoraSettings", *, trust_remote_code: bool = Fa
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         except Exception as error:  # whatever the config or the model's own code raise
             raise HelpsteerError(f"{path} describes no causal language model: {_in_words(error)}") from error
-        return size_of(attach_lora(model, lora, 0))
-
-
-def size_of(policy: PeftModel) -> ModelSize:
-    """The size of a model with its LoRA."""
-    model = policy.get_base_model()
-    config = model.config.get_text_config()
-    lora = sum(weight.numel() for name, weight in policy.named_parameters() if ".lora_" in name)
-    embedded, output = model.get_input_embeddings().weight, model.get_output_embeddings()
-    head = embedded if output is None else output.weight
-    body = [
-        weight
-        for name, weight in model.named_parameters()
-        if ".lora_" not in name and weight is not embedded and weight is not head
-    ]
-    layers, heads = config.num_hidden_layers, getattr(config, "num_attention_heads", 1)
-    head_size = getattr(config, "head_dim", None) or getattr(config, "hidden_size", heads) // heads
-    return ModelSize(
-        parameters=policy.num_parameters() - lora,
-        adapter_parameters=lora,
-        embeddings=model.get_input_embeddings().num_embeddings,
-        body=sum(weight.numel() for weight in body),
-        head=head.numel(),
-        layers=layers,
-        attention=layers * heads * head_size,
-        keys_and_values=layers * 2 * (getattr(config, "num_key_value_heads", None) or heads) * head_size,
-        # A matrix of several experts is [experts, outputs, inputs].
-        features=sum(sum(weight.shape[-2:]) for weight in body if weight.ndim > 1),
-    )
+        policy = attach_lora(model, lora, 0)
+    adapter_parameters = sum(weight.numel() for name, weight in policy.named_parameters() if ".lora_" in name)
+    parameters = policy.num_parameters() - adapter_parameters
+    embedded, output = model.get_input_embeddings(), model.get_output_embeddings()
+    looked_up = 0 if output is None or output.weight is embedded.weight else embedded.weight.numel()
+    return ModelSize(parameters, adapter_parameters, embedded.num_embeddings, parameters - looked_up)
 
 
 def context_length(path: Path, *, trust_remote_code: bool = False) -> int | None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from helpsteer_assets.files.digests import file_sha256, is_intact, sealed
+from helpsteer_assets.files.digests import is_intact, listing, sealed
 
 COMPLETE = "complete.json"
 
@@ -37,7 +37,7 @@ def mark_complete(checkpoint: Path, step: int, steps: int, *, best: int | None =
         best: step of the best checkpoint so far; None: this one.
         finished: whether the training ends here, at its last step or stopped early.
     """
-    files = {path.name: _described(path) for path in sorted(checkpoint.iterdir())}
+    files = listing(checkpoint, sorted(path.name for path in checkpoint.iterdir()))
     for path in [*checkpoint.iterdir(), checkpoint]:
         # Else a machine that dies could leave complete.json on the disk and not what it vouches for.
         descriptor = os.open(path, os.O_RDONLY)
@@ -55,10 +55,9 @@ def damage(checkpoint: Path) -> str | None:
     if complete is None or complete["step"] != step_of(checkpoint):
         return f"{COMPLETE} is missing or damaged"
     for name, entry in complete["files"].items():
-        path = checkpoint / name
-        if not path.is_file():
+        if not (checkpoint / name).is_file():
             return f"{name} is missing"
-        if _described(path) != entry:
+        if listing(checkpoint, [name]) != {name: entry}:
             return f"{name} is not as it was written"
     return None
 
@@ -127,7 +126,3 @@ def _read(checkpoint: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) and is_intact(found) else None
-
-
-def _described(path: Path) -> dict[str, int | str]:
-    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}

@@ -311,5 +311,8 @@ def test_a_model_is_measured_by_its_config_alone(tiny_model_path: Path, tmp_path
     whole = load_model(tiny_model_path, precision="fp32")
     assert measured.parameters == whole.num_parameters()
     assert measured.embeddings == whole.get_input_embeddings().num_embeddings
+    looked_up = whole.get_input_embeddings().weight.numel()
+    assert whole.config.tie_word_embeddings is False
+    assert measured.weights_per_token == whole.num_parameters() - looked_up
     trained = lora_weights(attach_lora(whole, LoraSettings(r=4), 0))
     assert measured.adapter_parameters == sum(weight.numel() for weight in trained.values())
