@@ -13,15 +13,15 @@ import helpsteer_assets as hs
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.store.tables import TABLES
 from helpsteer_assets.store.warehouse import Warehouse
-from helpsteer_assets_tests.assets.conftest import Finished
+from helpsteer_assets_tests.finished import Finished
 
 
 @pytest.fixture
-def here(quick: Finished, monkeypatch: pytest.MonkeyPatch) -> Finished:
+def here(finished_home: Finished, monkeypatch: pytest.MonkeyPatch) -> Finished:
     """The finished experiment and its home, named by the two variables."""
-    monkeypatch.setenv("HELPSTEER_EXPERIMENT", str(quick.home.parent / "quick.yaml"))
-    monkeypatch.setenv("HELPSTEER_HOME", str(quick.home))
-    return quick
+    monkeypatch.setenv("HELPSTEER_EXPERIMENT", str(finished_home.home.parent / "quick.yaml"))
+    monkeypatch.setenv("HELPSTEER_HOME", str(finished_home.home))
+    return finished_home
 
 
 def test_importing_the_package_imports_nothing_else() -> None:

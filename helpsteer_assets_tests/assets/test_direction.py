@@ -6,7 +6,7 @@ import pytest
 
 from helpsteer_assets.experiment.reading import load_experiment
 from helpsteer_assets.store.warehouse import Warehouse
-from helpsteer_assets_tests.assets.conftest import Finished
+from helpsteer_assets_tests.finished import Finished
 
 
 @pytest.fixture(scope="module")

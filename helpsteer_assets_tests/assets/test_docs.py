@@ -22,7 +22,7 @@ from benchmarks.__main__ import _parse
 from helpsteer_assets.assets.sources import local_path
 from helpsteer_assets.embedded.generator import build_rows
 from helpsteer_assets.store.warehouse import Warehouse
-from helpsteer_assets_tests.assets.conftest import QUICK, Finished
+from helpsteer_assets_tests.finished import QUICK, Finished
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -46,10 +46,10 @@ CUT_DOWN = {
 
 
 @pytest.fixture(scope="session")
-def newcomer(quick: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def newcomer(finished_home: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished demo, a folder of ratings and a model."""
     folder = tmp_path_factory.mktemp("newcomer")
-    shutil.copytree(quick.home, folder / ".helpsteer")
+    shutil.copytree(finished_home.home, folder / ".helpsteer")
     demo = yaml.safe_load(resources.files("helpsteer_assets").joinpath("experiments/demo.yaml").read_text("utf-8"))
     for section in ("sft", "margin_adapter", "modpo", "evaluation"):
         demo[section] |= QUICK[section]

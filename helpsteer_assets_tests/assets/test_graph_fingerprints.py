@@ -1,16 +1,18 @@
-"""Fingerprints: what a change of a setting or a source makes anew, and what it leaves alone."""
+"""Fingerprints: what a change of a setting, of code or of a source makes anew, and what it leaves alone."""
 
 import copy
 import json
 import os
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpsteer_assets.assets.graph import CODE_VERSIONS, code_version, fingerprints, stages
-from helpsteer_assets.assets.sources import fetch
+from helpsteer_assets.assets import graph
+from helpsteer_assets.assets.graph import code_version, fingerprints, stages
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment.reading import load_experiment
 from helpsteer_assets.experiment.settings import Experiment
@@ -49,28 +51,24 @@ def experiment(changes: dict[str, Any] | None = None, **sections: Any) -> Experi
     return Experiment.model_validate(data)
 
 
-def changed(before: Experiment, after: Experiment) -> set[str]:
+def moved(before: dict[Any, Any], after: dict[Any, Any]) -> set[str]:
     """The assets of which a partition that both have got another fingerprint."""
-    first, second = fingerprints(before), fingerprints(after)
-    return {asset for asset, partition in first.keys() & second if differs(first, second, asset, partition)}
+    return {key[0] for key in before.keys() & after if before[key].value != after[key].value}
 
 
-def differs(first: dict[Any, Any], second: dict[Any, Any], asset: str, partition: str) -> bool:
-    return first[asset, partition].value != second[asset, partition].value
+def changed(before: Experiment, after: Experiment) -> set[str]:
+    return moved(fingerprints(before), fingerprints(after))
 
 
 @pytest.mark.parametrize(
     ("key", "value", "made_anew"),
     [
         ("objective.beta", 0.3, POLICIES),
-        ("objective.margin_beta", 0.3, POLICIES),
+        ("objective.margin_beta", 0.3, {"sft_scores", *POLICIES}),
         ("objective.margin_role", "reward", POLICIES),
         ("modpo.learning_rate", 0.002, POLICIES),
-        ("modpo.evaluate_every", 1, POLICIES),
         ("margin_adapter.beta", 0.3, ADAPTER),
-        ("margin_adapter.steps", 3, ADAPTER),
         ("sft.steps", 3, TRAINED),
-        ("lora.r", 4, TRAINED),
         ("lora.target_modules", ["q_proj"], TRAINED),
         ("seed", 1, TRAINED),
         ("model.max_length", 300, TRAINED),
@@ -82,10 +80,8 @@ def differs(first: dict[Any, Any], second: dict[Any, Any], asset: str, partition
         ),
         ("data.margin_attribute", "complexity", {"margin_pairs", "reference_log_probs", *ADAPTER}),
         ("data.selection_share", 0.1, EVERYTHING - {"helpsteer_ratings", "evaluation_prompts"}),
-        ("data.max_train_prompts", 100, EVERYTHING),
         ("data.on_bad_rows", "drop", EVERYTHING),
         ("generation.max_new_tokens", 32, ANSWERS_AND_SAMPLES),
-        ("generation.max_prompt_length", 32, ANSWERS_AND_SAMPLES),
         ("generation.repetition_penalty", 1.2, ANSWERS),
         ("generation.do_sample", True, ANSWERS),
         ("evaluation.prompts", 10, {"evaluation_prompts", *ANSWERS_AND_SAMPLES}),
@@ -95,11 +91,10 @@ def differs(first: dict[Any, Any], second: dict[Any, Any], asset: str, partition
         ("name", "other", {"tradeoff", "tradeoff_report"}),
         ("description", "other words", {"tradeoff_report"}),
         ("checks.margin_adapter_min_accuracy", 0.9, set()),
-        ("run.device", "cpu", set()),
-        ("run.threads", 1, set()),
         ("run", {"train_processes": 2, "fsdp": True}, set()),
-        ("run.report_to", ["wandb"], set()),
         ("generation.max_batch_tokens", 64, set()),
+        ("objective.weights", [0.1, 0.5, 0.9], SUMMARY),
+        ("objective.weights", ["0.10", ".9"], set()),
     ],
 )
 def test_a_setting_makes_anew_what_depends_on_it_and_nothing_else(key: str, value: Any, made_anew: set[str]) -> None:
@@ -120,54 +115,45 @@ def test_the_seed_counts_for_responses_that_are_sampled() -> None:
     assert "seed" in stages(experiment(greedy))["kl_to_sft"].settings, "its samples are drawn in any case"
 
 
-def test_another_grid_leaves_the_policies_of_the_weights_it_keeps() -> None:
-    grid = experiment({"objective.weights": [0.1, 0.5, 0.9]})
-    assert changed(experiment(), grid) == SUMMARY
-    assert len({fingerprints(grid)["modpo_models", w].value for w in ("0.1", "0.5", "0.9")}) == 3
+def raise_version(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """As after a change of a stage's code."""
+    newer = [replace(stage, version=99) if stage.name == name else stage for stage in graph.STAGES]
+    monkeypatch.setattr(graph, "STAGES", tuple(newer))
 
 
-def test_two_spellings_of_a_weight_are_one_policy() -> None:
-    assert changed(experiment(), experiment({"objective.weights": ["0.10", ".9"]})) == set()
-
-
-def test_code_makes_anew_what_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("stage", "made_anew"),
+    [
+        ("helpsteer_ratings", EVERYTHING),
+        ("margin_adapter", ADAPTER),
+        ("kl_to_sft", {"kl_to_sft", *SUMMARY}),
+        ("sft_generations", {"sft_generations", "sft_scores", *SUMMARY}),
+        ("tradeoff_report", {"tradeoff_report"}),
+    ],
+)
+def test_a_raised_version_makes_the_stage_and_what_reads_it_anew(
+    monkeypatch: pytest.MonkeyPatch, stage: str, made_anew: set[str]
+) -> None:
     before = fingerprints(experiment())
-
-    def after(piece: str) -> set[str]:
-        with monkeypatch.context() as patch:
-            patch.setitem(CODE_VERSIONS, piece, 99)
-            now = fingerprints(experiment())
-        return {asset for asset, partition in before if differs(before, now, asset, partition)}
-
-    assert after("modpo/losses.py") == ADAPTER
-    assert after("modpo/plots.py") == {"tradeoff", "tradeoff_report"}
-    assert after("report/__init__.py") == {"tradeoff_report"}
-    assert after("modpo/fronts.py") == after("modpo/comparisons.py") == {"tradeoff", "tradeoff_report"}
-    assert after("modpo/diagnostics.py") == {"margin_adapter_quality", *SUMMARY}
-    assert after("modpo/kl.py") == after("assets/evaluation.py:kl_to_sft") == {"kl_to_sft", *SUMMARY}
-    assert after("modpo/schedule.py") == TRAINED
-    assert after("assets/evaluation.py:sft_generations") == {"sft_generations", "sft_scores", *SUMMARY}
-    assert after("embedded/generator.py") == EVERYTHING
+    raise_version(monkeypatch, stage)
+    assert moved(before, fingerprints(experiment())) == made_anew
 
 
 def test_a_length_penalty_has_no_adapter_and_nothing_that_belongs_to_it() -> None:
     penalty = experiment(**LENGTH_PENALTY)
-    graph = stages(penalty)
     of_adapter = {"margin_pairs", "margin_adapter", "margin_adapter_quality"}
-    assert graph.keys() == stages(experiment()).keys() - of_adapter
-    assert all(of_adapter.isdisjoint(stage.inputs) for stage in graph.values())
+    assert stages(penalty).keys() == stages(experiment()).keys() - of_adapter
+    assert "reference_log_probs" not in stages(penalty)["margin_rewards"].inputs
     # The section may stay in the file, for changing back; it has no part in the result.
     other = experiment({"margin_adapter.steps": 9, "data.margin_attribute": "coherence"}, **LENGTH_PENALTY)
     assert changed(penalty, other) == set()
     more = experiment({"objective.penalty": 0.02}, **LENGTH_PENALTY)
-    assert changed(penalty, more) == POLICIES
+    assert changed(penalty, more) == {"sft_scores", *POLICIES}
 
 
 def test_without_samples_for_it_there_is_no_kl_divergence_and_all_else_is_there() -> None:
     without = experiment({"evaluation.kl_samples": 0})
-    graph = stages(without)
-    assert graph.keys() == stages(experiment()).keys() - {"kl_to_sft"}
-    assert all("kl_to_sft" not in stage.inputs for stage in graph.values())
+    assert stages(without).keys() == stages(experiment()).keys() - {"kl_to_sft"}
     assert changed(experiment(), without) == SUMMARY
 
 
@@ -179,80 +165,81 @@ def test_without_sft_the_reference_policy_depends_on_the_base_model_alone() -> N
     assert "sft_model" in changed(experiment(), plain)
 
 
-def test_every_input_stands_before_the_stage_that_reads_it() -> None:
-    without_kl = stages(experiment({"evaluation.kl_samples": 0}))
-    penalty, helpsteer = stages(experiment(**LENGTH_PENALTY)), stages(load_experiment("helpsteer"))
-    for graph in (stages(experiment()), penalty, helpsteer, without_kl):
-        seen: set[str] = set()
-        for stage in graph.values():
-            assert seen.issuperset(stage.inputs)
-            seen.add(stage.name)
-
-
-def test_every_setting_a_stage_names_is_one() -> None:
-    for penalty in ({}, LENGTH_PENALTY):
-        found = experiment(**penalty)
-        dumped = found.model_dump(mode="json")
-        for stage in stages(found).values():
-            for dotted in stage.settings:
-                place = dumped
-                for part in dotted.split("."):
-                    assert part in place, f"{stage.name}: {dotted}"
-                    place = place[part]
+@pytest.mark.parametrize(
+    "declared",
+    [
+        experiment(),
+        experiment({"evaluation.kl_samples": 0}),
+        experiment({"sft.enabled": False}),
+        experiment(**LENGTH_PENALTY),
+        load_experiment("helpsteer"),
+    ],
+)
+def test_inputs_stand_before_the_stage_that_reads_them_and_its_settings_exist(declared: Experiment) -> None:
+    before: set[str] = set()
+    for stage in stages(declared).values():
+        assert before.issuperset(stage.inputs)
+        before.add(stage.name)
+        for dotted in stage.settings:
+            place: Any = declared.model_dump(mode="json")
+            for part in dotted.split("."):
+                assert part in place, f"{stage.name}: {dotted}"
+                place = place[part]
 
 
 def test_a_policy_reads_its_own_weight_and_the_summary_reads_them_all() -> None:
-    found = fingerprints(experiment())
-    for asset in ("scores", "kl_to_sft"):
-        assert found[asset, "0.1"].inputs["modpo_models"] == {"0.1": found["modpo_models", "0.1"].value}
-    assert found["tradeoff_report", ALL].inputs["kl_to_sft"].keys() == {"0.1", "0.9"}
-    assert found["score_summary", ALL].inputs["scores"].keys() == {"0.1", "0.9"}
-    assert found["modpo_models", "0.1"].settings["w"] == "0.1"
-    assert "w" not in found["sft_model", ALL].settings
+    made = fingerprints(experiment())
+    assert made["scores", "0.1"].inputs["modpo_models"] == {"0.1": made["modpo_models", "0.1"].value}
+    assert made["score_summary", ALL].inputs["scores"].keys() == {"0.1", "0.9"}
+    assert made["modpo_models", "0.1"].settings["w"] == "0.1"
+    assert made["modpo_models", "0.1"].value != made["modpo_models", "0.9"].value
 
 
 # Sources
 
 
+def folder(path: Path, name: str, content: str) -> str:
+    path.mkdir(parents=True)
+    (path / name).write_text(content)
+    return str(path)
+
+
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
-    folder = tmp_path / "first" / "ratings"
-    folder.mkdir(parents=True)
-    (folder / "train.jsonl").write_text('{"prompt": "a"}\n')
-    return folder
+def local(tmp_path: Path) -> Callable[..., Experiment]:
+    """An experiment on a local data set, model and rater."""
+    data = folder(tmp_path / "first" / "ratings", "train.jsonl", '{"prompt": "a"}\n')
+    model = folder(tmp_path / "model", "config.json", "{}")
+    rater = folder(tmp_path / "rater", "config.json", "{}")
+
+    def make(source: str = data) -> Experiment:
+        return experiment(
+            data={"source": source},
+            model={"base": model, "precision": "fp32"},
+            evaluation={"rater": {"model": rater, "heads": {"helpfulness": 0}}},
+        )
+
+    return make
 
 
-def local(source: Path) -> Experiment:
-    return experiment(data={"source": str(source)}, evaluation={"rater": "none"})
+def test_a_moved_source_changes_nothing(local: Callable[..., Experiment], tmp_path: Path) -> None:
+    shutil.copytree(tmp_path / "first" / "ratings", tmp_path / "elsewhere" / "data")
+    assert changed(local(), local(str(tmp_path / "elsewhere" / "data"))) == set()
 
 
-def test_a_moved_source_changes_nothing_and_another_content_everything(source: Path, tmp_path: Path) -> None:
-    before = local(source)
-    first = fingerprints(before)
-    moved = tmp_path / "elsewhere" / "data"
-    shutil.copytree(source, moved)
-    assert changed(before, local(moved)) == set()
-    (source / "train.jsonl").write_text('{"prompt": "b"}\n')
-    second = fingerprints(before)
-    assert {asset for asset, partition in first if differs(first, second, asset, partition)} == EVERYTHING
-
-
-def test_a_changed_base_model_or_rater_is_another(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
-    shutil.copytree(tmp_path / "model", tmp_path / "rater")
-    rater = {"model": str(tmp_path / "rater"), "heads": {"helpfulness": 0}}
-    model = {"base": str(tmp_path / "model"), "precision": "fp32"}
-    found = experiment(data={"source": str(source)}, model=model, evaluation={"rater": rater})
-
-    def after(name: str) -> set[str]:
-        first = fingerprints(found)
-        (tmp_path / name / "config.json").write_text(json.dumps({"changed": os.urandom(4).hex()}))
-        second = fingerprints(found)
-        return {asset for asset, partition in first if differs(first, second, asset, partition)}
-
-    assert after("model") == TRAINED
-    assert after("rater") == {"sft_scores", "scores", *SUMMARY}
+@pytest.mark.parametrize(
+    ("file", "made_anew"),
+    [
+        ("first/ratings/train.jsonl", EVERYTHING),
+        ("model/config.json", TRAINED),
+        ("rater/config.json", {"sft_scores", "scores", *SUMMARY}),
+    ],
+)
+def test_other_content_of_a_source_makes_anew_what_reads_it(
+    local: Callable[..., Experiment], tmp_path: Path, file: str, made_anew: set[str]
+) -> None:
+    before = fingerprints(local())
+    (tmp_path / file).write_text(json.dumps({"changed": os.urandom(4).hex()}))
+    assert moved(before, fingerprints(local())) == made_anew
 
 
 def test_hub_references_count_by_their_pinned_revision_and_need_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,36 +252,29 @@ def test_hub_references_count_by_their_pinned_revision_and_need_no_network(monke
 
 
 def test_a_missing_source_names_its_key(tmp_path: Path) -> None:
-    for found, key in (
-        (local(tmp_path / "gone"), "data.source"),
-        (experiment(model={"base": str(tmp_path / "gone"), "precision": "fp32"}), "model.base"),
-    ):
+    gone = str(tmp_path / "gone")
+    for key in ("data.source", "model.base"):
         with pytest.raises(HelpsteerError, match=f"{key}: .*gone does not exist"):
-            fingerprints(found)
-    with pytest.raises(HelpsteerError, match=r"data\.source"):
-        fetch(local(tmp_path / "gone"), "data")
+            fingerprints(experiment({key: gone, "evaluation.rater": "none"}))
 
 
 # Dagster's code versions
 
 
 def test_code_versions_follow_code_and_settings_and_leave_out_w_and_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    def versions(found: Experiment) -> dict[str, str]:
-        return {name: code_version(stage, found) for name, stage in stages(found).items()}
+    def versions(declared: Experiment) -> dict[str, str]:
+        return {name: code_version(stage, declared) for name, stage in stages(declared).items()}
 
-    def moved(changes: dict[str, Any]) -> set[str]:
+    def other(changes: dict[str, Any]) -> set[str]:
         before, after = versions(experiment()), versions(experiment(changes))
         return {name for name in before if before[name] != after[name]}
 
-    assert moved({"objective.beta": 0.3}) == {"modpo_models", "tradeoff_report"}
-    assert moved({"objective.weights": [0.2]}) == {"score_summary", "tradeoff_report"}
-    assert moved({"run.threads": 3}) == set()
+    assert other({"objective.beta": 0.3}) == {"modpo_models", "tradeoff_report"}
+    assert other({"objective.weights": [0.2]}) == {"score_summary", "tradeoff_report"}
+    assert other({"run.threads": 3}) == set()
     before = versions(experiment())
-    monkeypatch.setitem(CODE_VERSIONS, "modpo/plots.py", 99)
-    assert {name for name in before if before[name] != versions(experiment())[name]} == {
-        "tradeoff",
-        "tradeoff_report",
-    }
+    raise_version(monkeypatch, "tradeoff")
+    assert {name for name, value in versions(experiment()).items() if value != before[name]} == {"tradeoff"}
 
 
 def test_code_versions_read_no_source(tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ from helpsteer_assets.experiment.settings import Experiment
 from helpsteer_assets.store.artifacts import ArtifactStore
 from helpsteer_assets.store.tables import TABLES
 from helpsteer_assets.store.warehouse import Warehouse
-from helpsteer_assets_tests.assets.conftest import Finished, write_experiment
 from helpsteer_assets_tests.assets.test_graph_fingerprints import POLICIES
 from helpsteer_assets_tests.commands.test_gc import contents
+from helpsteer_assets_tests.finished import Finished, write_experiment
 
 Copied = Callable[..., Finished]
 

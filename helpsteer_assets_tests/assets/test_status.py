@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from helpsteer_assets.assets.graph import CODE_VERSIONS, Fingerprint, fingerprints
+from helpsteer_assets.assets.graph import Fingerprint, fingerprints
 from helpsteer_assets.assets.status import Status, label, status
 from helpsteer_assets.cli import main
 from helpsteer_assets.errors import HelpsteerError
@@ -19,7 +18,7 @@ from helpsteer_assets.experiment.settings import Experiment
 from helpsteer_assets.modpo.training.checkpoints import mark_complete
 from helpsteer_assets.store.artifacts import ALL, ArtifactStore
 from helpsteer_assets.store.warehouse import Warehouse
-from helpsteer_assets_tests.assets.test_graph_fingerprints import ANSWERS, POLICIES, experiment
+from helpsteer_assets_tests.assets.test_graph_fingerprints import ADAPTER, POLICIES, experiment, raise_version
 from helpsteer_assets_tests.read_only import run_read_only
 
 PRESENT = experiment({"objective.weights": [0.1, 0.9], "objective.beta": 0.2})
@@ -36,7 +35,7 @@ def finish(found: Experiment, fingerprint: Fingerprint, home: Path, *, record: b
         fingerprint.asset,
         fingerprint.partition,
         fingerprint.value,
-        manifest={"settings": fingerprint.settings, "code": fingerprint.code, "inputs": fingerprint.inputs},
+        manifest={"settings": fingerprint.settings, "version": fingerprint.version, "inputs": fingerprint.inputs},
         compute=compute,
         on_wait=lambda holder: None,
     )
@@ -51,23 +50,22 @@ def finish(found: Experiment, fingerprint: Fingerprint, home: Path, *, record: b
             reused=False,
             table=None,
             parquet=None,
-            constants={},
         )
     return artifact.path
 
 
 @pytest.fixture(scope="session")
-def finished_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    home = tmp_path_factory.mktemp("finished") / "home"
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("recorded") / "home"
     for fingerprint in fingerprints(PRESENT).values():
         finish(PRESENT, fingerprint, home)
     return home
 
 
 @pytest.fixture
-def home(finished_home: Path, tmp_path: Path) -> Path:
+def home(recorded: Path, tmp_path: Path) -> Path:
     """A home in which everything of PRESENT is finished; a test may change it."""
-    return shutil.copytree(finished_home, tmp_path / "home")
+    return shutil.copytree(recorded, tmp_path / "home")
 
 
 def states(found: Experiment, home: Path) -> dict[str, Status]:
@@ -90,12 +88,18 @@ def test_an_empty_home_misses_everything_in_topological_order(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []  # only looking makes no home
 
 
-def test_what_was_materialized_with_the_present_settings_is_complete(home: Path) -> None:
+def test_a_recorded_artifact_is_complete_and_out_of_date_once_it_is_damaged_or_deleted(home: Path) -> None:
     found = states(PRESENT, home)
     assert {item.state for item in found.values()} == {"complete"}
-    policy = found["modpo_models w=0.1"]
-    assert policy.path == str(home / "artifacts" / "modpo_models" / "0.1" / policy.fingerprint)
-    assert Path(policy.path).is_dir()
+    policy, sft = (Path(found[name].path or "") for name in ("modpo_models w=0.1", "sft_model"))
+    assert policy == home / "artifacts" / "modpo_models" / "0.1" / found["modpo_models w=0.1"].fingerprint
+    shutil.rmtree(policy)
+    (sft / "result.txt").write_text("cut")
+    found = states(PRESENT, home)
+    for gone in (found.pop("modpo_models w=0.1"), found.pop("sft_model")):
+        assert gone.state == "out of date" and gone.path is None
+        assert gone.detail == "its artifact is gone from the disk, or damaged"
+    assert {item.state for item in found.values()} == {"complete"}
 
 
 def test_another_experiment_finds_the_artifacts_reusable(home: Path) -> None:
@@ -127,13 +131,10 @@ def test_a_changed_setting_names_itself_where_it_counts_and_its_asset_below(home
 @pytest.mark.parametrize(
     ("changes", "asset", "reason"),
     [
-        ({"objective.margin_role": "reward"}, "modpo_models", "objective.margin_role cost -> reward"),
         ({"objective.margin_role": "reward"}, "scores", "modpo_models: objective.margin_role cost -> reward"),
         ({"objective.margin_role": "reward"}, "score_summary", "objective.margin_role cost -> reward"),
-        ({"sft.steps": 3}, "tradeoff", "sft_model: sft.steps 2 -> 3"),
         ({"sft.steps": 3, "sft.batch_size": 4}, "sft_model", "sft.batch_size 8 -> 4, sft.steps 2 -> 3"),
         ({"data.max_train_prompts": 9}, "scores", "helpsteer_ratings: data.max_train_prompts null -> 9"),
-        ({"generation.max_new_tokens": 9}, "sft_scores", "sft_generations: generation.max_new_tokens 512 -> 9"),
         ({"objective.weights": [0.1]}, "score_summary", "objective.weights ['0.1', '0.9'] -> ['0.1']"),
     ],
 )
@@ -149,11 +150,11 @@ def test_a_new_weight_is_missing_and_the_others_stay_complete(home: Path) -> Non
 
 
 def test_changed_code_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(CODE_VERSIONS, "modpo/losses.py", 2)
+    raise_version(monkeypatch, "margin_adapter")
     reasons = out_of_date(PRESENT, home)
-    assert reasons["margin_adapter"] == "code of modpo/losses.py"
-    assert reasons["sft_scores"] == "margin_adapter: code of modpo/losses.py"
-    assert "sft_model" not in reasons
+    assert reasons.keys() == ADAPTER
+    assert reasons["margin_adapter"] == "its code, version 1 -> 99"
+    assert reasons["sft_scores"] == "margin_adapter: its code, version 1 -> 99"
 
 
 def test_a_changed_source_is_named_without_its_digest(tmp_path: Path) -> None:
@@ -172,22 +173,6 @@ def test_a_changed_source_is_named_without_its_digest(tmp_path: Path) -> None:
     hub = experiment({"data.source": "some/ratings", "data.revision": "ab" * 20, "evaluation.rater": "none"})
     expected = "data.source a local path -> some/ratings@abababab"
     assert out_of_date(hub, tmp_path / "home")["helpsteer_ratings"] == expected
-
-
-def test_an_artifact_deleted_from_disk_is_out_of_date_and_only_it(home: Path) -> None:
-    shutil.rmtree(states(PRESENT, home)["modpo_models w=0.1"].path or "")
-    found = states(PRESENT, home)
-    gone = found.pop("modpo_models w=0.1")
-    assert (gone.state, gone.detail) == ("out of date", "its artifact is gone from the disk, or damaged")
-    assert gone.path is None
-    assert {item.state for item in found.values()} == {"complete"}
-
-
-def test_a_damaged_artifact_does_not_count(home: Path) -> None:
-    path = states(PRESENT, home)["sft_model"].path
-    assert path is not None
-    (Path(path) / "result.txt").write_text("cut")
-    assert states(PRESENT, home)["sft_model"].state == "out of date"
 
 
 def test_a_change_whose_earlier_artifact_is_gone_says_that_nobody_knows(home: Path) -> None:
@@ -225,24 +210,6 @@ def test_partial_work_says_how_far_it_is(tmp_path: Path) -> None:
 # Homes that are not as usual
 
 
-def test_a_home_that_was_moved_or_is_a_link_is_the_same_home(home: Path, tmp_path: Path) -> None:
-    before = status(PRESENT, home)
-    moved = home.rename(tmp_path / "moved")
-    (tmp_path / "link").symlink_to(moved)
-    for place in (moved, tmp_path / "link"):
-        found = status(PRESENT, place)
-        assert [(item.state, item.fingerprint) for item in found] == [(i.state, i.fingerprint) for i in before]
-        assert all(Path(item.path or "").is_relative_to(place) for item in found)
-
-
-def test_a_home_of_the_first_version_is_read(home: Path) -> None:
-    for path in home.glob("artifacts/*/*/*/manifest.json"):
-        manifest = json.loads(path.read_text()) | {"schema_version": 1}
-        path.write_text(json.dumps({key: manifest[key] for key in manifest if key not in ("sha256", "environment")}))
-    assert {item.state for item in status(PRESENT, home)} == {"complete"}
-    assert out_of_date(change({"objective.beta": 0.1}), home)["modpo_models"] == "objective.beta 0.2 -> 0.1"
-
-
 def test_a_home_of_a_newer_version_is_refused_in_words(home: Path) -> None:
     path = Path(states(PRESENT, home)["sft_model"].path or "") / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 1000}))
@@ -250,25 +217,9 @@ def test_a_home_of_a_newer_version_is_refused_in_words(home: Path) -> None:
         status(PRESENT, home)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\0", b'{"a": 1, "b": [1, 2, 3], "c": [1, 2]}', b"null"])
-def test_garbled_digests_of_sources_are_read_anew(tmp_path: Path, content: bytes) -> None:
-    source = tmp_path / "ratings.jsonl"
-    source.write_text("{}\n")
-    os.utime(source, (0, 0))
-    found = experiment({"data.source": str(source), "evaluation.rater": "none"})
-    digests = tmp_path / "home" / "cache" / "digests.json"
-    digests.parent.mkdir(parents=True)
-    expected = [item.fingerprint for item in status(found, tmp_path / "home")]
-    remembered = digests.read_bytes()
-    assert str(source).encode() in remembered
-    digests.write_bytes(content)
-    assert [item.fingerprint for item in status(found, tmp_path / "home")] == expected
-    assert json.loads(digests.read_bytes()) == json.loads(remembered)
-
-
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", "\0", '{"step": 3}', '{"step": "x", "of": null, "sha256": 1}', '{"step": NaN}', "[" * 100_000],
+    ["{", "\0", '{"step": 3}', '{"step": "x", "of": null, "sha256": 1}', "[" * 100_000],
     ids=lambda content: content[:9],
 )
 def test_a_garbled_checkpoint_does_not_count(tmp_path: Path, content: str) -> None:
@@ -302,7 +253,7 @@ def test_alien_files_in_the_home_are_no_matter(home: Path) -> None:
     assert status(PRESENT, home) == before
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"fingerprint"', "{}"])
+@pytest.mark.parametrize("content", ["[]", '{"fingerprint"'])
 def test_a_garbled_record_of_a_materialization_leaves_the_artifact_reusable(home: Path, content: str) -> None:
     (home / "warehouse" / "registry" / PRESENT.name / "sft_model" / "all.json").write_text(content)
     found = states(PRESENT, home)
@@ -322,15 +273,18 @@ def experiment_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_the_command_prints_every_asset_and_weight(home: Path, experiment_file: Path) -> None:
-    result = CliRunner().invoke(main, ["-e", str(experiment_file), "--home", str(home), "status"])
-    assert result.exit_code == 0, result.output
-    lines = [line.split() for line in result.output.splitlines()]
-    assert ["modpo_models", "w=0.1", "out", "of", "date", "objective.beta", "0.2", "->", "0.1"] in [
-        line[:9] for line in lines
-    ]
-    assert ["sft_model", "complete"] in [line[:2] for line in lines]
-    assert str(home) in result.output
+def test_the_command_says_it_in_a_table_and_in_json(home: Path, experiment_file: Path) -> None:
+    arguments = ["-e", str(experiment_file), "--home", str(home), "status"]
+    shown = CliRunner().invoke(main, arguments)
+    assert shown.exit_code == 0, shown.output
+    lines = [" ".join(line.split()) for line in shown.output.splitlines()]
+    assert any(line.startswith("modpo_models w=0.1 out of date objective.beta 0.2 -> 0.1") for line in lines)
+    assert any(line.startswith("sft_model complete") for line in lines)
+    items = json.loads(CliRunner().invoke(main, [*arguments, "--json"]).output)
+    assert [(item["asset"], item["partition"]) for item in items] == list(fingerprints(PRESENT))
+    policy = next(item for item in items if item["asset"] == "modpo_models")
+    assert policy["state"] == "out of date" and policy["detail"] == "objective.beta 0.2 -> 0.1"
+    assert policy.keys() == {"asset", "partition", "state", "detail", "fingerprint", "path"}
 
 
 def test_the_command_works_in_a_read_only_home(home: Path, experiment_file: Path) -> None:
@@ -339,13 +293,3 @@ def test_the_command_works_in_a_read_only_home(home: Path, experiment_file: Path
     shutil.rmtree(home / "cache")
     seen = run_read_only(home, "-c", "from helpsteer_assets.cli import entry; entry()", *arguments)
     assert (seen.returncode, seen.stdout, seen.stderr) == (0, expected, "")
-
-
-def test_the_command_gives_json(home: Path, experiment_file: Path) -> None:
-    result = CliRunner().invoke(main, ["-e", str(experiment_file), "--home", str(home), "status", "--json"])
-    items = json.loads(result.output)
-    assert [(item["asset"], item["partition"]) for item in items] == list(fingerprints(PRESENT))
-    policy = next(item for item in items if item["asset"] == "modpo_models")
-    assert policy["state"] == "out of date" and policy["detail"] == "objective.beta 0.2 -> 0.1"
-    assert policy.keys() == {"asset", "partition", "state", "detail", "fingerprint", "path"}
-    assert {item["state"] for item in items if item["asset"] in ANSWERS - POLICIES} == {"complete"}

@@ -6,9 +6,7 @@ from typing import Any
 import pytest
 
 from helpsteer_assets.commands.export import Export, export_policy
-from helpsteer_assets_tests.assets.conftest import Finished, copied, quick
-
-__all__ = ["copied", "quick"]
+from helpsteer_assets_tests.finished import Finished
 
 
 def take(finished: Finished, to: Path, what: str = "w=0.1", **options: Any) -> Export:
@@ -16,15 +14,15 @@ def take(finished: Finished, to: Path, what: str = "w=0.1", **options: Any) -> E
 
 
 @pytest.fixture(scope="session")
-def model(quick: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(finished_home: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """w=0.1 as one model. Don't write into it."""
-    return take(quick, tmp_path_factory.mktemp("exported") / "model").folder
+    return take(finished_home, tmp_path_factory.mktemp("exported") / "model").folder
 
 
 @pytest.fixture(scope="session")
-def adapter(quick: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapter(finished_home: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """w=0.1 as an adapter. Don't write into it."""
-    return take(quick, tmp_path_factory.mktemp("exported") / "adapter", merged=False).folder
+    return take(finished_home, tmp_path_factory.mktemp("exported") / "adapter", merged=False).folder
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from benchmarks import cost
 from helpsteer_assets.assets.graph import stages
-from helpsteer_assets_tests.assets.conftest import quick_experiment
+from helpsteer_assets_tests.finished import quick_experiment
 
 
 def test_each_stage_that_computes_with_the_model_is_timed_and_estimated(tmp_path: Path) -> None:

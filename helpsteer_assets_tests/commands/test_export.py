@@ -20,33 +20,39 @@ from helpsteer_assets.experiment.reading import load_experiment
 from helpsteer_assets.experiment.settings import Experiment
 from helpsteer_assets.files.digests import is_intact
 from helpsteer_assets.store.locks import home_alone
-from helpsteer_assets_tests.assets.conftest import Finished
 from helpsteer_assets_tests.commands.conftest import contents, flip_last_bit, take
 from helpsteer_assets_tests.conftest import die, run_to_its_death
+from helpsteer_assets_tests.finished import Finished
 
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 WEIGHTS = {"config.json", "model.safetensors"}
 ABOUT = {"generation_config.json", "README.md", PROVENANCE}
 
 
-def test_the_folders_hold_what_is_documented(model: Path, adapter: Path, quick: Finished, tmp_path: Path) -> None:
+def test_the_folders_hold_what_is_documented(
+    model: Path, adapter: Path, finished_home: Finished, tmp_path: Path
+) -> None:
     whole = WEIGHTS | TOKENIZER | ABOUT
     assert contents(model).keys() == whole
     base = {f"base_model/{name}" for name in whole - {"README.md", PROVENANCE}}
     assert contents(adapter).keys() == {"adapter_config.json", "adapter_model.safetensors"} | TOKENIZER | ABOUT | base
-    assert contents(take(quick, tmp_path / "sft", "sft").folder).keys() == whole
+    assert contents(take(finished_home, tmp_path / "sft", "sft").folder).keys() == whole
 
 
-def test_nothing_names_this_machine_and_everybody_may_read_it(model: Path, adapter: Path, quick: Finished) -> None:
+def test_nothing_names_this_machine_and_everybody_may_read_it(
+    model: Path, adapter: Path, finished_home: Finished
+) -> None:
     mask = os.umask(0)
     os.umask(mask)
     for folder in (model, adapter):
         for name, content in contents(folder).items():
-            assert str(quick.home.parent).encode() not in content, name
+            assert str(finished_home.home.parent).encode() not in content, name
             assert (folder / name).stat().st_mode & 0o777 == 0o666 & ~mask, name
 
 
-def test_provenance_vouches_for_every_file_and_names_what_it_was_made_from(model: Path, quick: Finished) -> None:
+def test_provenance_vouches_for_every_file_and_names_what_it_was_made_from(
+    model: Path, finished_home: Finished
+) -> None:
     provenance = json.loads((model / PROVENANCE).read_text())
     assert is_intact(provenance)
     assert provenance["files"] == {
@@ -54,7 +60,7 @@ def test_provenance_vouches_for_every_file_and_names_what_it_was_made_from(model
         for name, content in contents(model).items()
         if name != PROVENANCE
     }
-    policy, made_from = quick.artifact("modpo_models", "0.1"), provenance["artifacts"]
+    policy, made_from = finished_home.artifact("modpo_models", "0.1"), provenance["artifacts"]
     assert made_from["modpo_models w=0.1"]["fingerprint"] == policy.fingerprint
     assert made_from["modpo_models w=0.1"]["settings"] == policy.manifest["settings"]
     assert {"helpsteer_ratings", "sft_model", "margin_adapter", "preference_pairs"} <= made_from.keys()
@@ -95,28 +101,30 @@ def test_the_base_models_licence_is_read_from_the_card_beside_a_local_one(tmp_pa
 
 
 def test_the_same_export_is_left_and_another_or_a_damaged_one_is_replaced_only_by_force(
-    model: Path, quick: Finished, tmp_path: Path
+    model: Path, finished_home: Finished, tmp_path: Path
 ) -> None:
     to = tmp_path / "out"
     to.mkdir()
-    first = take(quick, to)
+    first = take(finished_home, to)
     assert not first.reused and first.folder == to
     assert contents(to) == contents(model), "an export always has the same bytes"
-    again = take(quick, to)
+    again = take(finished_home, to)
     assert again.reused and again.files == first.files
     with pytest.raises(HelpsteerError, match=r"another export, of w=0.1 \(model\); --force replaces it"):
-        take(quick, to, "w=0.9")
+        take(finished_home, to, "w=0.9")
     flip_last_bit(to / "model.safetensors")
     with pytest.raises(HelpsteerError, match="--force"):
-        take(quick, to)
-    assert not take(quick, to, force=True).reused and contents(to) == contents(model)
-    assert not take(quick, to, "w=0.9", force=True).reused
+        take(finished_home, to)
+    assert not take(finished_home, to, force=True).reused and contents(to) == contents(model)
+    assert not take(finished_home, to, "w=0.9", force=True).reused
     assert (to / "model.safetensors").read_bytes() != (model / "model.safetensors").read_bytes()
     assert list(tmp_path.iterdir()) == [to]
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_what_is_not_an_export_is_never_replaced(model: Path, quick: Finished, tmp_path: Path, force: bool) -> None:
+def test_what_is_not_an_export_is_never_replaced(
+    model: Path, finished_home: Finished, tmp_path: Path, force: bool
+) -> None:
     thesis = tmp_path / "notes" / "thesis.txt"
     thesis.parent.mkdir()
     thesis.write_text("mine")
@@ -126,23 +134,23 @@ def test_what_is_not_an_export_is_never_replaced(model: Path, quick: Finished, t
         (thesis.parent, "notes is not empty and holds no whole export"),
         (thesis, "is a file"),
         (export, r"1 file\(s\) that are not part of it \(the first: notes.txt\)"),
-        (quick.home / "artifacts" / "mine", "lies in the home"),
+        (finished_home.home / "artifacts" / "mine", "lies in the home"),
     ):
         with pytest.raises(HelpsteerError, match=message):
-            take(quick, to, force=force)
+            take(finished_home, to, force=force)
     assert thesis.read_text() == (export / "notes.txt").read_text() == "mine"
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(
-    quick: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished_home: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1))
     with pytest.raises(HelpsteerError, match=r"about 2\.\d+ MB will be written and .* has 1 bytes free"):
-        take(quick, tmp_path / "out")
+        take(finished_home, tmp_path / "out")
     assert not any(tmp_path.iterdir())
 
 
-def test_an_export_that_is_killed_or_interrupted_leaves_no_folder(quick: Finished, tmp_path: Path) -> None:
+def test_an_export_that_is_killed_or_interrupted_leaves_no_folder(finished_home: Finished, tmp_path: Path) -> None:
     to = tmp_path / "out"
 
     def export(stop: Callable[[], object]) -> None:
@@ -150,7 +158,7 @@ def test_an_export_that_is_killed_or_interrupted_leaves_no_folder(quick: Finishe
             if message.startswith("computing"):
                 stop()
 
-        export_policy(quick.experiment, quick.home, "sft", to, announce=announce)
+        export_policy(finished_home.experiment, finished_home.home, "sft", to, announce=announce)
 
     def interrupt() -> None:
         raise KeyboardInterrupt
@@ -166,8 +174,8 @@ def test_an_export_that_is_killed_or_interrupted_leaves_no_folder(quick: Finishe
 # The policy
 
 
-def test_policies_are_named_as_a_person_would(quick: Finished, tmp_path: Path) -> None:
-    experiment = quick.experiment
+def test_policies_are_named_as_a_person_would(finished_home: Finished, tmp_path: Path) -> None:
+    experiment = finished_home.experiment
     assert [chosen_policy(what, experiment) for what in ("w=0.1", "0.10", 0.9, "sft")] == ["0.1", "0.1", "0.9", None]
     for what, message in (
         ("w=0.4", r"w=0.4 is not in the grid .*there are sft, w=0.1, w=0.9.*objective"),
@@ -177,7 +185,7 @@ def test_policies_are_named_as_a_person_would(quick: Finished, tmp_path: Path) -
         with pytest.raises(HelpsteerError, match=message):
             chosen_policy(what, experiment)
     with pytest.raises(HelpsteerError, match="one whole model and has no adapter"):
-        take(quick, tmp_path / "out", "sft", merged=False)
+        take(finished_home, tmp_path / "out", "sft", merged=False)
 
 
 def test_what_is_not_finished_or_damaged_is_refused_with_the_way_to_it(
@@ -200,34 +208,34 @@ def test_what_is_not_finished_or_damaged_is_refused_with_the_way_to_it(
     assert not (tmp_path / "out").exists()
 
 
-def test_gc_is_kept_away_meanwhile(quick: Finished, tmp_path: Path) -> None:
+def test_gc_is_kept_away_meanwhile(finished_home: Finished, tmp_path: Path) -> None:
     def clean(message: str) -> None:
-        with pytest.raises(HelpsteerError, match=r"is in use: .*\(export of w=0\.1 of experiment quick, since"):
-            home_alone(quick.home).__enter__()
+        with pytest.raises(HelpsteerError, match=r"is in use: .*\(export of w=0\.1 of experiment finished_home, since"):
+            home_alone(finished_home.home).__enter__()
 
-    export_policy(quick.experiment, quick.home, "w=0.1", tmp_path / "out", announce=clean)
-    with home_alone(quick.home):
+    export_policy(finished_home.experiment, finished_home.home, "w=0.1", tmp_path / "out", announce=clean)
+    with home_alone(finished_home.home):
         pass
 
 
 # The report
 
 
-def test_the_report_is_found_copied_and_opened(quick: Finished, tmp_path: Path) -> None:
+def test_the_report_is_found_copied_and_opened(finished_home: Finished, tmp_path: Path) -> None:
     browser, seen = tmp_path / "browser", tmp_path / "seen"
     browser.write_text(f'#!/bin/sh\necho "$1" > {seen}\n')
     browser.chmod(0o755)
-    variables = os.environ | {"BROWSER": f"{browser} %s", "HELPSTEER_HOME": str(quick.home)}
-    variables["HELPSTEER_EXPERIMENT"] = str(quick.home.parent / "quick.yaml")
+    variables = os.environ | {"BROWSER": f"{browser} %s", "HELPSTEER_HOME": str(finished_home.home)}
+    variables["HELPSTEER_EXPERIMENT"] = str(finished_home.home.parent / "quick.yaml")
     copy = tmp_path / "new" / "report.html"
     command = [sys.executable, "-c", "from helpsteer_assets.cli import main; main()", "report"]
     done = subprocess.run([*command, "--to", copy, "--open"], capture_output=True, text=True, env=variables)
     assert done.returncode == 0, done.stderr
-    source = quick.artifact("tradeoff_report").file("report.html")
+    source = finished_home.artifact("tradeoff_report").file("report.html")
     assert done.stdout.splitlines() == [str(copy), copy.as_uri()]
     assert copy.read_bytes() == source.read_bytes()
     assert seen.read_text().strip() == copy.as_uri()
-    assert take_report(quick.experiment, quick.home) == source
+    assert take_report(finished_home.experiment, finished_home.home) == source
 
 
 def test_a_report_that_is_not_there_or_old_is_refused(copied: Callable[..., Finished], tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ from helpsteer_assets.commands.exported_model import give_chat_template, merge_e
 from helpsteer_assets.experiment.reading import load_experiment
 from helpsteer_assets.modpo.models.loading import attach_lora, load_model
 from helpsteer_assets.modpo.models.tokenization import FALLBACK_TEMPLATE, encode_prompt
-from helpsteer_assets_tests.assets.conftest import Finished
 from helpsteer_assets_tests.commands.conftest import take
 from helpsteer_assets_tests.conftest import make_tokenizer
+from helpsteer_assets_tests.finished import Finished
 
 
 def run_offline(code: str, *arguments: object) -> Any:
@@ -64,14 +64,14 @@ print(json.dumps(result))
 
 
 def test_both_forms_load_in_transformers_and_peft_and_score_as_the_evaluation_did(
-    model: Path, adapter: Path, quick: Finished, tmp_path: Path
+    model: Path, adapter: Path, finished_home: Finished, tmp_path: Path
 ) -> None:
-    rows = quick.artifact("generations", "0.1").table("generations.parquet").to_pylist()
+    rows = finished_home.artifact("generations", "0.1").table("generations.parquet").to_pylist()
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     result = run_offline(LOG_PROBS, model, adapter, tmp_path / "rows.json")
     assert result["tokenizers"]
     assert result["merged"] == pytest.approx(result["adapter"], abs=1e-3)
-    scores = quick.artifact("scores", "0.1").table("scores.parquet")
+    scores = finished_home.artifact("scores", "0.1").table("scores.parquet")
     ratios = [policy - base for policy, base in zip(result["merged"], result["base"], strict=True)]
     assert ratios == pytest.approx(scores["log_ratio_to_sft"].to_pylist(), abs=1e-3)
     assert max(map(abs, ratios)) > 0.01, "the adapter does something"
@@ -103,9 +103,11 @@ def test_transformers_answers_as_the_evaluation_did(copied: Callable[..., Finish
     assert result["cache"], "training had switched the cache off"
 
 
-def test_an_export_states_what_a_reader_would_otherwise_guess(model: Path, adapter: Path, quick: Finished) -> None:
+def test_an_export_states_what_a_reader_would_otherwise_guess(
+    model: Path, adapter: Path, finished_home: Finished
+) -> None:
     written = json.loads((model / "generation_config.json").read_text())
-    settings = quick.experiment.generation
+    settings = finished_home.experiment.generation
     assert settings.do_sample, "the demo samples"
     assert (written["temperature"], written["top_p"], written["top_k"]) == (settings.temperature, settings.top_p, 0)
     config = json.loads((adapter / "adapter_config.json").read_text())

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from helpsteer_assets.commands.export import PROVENANCE
-from helpsteer_assets_tests.assets.conftest import Finished
 from helpsteer_assets_tests.commands.conftest import contents
+from helpsteer_assets_tests.finished import Finished
 
 
 class Hub(ThreadingHTTPServer):
@@ -117,13 +117,16 @@ def hub() -> Iterator[Hub]:
 
 
 @pytest.fixture
-def command(quick: Finished, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+def command(finished_home: Finished, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """`helpsteer export w=0.1` in a process of its own, for the hub's client reads its settings when it is imported."""
 
     def run(endpoint: str, *arguments: str, token: str | None = "hf_right", **environment: str) -> Any:
         variables = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HELPSTEER_"))}
         variables |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
-        variables |= {"HELPSTEER_HOME": str(quick.home), "HELPSTEER_EXPERIMENT": str(quick.home.parent / "quick.yaml")}
+        variables |= {
+            "HELPSTEER_HOME": str(finished_home.home),
+            "HELPSTEER_EXPERIMENT": str(finished_home.home.parent / "quick.yaml"),
+        }
         variables |= ({"HF_TOKEN": token} if token else {}) | environment
         code = "from helpsteer_assets.cli import main; main()"
         start = [sys.executable, "-c", code, "export"]

@@ -20,7 +20,7 @@ from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.files.rows import ResumableRows
 from helpsteer_assets.modpo.training.checkpoints import checkpoint_folder, mark_complete
 from helpsteer_assets.store.artifacts import ALL, CHECKPOINTS, ArtifactStore
-from helpsteer_assets_tests.assets.conftest import Finished
+from helpsteer_assets_tests.finished import Finished
 
 
 def plan(run: Finished) -> str:
@@ -82,8 +82,8 @@ def test_long_lines_are_folded_to_a_terminal() -> None:
     assert max(map(len, line.split("\n"))) <= 110 and line.count("\n") >= 3
 
 
-def test_a_first_run_says_what_it_computes_and_the_disk_it_needs(quick: Finished) -> None:
-    said = " ".join(plan(quick).split())
+def test_a_first_run_says_what_it_computes_and_the_disk_it_needs(finished_home: Finished) -> None:
+    said = " ".join(plan(finished_home).split())
     assert said.startswith("to compute: helpsteer_ratings; preference_pairs; ")
     assert "modpo_models w=0.1, 0.9" in said and "to reuse" not in said
     assert "disk: about " in said and "3 adapters" in said and " free in " in said

@@ -13,7 +13,7 @@ from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.execution.executor import chosen_executor, step_executor
 from helpsteer_assets.execution.ray_cluster import HOME_TOKEN, require_shared_home
 from helpsteer_assets.execution.recovery import PROCESS_TAG, alive
-from helpsteer_assets_tests.assets.conftest import quick_experiment
+from helpsteer_assets_tests.finished import quick_experiment
 
 ROOT = Path(__file__).parents[1]
 RAY_TAG = "dagster-ray/config"

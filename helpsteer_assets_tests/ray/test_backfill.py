@@ -22,7 +22,7 @@ from helpsteer_assets.experiment.reading import load_experiment
 from helpsteer_assets.experiment.settings import Experiment
 from helpsteer_assets.store.artifacts import Artifact, ArtifactStore
 from helpsteer_assets.store.warehouse import Warehouse
-from helpsteer_assets_tests.assets.conftest import write_experiment
+from helpsteer_assets_tests.finished import write_experiment
 from helpsteer_assets_tests.ray.conftest import Cluster, Deployment, command_line, holder, processes, wait
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(2400)]

@@ -25,7 +25,7 @@ from helpsteer_assets.execution.ray_executor import ray_step_executor
 from helpsteer_assets.execution.recovery import PROCESS_TAG, alive
 from helpsteer_assets.experiment.settings import RunSettings
 from helpsteer_assets.store.locks import process_lock
-from helpsteer_assets_tests.assets.conftest import write_experiment
+from helpsteer_assets_tests.finished import write_experiment
 from helpsteer_assets_tests.ray.conftest import DEPLOY, Cluster, Deployment, wait
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(2400)]

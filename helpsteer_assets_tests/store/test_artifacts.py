@@ -136,23 +136,13 @@ def delete_a_file(artifact: Artifact) -> None:
     artifact.file("adapter/config.json").unlink()
 
 
-def replace_a_folder_by_a_file(artifact: Artifact) -> None:
-    delete_a_file(artifact)
-    (artifact.path / "adapter").rmdir()
-    (artifact.path / "adapter").write_text("")
-
-
 def cut_the_manifest(artifact: Artifact) -> None:
     os.truncate(artifact.path / "manifest.json", 50)
 
 
-def delete_the_manifest(artifact: Artifact) -> None:
-    (artifact.path / "manifest.json").unlink()
-
-
-def list_a_file_without_its_digest(artifact: Artifact) -> None:
-    manifest = {**artifact.manifest, "files": {"scores.parquet": {"bytes": 1000}}}
-    (artifact.path / "manifest.json").write_text(json.dumps(manifest))
+def change_a_number(artifact: Artifact) -> None:
+    file = artifact.path / "manifest.json"
+    file.write_text(file.read_text().replace('"loss": 0.5', '"loss": 0.4'))
 
 
 def copy_the_manifest_of_another(artifact: Artifact) -> None:
@@ -166,10 +156,8 @@ def copy_the_manifest_of_another(artifact: Artifact) -> None:
         (truncate, "scores.parquet has 999 bytes instead of 1000"),
         (flip_a_byte, "scores.parquet has sha256"),
         (delete_a_file, "adapter/config.json is missing"),
-        (replace_a_folder_by_a_file, "adapter/config.json is missing"),
         (cut_the_manifest, "manifest.json is unreadable"),
-        (delete_the_manifest, "manifest.json is missing"),
-        (list_a_file_without_its_digest, "manifest.json is unreadable (KeyError: 'sha256')"),
+        (change_a_number, "manifest.json does not match its own digest"),
         (copy_the_manifest_of_another, "manifest.json is that of another artifact (scores/0.1/eeeeeeeeeeeeeeee)"),
     ],
 )
@@ -195,14 +183,6 @@ def test_a_damaged_artifact_is_set_aside_with_the_reason_and_made_again(
         f"{NAME[2]}.damaged-1",
         f"{NAME[2]}.damaged-2",
     }
-
-
-def test_a_file_that_no_manifest_lists_is_no_damage(store: ArtifactStore) -> None:
-    artifact, _ = make(store)
-    (artifact.path / "notes.txt").write_text("the good one")
-
-    assert store.verify(artifact) == []
-    assert make(store, must_not_compute)[1]
 
 
 def test_an_unchanged_file_is_hashed_once_per_process(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,47 +214,16 @@ def test_a_manifest_of_a_newer_version_is_refused_and_left_alone(store: Artifact
     assert artifact.path.exists()
 
 
-def test_a_manifest_of_the_version_before_is_read(store: ArtifactStore) -> None:
-    artifact, _ = make(store)
-    earlier = {k: v for k, v in artifact.manifest.items() if k not in ("sha256", "environment")} | {"schema_version": 1}
-    (artifact.path / "manifest.json").write_text(json.dumps(earlier))
-
-    found = store.get(*NAME)
-
-    assert found is not None and found.manifest == earlier
-    assert make(store, must_not_compute)[1]
-
-
-def test_a_manifest_in_which_one_number_changed_is_damaged(store: ArtifactStore, caplog: Any) -> None:
-    artifact, _ = make(store)
-    file = artifact.path / "manifest.json"
-    file.write_text(file.read_text().replace('"loss": 0.5', '"loss": 0.4'))
-
-    assert store.find(*NAME) is None
-    assert make(store)[1] is False
-    assert "manifest.json does not match its own digest" in caplog.text
-
-
-def test_a_manifest_tells_what_could_change_the_last_bits(store: ArtifactStore) -> None:
-    import torch
-
-    artifact, _ = make(store)
-    environment = artifact.manifest["environment"]
-    assert environment["threads"] == torch.get_num_threads()
-    assert environment["device"] == "cpu" and environment["processor"] and environment["instructions"]
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_result_that_is_not_finite_is_named(store: ArtifactStore, value: float) -> None:
+def test_a_result_that_is_not_finite_is_named(store: ArtifactStore) -> None:
     def compute(folder: Path) -> dict[str, Any]:
-        return {"history": [{"loss": 0.5}, {"loss": value}]}
+        return {"history": [{"loss": 0.5}, {"loss": float("nan")}]}
 
-    with pytest.raises(HelpsteerError, match=rf"scores 0.1: history.1.loss is {value}"):
+    with pytest.raises(HelpsteerError, match=r"scores 0.1: history.1.loss is nan"):
         make(store, compute)
     assert store.get(*NAME) is None
 
 
-@pytest.mark.parametrize("bad", ["", "..", ".", "a/b", "/", "a\\b", ".hidden", "nul\0"])
+@pytest.mark.parametrize("bad", ["", "..", "a/b", "a\\b", ".hidden", "nul\0"])
 @pytest.mark.parametrize("position", [0, 1, 2])
 def test_names_that_leave_their_folder_are_refused(store: ArtifactStore, bad: str, position: int) -> None:
     name = list(NAME)
@@ -285,19 +234,8 @@ def test_names_that_leave_their_folder_are_refused(store: ArtifactStore, bad: st
         make(store, must_not_compute, tuple(name))
 
 
-def test_a_manifest_that_cannot_be_written_costs_no_computation(store: ArtifactStore) -> None:
-    for settings in (object(), float("nan")):
-        with pytest.raises((TypeError, ValueError)):
-            store.build(*NAME, manifest={"settings": settings}, compute=must_not_compute, on_wait=must_not_wait)
-
-
-def test_a_full_disk_is_an_error_that_names_the_folder(store: ArtifactStore) -> None:
-    def compute(partial: Path) -> dict[str, Any]:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with pytest.raises(HelpsteerError, match=r"cannot write .*\.partial: No space left on device; free some") as caught:
-        make(store, compute)
-    assert isinstance(caught.value.__cause__, OSError)
+def say_that_the_disk_is_full(partial: Path) -> dict[str, Any]:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def tell_in_its_own_words(partial: Path) -> dict[str, Any]:
@@ -313,13 +251,17 @@ def write_where_it_may_not(partial: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("compute", "said"),
     [
+        (say_that_the_disk_is_full, r"cannot write .*\.partial: No space left on device; free some"),
         (tell_in_its_own_words, r"cannot write .*\.partial: No space left on device; free some"),
         (write_where_it_may_not, r"cannot write .*optimizer\.pt: Permission denied; make it accessible"),
     ],
 )
-def test_so_is_what_a_library_makes_of_it(store: ArtifactStore, compute: Any, said: str) -> None:
-    with pytest.raises(HelpsteerError, match=said):
+def test_a_full_disk_or_a_lacking_right_is_an_error_that_names_the_place(
+    store: ArtifactStore, compute: Any, said: str
+) -> None:
+    with pytest.raises(HelpsteerError, match=said) as caught:
         make(store, compute)
+    assert caught.value.__cause__ is not None
 
 
 def test_a_file_elsewhere_that_cannot_be_read_is_not_the_home_s_fault(store: ArtifactStore, tmp_path: Path) -> None:
@@ -327,14 +269,6 @@ def test_a_file_elsewhere_that_cannot_be_read_is_not_the_home_s_fault(store: Art
         raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "ratings.jsonl"))
 
     with pytest.raises(PermissionError):
-        make(store, compute)
-
-
-def test_another_error_of_the_computation_is_not_renamed(store: ArtifactStore) -> None:
-    def compute(partial: Path) -> dict[str, Any]:
-        return {"loss": len((partial / "absent").read_text())}
-
-    with pytest.raises(FileNotFoundError):
         make(store, compute)
 
 
@@ -399,30 +333,6 @@ def compute_slowly(home: Path, computing: Any, proceed: Any, messages: Any, resu
 
     artifact, reused = ArtifactStore(home).build(*NAME, manifest={}, compute=compute, on_wait=messages.put)
     results.put((os.getpid(), reused, artifact.manifest["files"]["scores.parquet"]["sha256"]))
-
-
-def test_of_two_processes_one_computes_and_the_other_waits_and_reuses(store: ArtifactStore) -> None:
-    computing, proceed, messages, results = SPAWN.Event(), SPAWN.Event(), SPAWN.Queue(), SPAWN.Queue()
-    arguments = (store.home, computing, proceed, messages, results)
-    first = SPAWN.Process(target=compute_slowly, args=arguments)
-    second = SPAWN.Process(target=compute_slowly, args=arguments)
-    first.start()
-    assert computing.wait(60)
-    second.start()
-    message = messages.get(timeout=60)
-    assert message.startswith(f"waiting for process {first.pid} on ")
-    assert message.endswith(f"which is making scores 0.1 ({NAME[2]})")
-    assert second.is_alive()
-    assert store.find(*NAME) is None
-    proceed.set()
-    done = {process: (reused, digest) for process, reused, digest in (results.get(timeout=60) for _ in range(2))}
-    first.join(60)
-    second.join(60)
-
-    assert done[first.pid][0] is False
-    assert done[second.pid][0] is True
-    assert done[first.pid][1] == done[second.pid][1]
-    assert messages.empty()
 
 
 def test_a_killed_process_frees_its_artifact_and_a_waiting_one_takes_it_up(store: ArtifactStore) -> None:

@@ -79,7 +79,7 @@ held_out = st.builds(row, st.sampled_from("ABC"), st.sampled_from("xyz"), rating
 
 
 class TestBuildPairs:
-    @settings(max_examples=20, deadline=None)
+    @settings(max_examples=12, deadline=None)
     @given(
         train=st.lists(responses, max_size=20),
         validation=st.lists(held_out, min_size=1, max_size=8),
@@ -153,31 +153,6 @@ class TestBuildPairs:
         assert build_pairs(ratings, "helpfulness", 0.3) == pairs
         assert unique_responses(pairs) == responses
 
-    def test_equal_ratings_and_equal_responses_make_no_pair(self) -> None:
-        ratings = ratings_of(
-            [
-                row("a", "same", 4, 0, 0, 0, 0),
-                row("a", "same", 1, 0, 0, 0, 0),
-                row("a", "tied", 1, 0, 0, 0, 0),
-            ]
-        )
-        (pair,) = build_pairs(ratings, "helpfulness", 0.0).to_pylist()
-        assert (pair["chosen"], pair["rejected"]) == ("same", "tied")
-
-    def test_of_a_pair_that_arises_twice_the_one_furthest_apart_is_kept(self) -> None:
-        ratings = ratings_of(
-            [row("a", "good", 3, 0, 0, 0, 0), row("a", "good", 4, 0, 0, 0, 0), row("a", "bad", 1, 0, 0, 0, 0)]
-        )
-        (pair,) = build_pairs(ratings, "helpfulness", 0.0).to_pylist()
-        assert (pair["chosen_helpfulness"], pair["rejected_helpfulness"]) == (4, 1)
-
-    def test_annotators_who_disagree_give_a_pair_in_both_directions(self) -> None:
-        ratings = ratings_of(
-            [row("a", "one", 3, 0, 0, 0, 0), row("a", "one", 0, 0, 0, 0, 0), row("a", "two", 2, 0, 0, 0, 0)]
-        )
-        pairs = build_pairs(ratings, "helpfulness", 0.0).to_pylist()
-        assert {(p["chosen"], p["rejected"]) for p in pairs} == {("one", "two"), ("two", "one")}
-
     def test_selection_holds_out_whole_train_prompts_and_a_larger_share_adds_to_them(self) -> None:
         ratings = ratings_of(many_rows(300), many_rows(40, tag="new "))
 
@@ -201,9 +176,6 @@ class TestBuildPairs:
         share = describe_pairs(pairs, ratings, "helpfulness", "verbosity")["prompts"]
         assert 0.33 < share["selection"] / (share["selection"] + share["train"]) < 0.47
 
-    def test_too_few_prompts_for_a_selection_are_allowed(self) -> None:
-        assert set(build_pairs(ratings_of(many_rows(1)), "helpfulness", 1e-6)["split"].to_pylist()) == {"train"}
-
     def test_only_ties_is_an_error_that_counts_the_pairs_of_every_attribute(self) -> None:
         ratings = ratings_of(many_rows(5), [row("v", "good", 2, 4, 2, 2, 2), row("v", "bad", 2, 0, 2, 2, 2)])
         with pytest.raises(HelpsteerError) as caught:
@@ -217,14 +189,6 @@ class TestBuildPairs:
     def test_all_pairs_held_out_is_an_error_that_says_so(self) -> None:
         with pytest.raises(HelpsteerError, match=r"but for 6 pairs held out by data.selection_share"):
             build_pairs(ratings_of(many_rows(1)), "helpfulness", 1 - 1e-12)
-
-    def test_the_size_of_helpsteer(self) -> None:
-        ratings = ratings_of(many_rows(9000), many_rows(280, tag="new "))
-        assert len(ratings) == 37_120
-        described = describe_pairs(build_pairs(ratings, "helpfulness", 0.05), ratings, "helpfulness", "verbosity")
-        assert described["pairs"]["train"] + described["pairs"]["selection"] == 6 * 9000
-        assert described["pairs"]["validation"] == 6 * 280
-        assert 0.04 < described["prompts"]["selection"] / 9000 < 0.06
 
 
 def test_describe_pairs() -> None:
@@ -270,9 +234,6 @@ class TestEvaluationPrompts:
         assert all(prompt.startswith("new ") for prompt in few["prompt"].to_pylist())
         assert few["prompt_id"].to_pylist() == [prompt_id(prompt) for prompt in few["prompt"].to_pylist()]
         assert more["prompt"].to_pylist()[:8] == few["prompt"].to_pylist()
-
-    def test_where_there_are_fewer_than_asked_for_all_are_taken(self) -> None:
-        assert len(select_evaluation_prompts(ratings_of(many_rows(3), many_rows(5, tag="new ")), 300)) == 5
 
     def test_none_is_an_error_that_says_what_to_do(self) -> None:
         with pytest.raises(HelpsteerError, match=r"no validation prompts to evaluate on .* data.validation_share"):

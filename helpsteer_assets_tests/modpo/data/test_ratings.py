@@ -164,14 +164,6 @@ class TestFormats:
         assert len(table["response"][0].as_py()) == 500_000
         assert csv.field_size_limit() == 131072
 
-    def test_the_size_of_helpsteer_is_read_and_split(self, tmp_path: Path) -> None:
-        write_gzip(write_jsonl)(tmp_path / "rows.jsonl.gz", many_rows(9280, 4))
-        table, report = read(tmp_path / "rows.jsonl.gz", validation_share=0.05)
-        splits = report["splits"]
-        assert len(table) == 37_120 == splits["train"]["rows"] + splits["validation"]["rows"]
-        assert splits["train"]["prompts"] + splits["validation"]["prompts"] == 9280
-        assert 0.04 < splits["validation"]["prompts"] / 9280 < 0.06
-
 
 class TestUnicode:
     ODD = (
@@ -199,17 +191,9 @@ class TestUnicode:
     def test_a_byte_order_mark_is_no_part_of_the_data(self, tmp_path: Path) -> None:
         for name in ("rows.jsonl", "rows.json", "rows.csv"):
             FORMATS[name](tmp_path / name, [row("a")])
-            (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
+            space = b" " * 5000 if name == "rows.json" else b""  # and a JSON array is one whatever space precedes it
+            (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + space + (tmp_path / name).read_bytes())
             assert len(read(tmp_path / name, validation_share=1e-9)[0]) == 1
-
-    @settings(max_examples=25, deadline=None)
-    @given(st.lists(st.tuples(st.text(min_size=1), st.text(min_size=1)), min_size=1, max_size=5))
-    def test_ids_are_those_of_the_texts_beside_them(self, texts: list[tuple[str, str]]) -> None:
-        rows = [row(f".{prompt}", f".{response}") for prompt, response in texts]
-        table, _ = rows_to_ratings({"train": rows, "validation": [row("other")]})
-        for found in table.to_pylist():
-            assert found["prompt_id"] == prompt_id(found["prompt"])
-            assert found["response_id"] == response_id(found["prompt"], found["response"])
 
 
 class TestSplits:
@@ -259,10 +243,6 @@ class TestSplits:
             }
             assert report["splits"][split] == {"rows": 3 * kept, "prompts": kept}
 
-    def test_a_limit_above_what_there_is_leaves_nothing_out(self) -> None:
-        rows = {"train": many_rows(4)}
-        assert rows_to_ratings(rows, max_train_prompts=100)[0] == rows_to_ratings(rows)[0]
-
     def test_hash_shares_are_uniform_and_independent_of_one_another(self) -> None:
         ids = pa.table({"id": [prompt_id(str(number)) for number in range(4000)]})
         shares = query(f"SELECT {hash_share('one', 'id')} AS one, {hash_share('two', 'id')} AS two FROM ids", ids=ids)
@@ -275,19 +255,13 @@ class TestSplits:
 
 BAD_ROWS = [
     (row(prompt=None), "prompt is null"),
-    (row(verbosity=None), "verbosity is null"),
     (row(helpfulness=5), "helpfulness is 5, not an integer 0 to 4"),
-    (row(helpfulness=-1), "helpfulness is -1, not an integer 0 to 4"),
     (row(coherence=2.5), "coherence is 2.5, not an integer 0 to 4"),
-    (row(coherence=float("nan")), "coherence is nan, not an integer 0 to 4"),
     (row(coherence=10**400), "coherence is 1000"),
     (row(complexity="3"), "complexity is the text '3', not an integer 0 to 4"),
     (row(complexity=True), "complexity is True, not an integer 0 to 4"),
-    (row(complexity=[3]), "complexity is [3], not an integer 0 to 4"),
-    (row(prompt=""), "prompt is empty"),
     (row(response=" \n\u3000"), "response is empty"),
     (row(prompt=[{"role": "user", "content": "hi"}]), "prompt is [{'role': 'user', 'content': 'hi'}], not text"),
-    (row(response=7), "response is 7, not text"),
     (row(response="\ud800"), "response holds half a surrogate pair"),
     (row(prompt="", verbosity=9), "prompt is empty; verbosity is 9, not an integer 0 to 4"),
     ({k: v for k, v in row().items() if k != "coherence"}, "column coherence is missing"),
@@ -297,8 +271,6 @@ BAD_LINES = [
     (b'{"prompt": "a", ', "not valid JSON: Expecting property name enclosed in double quotes at character 16"),
     (b'{"prompt": "\xff"}', "not valid UTF-8 at byte 13"),
     (b"[1, 2]", "a JSON array, not an object"),
-    (b'"text"', "a JSON string, not an object"),
-    (b"null", "a JSON null, not an object"),
     (b"[" * 100_000, "JSON nested too deeply"),
     (b"1" * 5000, "limit"),
 ]
@@ -327,7 +299,7 @@ class TestBadRows:
         assert table["row"].to_pylist() == [1, 3]
         assert report["bad_rows"]["count"] == 1
 
-    def test_the_first_ten_are_listed_with_the_total(self, tmp_path: Path) -> None:
+    def test_ten_are_listed_with_the_total_and_drop_drops_and_counts_them(self, tmp_path: Path) -> None:
         rows = [row(f"prompt {number}", verbosity=7 if number % 2 else 1) for number in range(50)]
         write_jsonl(tmp_path / "train.jsonl", rows)
         write_jsonl(tmp_path / "validation.jsonl", [row("v", ""), row("w")])
@@ -339,14 +311,8 @@ class TestBadRows:
             f"  train.jsonl, row {number}: verbosity is 7, not an integer 0 to 4" for number in range(2, 21, 2)
         ]
         assert lines[11] == "  ... and 16 more"
-
-    def test_drop_drops_and_counts_them(self, tmp_path: Path) -> None:
-        rows = [row(f"prompt {number}", verbosity=7 if number % 2 else 1) for number in range(50)]
-        write_jsonl(tmp_path / "train.jsonl", rows)
-        write_jsonl(tmp_path / "validation.jsonl", [row("v", ""), row("w")])
         table, report = read(tmp_path, on_bad_rows="drop")
-        assert report["bad_rows"]["count"] == 26
-        assert len(report["bad_rows"]["first"]) == 10
+        assert (report["bad_rows"]["count"], len(report["bad_rows"]["first"])) == (26, 10)
         assert report["splits"] == {"train": {"rows": 25, "prompts": 25}, "validation": {"rows": 1, "prompts": 1}}
         assert table["row"].to_pylist() == [*range(1, 51, 2), 2]
 
@@ -440,31 +406,22 @@ class TestBatches:
         with pytest.raises(HelpsteerError, match=r"embedded has no column verbosity"):
             rows_to_ratings({"train": without("verbosity")}, on_bad_rows="drop")
 
-    @pytest.mark.parametrize("space", [b"", b" " * 5000, b"\xef\xbb\xbf", b"\xef\xbb\xbf\n" + b" " * 4096])
-    def test_a_json_array_is_one_whatever_space_precedes_it(self, tmp_path: Path, space: bytes) -> None:
-        (tmp_path / "rows.json").write_bytes(space + json.dumps([row("a"), row("b")]).encode())
-        assert read(tmp_path / "rows.json", validation_share=1e-9)[0]["row"].to_pylist() == [1, 2]
-
 
 class TestFiles:
-    @pytest.mark.parametrize("name", FORMATS)
-    @pytest.mark.parametrize("on_bad_rows", ["error", "drop"])
-    def test_a_column_missing_in_the_whole_file_is_named(self, tmp_path: Path, name: str, on_bad_rows: str) -> None:
+    @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json.gz", "rows.csv", "rows.parquet"])
+    def test_a_column_missing_in_the_whole_file_is_named(self, tmp_path: Path, name: str) -> None:
         FORMATS[name](tmp_path / name, without("verbosity"))
         with pytest.raises(
             HelpsteerError, match=rf"{name} has no column verbosity. It has: coherence, .*response. Needed"
         ):
-            read(tmp_path / name, on_bad_rows=on_bad_rows)
+            read(tmp_path / name, on_bad_rows="drop")
 
     @pytest.mark.parametrize(
         ("name", "content", "message"),
         [
             ("rows.jsonl", b"", "rows.jsonl is empty: it has 0 bytes"),
-            ("rows.jsonl", b"\n \n", "rows.jsonl is empty: it holds no rows"),
             ("rows.jsonl.gz", gzip.compress(b""), "rows.jsonl.gz is empty: it holds no rows"),
-            ("rows.json", b"[]", "rows.json is empty: it holds no rows"),
             ("rows.csv", ",".join(COLUMNS).encode(), "rows.csv is empty: it holds no rows"),
-            ("rows.csv", b"\n", "rows.csv has no column prompt, response, .* It has: none"),
             ("rows.csv", b"prompt;response\n", "It has: prompt;response. Needed are prompt, response, helpfulness"),
             ("rows.jsonl.gz", b'{"prompt": 1}\n', "rows.jsonl.gz is not gzip, though its name says so"),
             ("rows.jsonl.gz", gzip.compress(b"x" * 9999)[:-9], "rows.jsonl.gz is damaged gzip"),
@@ -473,7 +430,6 @@ class TestFiles:
             ("rows.json", b'["\xff"]', "rows.json is not valid UTF-8 at byte 3"),
             ("rows.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer.*git lfs pull"),
             ("rows.txt", b"prompt", "rows.txt is of no known format. Known are .jsonl, .json, .csv, .parquet"),
-            ("rows.parquet.gz", b"prompt", "rows.parquet.gz is of no known format"),
         ],
     )
     def test_a_file_that_is_bad_as_a_whole(self, tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -487,13 +443,6 @@ class TestFiles:
         (tmp_path / "rows.csv").write_text(content.replace('\n"prompt 10', '\n""prompt 10', 1), encoding="utf-8")
         with pytest.raises(HelpsteerError, match=r"rows.csv is not valid CSV near line \d+"):
             read(tmp_path / "rows.csv", on_bad_rows="drop")
-
-    def test_a_parquet_file_cut_short(self, tmp_path: Path) -> None:
-        write_parquet(tmp_path / "rows.parquet", many_rows(20))
-        content = (tmp_path / "rows.parquet").read_bytes()
-        (tmp_path / "rows.parquet").write_bytes(content[: len(content) // 2])
-        with pytest.raises(HelpsteerError, match=r"rows.parquet is no readable parquet file"):
-            read(tmp_path / "rows.parquet")
 
     def test_a_path_that_does_not_exist(self, tmp_path: Path) -> None:
         with pytest.raises(HelpsteerError, match=r"data.source: .*/nowhere does not exist"):

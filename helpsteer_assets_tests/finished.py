@@ -1,14 +1,13 @@
-"""Finished runs of the real graph on the embedded model, shared by the tests that look at them."""
+"""A small experiment, and a home in which the graph was run on it: the fixtures `finished_home` and `copied`."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 
 from helpsteer_assets.assets.graph import fingerprints
-from helpsteer_assets.commands.run import run_experiment
 from helpsteer_assets.experiment.reading import load_experiment
 from helpsteer_assets.experiment.settings import Experiment
 from helpsteer_assets.store.artifacts import ALL, Artifact, ArtifactStore
@@ -16,11 +15,14 @@ from helpsteer_assets.store.artifacts import ALL, Artifact, ArtifactStore
 QUICK: dict[str, Any] = {
     "extends": "demo",
     "name": "quick",
+    "data": {"max_train_prompts": 120, "max_validation_prompts": 24},
     "objective": {"weights": [0.1, 0.9]},
     "sft": {"steps": 6},
     "margin_adapter": {"steps": 12},
-    "modpo": {"steps": 6, "evaluate_every": 2},
+    "modpo": {"steps": 6, "evaluate_every": 2, "learning_rate": 0.01},
     "evaluation": {"prompts": 8, "kl_samples": 1, "bootstrap_samples": 200},
+    "generation": {"max_new_tokens": 32},
+    "checks": {"margin_adapter_min_accuracy": 0.0},
 }
 """The demo, cut down: the whole graph in a few seconds, too short to show a trade-off."""
 
@@ -43,13 +45,20 @@ def quick_experiment(folder: Path, **changes: Any) -> Experiment:
 class Finished:
     """An experiment, the home it was run in, and what the run announced."""
 
-    def __init__(self, experiment: Experiment, home: Path) -> None:
+    def __init__(self, experiment: Experiment, home: Path, announced: list[str] | None = None) -> None:
         self.experiment = experiment
         self.home = home
-        self.announced: list[str] = []
+        self.announced = announced or []
 
-    def run(self, **options: Any) -> bool:
-        return run_experiment(self.experiment, self.home, announce=self.announced.append, **options)
+    @property
+    def file(self) -> Path:
+        """The experiment's file, beside the home."""
+        return self.home.parent / f"{self.experiment.name}.yaml"
+
+    def run(self, announce: Callable[[str], None] | None = None, **options: Any) -> bool:
+        from helpsteer_assets.commands.run import run_experiment
+
+        return run_experiment(self.experiment, self.home, announce=announce or self.announced.append, **options)
 
     def artifact(self, asset: str, partition: str = ALL) -> Artifact:
         """The finished artifact that the experiment's present settings determine."""
@@ -59,24 +68,17 @@ class Finished:
         return artifact
 
 
-@pytest.fixture(scope="session")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """The cut-down graph, run once. Its home is not to be changed."""
-    folder = tmp_path_factory.mktemp("quick")
-    finished = Finished(quick_experiment(folder), folder / "home")
-    assert finished.run(), finished.announced
-    return finished
+def run_once(folder: Path) -> Finished:
+    """QUICK's home in `folder`, made by the first process that asks for it; others wait."""
+    from filelock import FileLock
 
-
-@pytest.fixture
-def copied(quick: Finished, tmp_path: Path) -> Callable[..., Finished]:
-    """A copy of the finished home, with an experiment that differs as the arguments say."""
-    import shutil
-
-    def copy(**changes: Any) -> Finished:
-        home = tmp_path / "home"
-        if not home.exists():
-            shutil.copytree(quick.home, home)
-        return Finished(quick_experiment(tmp_path, **changes), home)
-
-    return copy
+    folder.mkdir(exist_ok=True)
+    announced = folder / "announced.json"
+    with FileLock(folder / ".lock"):
+        if announced.exists():
+            said = json.loads(announced.read_text(encoding="utf-8"))
+            return Finished(load_experiment(str(folder / "quick.yaml")), folder / "home", said)
+        finished = Finished(quick_experiment(folder), folder / "home")
+        assert finished.run(), finished.announced
+        announced.write_text(json.dumps(finished.announced), encoding="utf-8")
+        return finished

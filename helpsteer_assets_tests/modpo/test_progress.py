@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from helpsteer_assets.modpo import progress_bars as progress
+from helpsteer_assets.modpo import progress
 from helpsteer_assets.modpo.progress import ProgressReporter
 
 ROOT = Path(__file__).parents[2]
