@@ -27,7 +27,7 @@ from helpsteer_assets.experiment.reading import load_experiment
 from helpsteer_assets.modpo.training.checkpoints import checkpoint_progress
 from helpsteer_assets.store.artifacts import CHECKPOINTS, Artifact, ArtifactStore
 from helpsteer_assets.store.warehouse import Warehouse
-from helpsteer_assets_tests.assets.conftest import write_experiment
+from helpsteer_assets_tests.finished import write_experiment
 from helpsteer_assets_tests.browser.conftest import FAILED
 from helpsteer_assets_tests.processes import descendants
 

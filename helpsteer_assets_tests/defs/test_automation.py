@@ -16,7 +16,7 @@ from helpsteer_assets.defs.jobs import phases
 from helpsteer_assets.defs.lab import Lab
 from helpsteer_assets.execution.dagster_home import make_dagster_home
 from helpsteer_assets.experiment.reading import load_experiment
-from helpsteer_assets_tests.assets.conftest import quick_experiment
+from helpsteer_assets_tests.finished import quick_experiment
 
 TRAININGS = {"sft_model", "margin_adapter", "modpo_models"}
 

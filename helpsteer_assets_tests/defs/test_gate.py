@@ -21,7 +21,7 @@ from helpsteer_assets.assets import build_assets
 from helpsteer_assets.defs.checks import build_checks
 from helpsteer_assets.defs.lab import Lab
 from helpsteer_assets.execution.dagster_home import dagster_home
-from helpsteer_assets_tests.assets.conftest import Finished, write_experiment
+from helpsteer_assets_tests.finished import Finished, write_experiment
 
 ROOT = Path(__file__).parents[2]
 UNREACHABLE = {"margin_adapter_min_accuracy": 1.0}

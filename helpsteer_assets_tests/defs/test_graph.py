@@ -17,7 +17,7 @@ from helpsteer_assets.assets.status import status
 from helpsteer_assets.execution.dagster_home import dagster_home
 from helpsteer_assets.store.artifacts import ALL, Artifact, ArtifactStore
 from helpsteer_assets.store.warehouse import Warehouse
-from helpsteer_assets_tests.assets.conftest import Finished
+from helpsteer_assets_tests.finished import Finished
 
 SUMMARY = {"score_summary", "tradeoff", "tradeoff_report"}
 BELOW_MODPO = {"modpo_models", "generations", "scores", "kl_to_sft", *SUMMARY}

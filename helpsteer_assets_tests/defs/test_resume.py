@@ -15,7 +15,7 @@ from helpsteer_assets.assets.status import status
 from helpsteer_assets.execution.dagster_home import dagster_home
 from helpsteer_assets.experiment.reading import load_experiment
 from helpsteer_assets.store.artifacts import ArtifactStore
-from helpsteer_assets_tests.assets.conftest import Finished, write_experiment
+from helpsteer_assets_tests.finished import Finished, write_experiment
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,7 +9,7 @@ from helpsteer_assets.assets.graph import fingerprints
 from helpsteer_assets.assets.status import status
 from helpsteer_assets.store.artifacts import ArtifactStore
 from helpsteer_assets.store.warehouse import Warehouse
-from helpsteer_assets_tests.assets.conftest import Finished, quick_experiment
+from helpsteer_assets_tests.finished import Finished, quick_experiment
 from helpsteer_assets_tests.hostile.inputs import TEXTS, row
 from helpsteer_assets_tests.hostile.planted import Planted
 

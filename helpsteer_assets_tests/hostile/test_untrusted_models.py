@@ -18,7 +18,7 @@ from helpsteer_assets.experiment.settings import RewardModelSettings
 from helpsteer_assets.modpo.models.loading import load_model, load_tokenizer
 from helpsteer_assets.modpo.models.tokenization import encode_prompt
 from helpsteer_assets.modpo.scoring.raters import RewardModelRater
-from helpsteer_assets_tests.assets.conftest import quick_experiment
+from helpsteer_assets_tests.finished import quick_experiment
 from helpsteer_assets_tests.hostile.planted import EMBEDDED, Planted
 
 RATER = {"heads": {"helpfulness": 0}, "max_length": 64}
