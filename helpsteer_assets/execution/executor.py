@@ -15,8 +15,8 @@ from helpsteer_assets.execution.recovery import Living
 GPU_POOL = "gpu"
 """Pool of the steps that load a model; its limit (dagster.yaml) is how many of them run at once."""
 
-STEP_MODULES = ("dagster._core.storage.sqlite_storage", "helpsteer_assets.definitions")
-"""What every step imports: Dagster's storage and the code location."""
+STEP_MODULES = ("alembic.command", "sqlalchemy.dialects.sqlite", "helpsteer_assets.definitions")
+"""What every step imports: the code location, and the largest libraries behind Dagster's storage."""
 
 MODEL_MODULES = (
     "helpsteer_assets.modpo.generation.responses",
