@@ -184,13 +184,15 @@ class Lab:
                 release_memory()
 
     def _inputs(self, stage: Stage, fingerprint: Fingerprint) -> Inputs:
-        found = {
-            asset: {partition: self.store.get(asset, partition, value) for partition, value in partitions.items()}
-            for asset, partitions in fingerprint.inputs.items()
-        }
-        missing = {(asset, partition) for asset in found for partition, a in found[asset].items() if a is None}
-        if missing:
-            raise HelpsteerError(self._what_is_missing(label(stage.name, fingerprint.partition), missing))
+        found: dict[str, dict[str, Artifact]] = {}
+        for look_up in (self.store.find, self.store.get):  # the second hashes what may be gigabytes
+            found = {
+                asset: {w: artifact for w, value in wanted.items() if (artifact := look_up(asset, w, value))}
+                for asset, wanted in fingerprint.inputs.items()
+            }
+            missing = {(asset, w) for asset, wanted in fingerprint.inputs.items() for w in wanted.keys() - found[asset]}
+            if missing:
+                raise HelpsteerError(self._what_is_missing(label(stage.name, fingerprint.partition), missing))
         return {
             asset: artifacts if self.graph[asset].partitioned and not stage.partitioned else artifacts.popitem()[1]
             for asset, artifacts in found.items()

@@ -72,7 +72,7 @@ def build_up_to_date(loaded: Experiment) -> dg.SensorDefinition:
             for asset, (passed, description) in present.items()
             if _is_news(context.instance, asset, passed, description)
         ]
-        return dg.SensorResult(asset_events=changed)
+        return dg.SensorResult(asset_events=changed, skip_reason=f"changed checks: {len(changed)}")
 
     return up_to_date
 

@@ -46,7 +46,7 @@ def chosen_executor() -> dg.ExecutorDefinition:
 
 @dg.executor(
     name="multiprocess",
-    config_schema=dg.multiprocess_executor.config_schema,
+    config_schema=dg.multiprocess_executor.config_schema.as_field(),
     requirements=dg.multiple_process_executor_requirements(),
 )
 def step_executor(context: dg.InitExecutorContext) -> dg.Executor:
@@ -57,4 +57,6 @@ def step_executor(context: dg.InitExecutorContext) -> dg.Executor:
     loads_model = GPU_POOL in context.job.get_definition().graph.pools
     preloaded = [*STEP_MODULES, *(MODEL_MODULES if loads_model else ())]
     config = {"start_method": {"forkserver": {"preload_modules": preloaded}}, **context.executor_config}
-    return Living(dg.multiprocess_executor.executor_creation_fn(context._replace(executor_config=config)))
+    create = dg.multiprocess_executor.executor_creation_fn
+    assert create is not None
+    return Living(create(context._replace(executor_config=config)))
