@@ -45,11 +45,12 @@ faults: $(READY)
 
 # The parts of docs/ that are generated from code.
 docs: $(READY)
-	$(BIN)/python -m tools.reference
+	$(BIN)/python -m tools.reference docs
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -2,11 +2,12 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerFast as FastTokenizer
 if TYPE_CHECKING:
     from helpsteer_assets.modpo.models.tokenization import Sequence
     from helpsteer_assets.modpo.training.preference import PreferencePair
+    from helpsteer_assets_tests.finished import Finished
 
 torch.set_num_threads(1)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests fork
@@ -149,6 +151,28 @@ def pairs(tiny_model_path: Path, tokenizer: PreTrainedTokenizerBase) -> "list[Pr
         PreferencePair(chosen[i], rejected[i], reference[i], reference[20 + i], 0.3 * (i % 3), -0.2 * (i % 4))
         for i in range(20)
     ]
+
+
+@pytest.fixture(scope="session")
+def finished_home(tmp_path_factory: pytest.TempPathFactory) -> "Finished":
+    """A home in which the small experiment `quick` was run, once for all workers. Don't change it: see `copied`."""
+    from helpsteer_assets_tests.finished import run_once
+
+    folder = tmp_path_factory.getbasetemp()
+    return run_once((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "finished")
+
+
+@pytest.fixture
+def copied(finished_home: "Finished", tmp_path: Path) -> "Callable[..., Finished]":
+    """A copy of the finished home, with an experiment that differs as the arguments say."""
+    from helpsteer_assets_tests.finished import Finished, write_experiment
+
+    def copy(**changes: Any) -> Finished:
+        if not (tmp_path / "home").exists():
+            shutil.copytree(finished_home.home, tmp_path / "home")
+        return Finished(write_experiment(tmp_path, **changes), tmp_path / "home")
+
+    return copy
 
 
 def run_to_its_death(work: Callable[[], object]) -> None:

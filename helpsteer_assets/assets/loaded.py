@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from helpsteer_assets.modpo.generation.vllm import VllmEngine
@@ -22,7 +23,7 @@ class LoadedModels:
 
     @contextmanager
     def lend(
-        self, path: Path, *, precision: str, device: object, trust_remote_code: bool = False
+        self, path: Path, *, precision: str, device: "torch.device", trust_remote_code: bool = False
     ) -> "Iterator[PreTrainedModel]":
         """A model from a folder, loaded unless it is at hand, in evaluation mode, to do with as one likes.
 

@@ -179,8 +179,8 @@ def tradeoff_report(
     from helpsteer_assets.report import render
     from helpsteer_assets.report.content import report_content
 
-    responses = {None: sft_generations.table("generations.parquet")}
-    responses |= {w: artifact.table("generations.parquet") for w, artifact in generations.items()}
+    responses: dict[str | None, pa.Table] = {None: sft_generations.table("generations.parquet")}
+    responses.update((w, artifact.table("generations.parquet")) for w, artifact in generations.items())
     svgs = {
         name: tradeoff.file(f"{name}.svg").read_text(encoding="utf-8")
         for name in PLOTS

@@ -28,7 +28,7 @@ from helpsteer_assets.modpo.data.pairs import unique_responses
 from helpsteer_assets.store.artifacts import ALL, SCRATCH, Artifact
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from helpsteer_assets.modpo.models.tokenization import EncodedResponses, Sequence
     from helpsteer_assets.modpo.training.loop import TrainingResult
@@ -62,47 +62,17 @@ def sft_model(run: StageRun, preference_pairs: Artifact | None = None) -> Metric
     """The base model fine-tuned on chosen responses by LoRA and merged: the reference policy of all that follows."""
     from transformers import GenerationConfig
 
-    from helpsteer_assets.modpo.models.loading import (
-        attach_lora,
-        check_lengths,
-        choose_device,
-        load_adapters,
-        load_model,
-        load_tokenizer,
-    )
-    from helpsteer_assets.modpo.training.sft import train_sft
+    from helpsteer_assets.modpo.models.loading import check_lengths, load_tokenizer
 
-    experiment, settings = run.experiment, run.experiment.model
-    device = choose_device(experiment.run, settings.precision)
-    base = fetch(experiment, "model")
+    settings = run.experiment.model
+    base = fetch(run.experiment, "model")
     check_lengths(settings, base, settings.max_length, "model.max_length")
     tokenizer = load_tokenizer(base, trust_remote_code=settings.trust_remote_code)
-    load = partial(
-        load_model, precision=settings.precision, device=device, trust_remote_code=settings.trust_remote_code
-    )
     metrics: Metrics = {}
-    if preference_pairs is not None:
-        pairs = preference_pairs.file("pairs.parquet")
-        train = partial(
-            train_sft,
-            tokenizer=tokenizer,
-            train_sequences=_chosen(run, tokenizer, pairs, "train"),
-            selection_sequences=_chosen(run, tokenizer, pairs, "selection"),
-            settings=experiment.sft,
-            seed=experiment.seed,
-            checkpoints=run.checkpoints,
-        )
-        if experiment.run.train_processes > 1:
-            adapter = run.folder / SCRATCH / "adapter"
-            result = _train_together(run, base, train, adapter)
-            model = load_adapters(load(base), {"sft": adapter})
-        else:
-            model = attach_lora(load(base), experiment.lora, experiment.seed)
-            result = train(model, report_to=experiment.run.report_to, progress=run.progress)
-        metrics = _record(run, result)
-        model = model.merge_and_unload()
+    if preference_pairs is None:
+        model = _load(run, base)
     else:
-        model = load(base)
+        model, metrics = _fine_tuned(run, base, tokenizer, preference_pairs.file("pairs.parquet"))
     # The base's defaults for generation play no part here, and transformers saves none that contradict each other.
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
@@ -110,6 +80,41 @@ def sft_model(run: StageRun, preference_pairs: Artifact | None = None) -> Metric
     model.save_pretrained(run.folder / "model")
     tokenizer.save_pretrained(run.folder / "model")
     return metrics
+
+
+def _load(run: StageRun, folder: Path) -> "PreTrainedModel":
+    from helpsteer_assets.modpo.models.loading import choose_device, load_model
+
+    settings = run.experiment.model
+    device = choose_device(run.experiment.run, settings.precision)
+    return load_model(folder, precision=settings.precision, device=device, trust_remote_code=settings.trust_remote_code)
+
+
+def _fine_tuned(
+    run: StageRun, base: Path, tokenizer: "PreTrainedTokenizerBase", pairs: Path
+) -> "tuple[PreTrainedModel, Metrics]":
+    """The base model with a LoRA trained on the chosen responses merged into it, and how the training went."""
+    from helpsteer_assets.modpo.models.loading import attach_lora, load_adapters
+    from helpsteer_assets.modpo.training.sft import train_sft
+
+    experiment = run.experiment
+    train = partial(
+        train_sft,
+        tokenizer=tokenizer,
+        train_sequences=_chosen(run, tokenizer, pairs, "train"),
+        selection_sequences=_chosen(run, tokenizer, pairs, "selection"),
+        settings=experiment.sft,
+        seed=experiment.seed,
+        checkpoints=run.checkpoints,
+    )
+    if experiment.run.train_processes > 1:
+        adapter = run.folder / SCRATCH / "adapter"
+        result = _train_together(run, base, train, adapter)
+        policy = load_adapters(_load(run, base), {"sft": adapter})
+    else:
+        policy = attach_lora(_load(run, base), experiment.lora, experiment.seed)
+        result = train(policy, report_to=experiment.run.report_to, progress=run.progress)
+    return policy.merge_and_unload(), _record(run, result)
 
 
 def _chosen(run: StageRun, tokenizer: "PreTrainedTokenizerBase", pairs: Path, split: str) -> "list[Sequence]":

@@ -176,7 +176,7 @@ def _describe_training(artifact: Artifact, inputs: Inputs, experiment: Experimen
         "best_step": metrics["best_step"],
         "loss_curve": dg.MetadataValue.md(markdown_image(artifact.file(LOSS_CURVE).read_bytes(), "loss curve")),
     }
-    last = next((row for row in reversed(history) if "loss" in row), {})
+    last: dict[str, float] = next((row for row in reversed(history) if "loss" in row), {})
     described |= {f"final_{key}": last[key] for key in ("loss", "accuracy", "grad_norm") if key in last}
     if metrics["best_loss"] is not None:
         described["best_selection_loss"] = metrics["best_loss"]

@@ -27,20 +27,23 @@ SHIPPED = ("demo", "smollm2", "helpsteer")
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with the numbers of YAML 1.2 (1e-4 is one; 010 is ten, 1:30 and 2024-01-01 are text), which refuses a
-    key that stands twice, tags, aliases that go on for ever, and characters that no path and no file can hold."""
+    """SafeLoader with the numbers of YAML 1.2: 1e-4 is one, 010 is ten, 1:30 and 2024-01-01 are text.
+
+    It refuses a key that stands twice, tags, endless aliases, and characters that no path and no file can hold.
+    """
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
         self._characters = 0
         self._sizes: dict[yaml.Node, int] = {}
 
-    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event, before = self.peek_event(), self._characters
         line = event.start_mark.line + 1
         if getattr(event, "tag", None) is not None:
             raise HelpsteerError(f"line {line}: a tag such as {shown(event.tag)} is not read; remove it")
         node = super().compose_node(parent, index)
+        assert node is not None  # an event was there
         if isinstance(event, yaml.AliasEvent):
             if node not in self._sizes:
                 raise HelpsteerError(f"line {line}: the alias *{event.anchor} stands within what it refers to")
@@ -54,7 +57,7 @@ class _Loader(yaml.SafeLoader):
             )
         return node
 
-    def construct_scalar(self, node: yaml.Node) -> str:
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> str:
         value = super().construct_scalar(node)
         if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
             raise HelpsteerError(
@@ -76,8 +79,6 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, regexp) for tag, regexp in resolvers if tag.rpartition(":")[2] in ("bool", "null", "merge")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-
-
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
@@ -140,7 +141,7 @@ def _absolute_paths(data: dict[str, Any], folder: Path) -> None:
     places.append((evaluation.get("rater") if isinstance(evaluation, dict) else None, "model"))
     for section, key in places:
         value = section.get(key) if isinstance(section, dict) else None
-        if isinstance(value, str) and is_path(value):
+        if isinstance(section, dict) and isinstance(value, str) and is_path(value):
             section[key] = _absolute(value, folder)
 
 

@@ -509,10 +509,8 @@ class Experiment(Section):
             raise ValueError(
                 "run.fsdp: there is nothing to share among one process; raise run.train_processes, or set it to false"
             )
-        trainings = {"sft": self.sft, "margin_adapter": self.margin_adapter, "modpo": self.modpo}
-        for name, settings in trainings.items():
-            used = settings is not None and settings.trains and (name != "margin_adapter" or self.has_margin_adapter)
-            if used and settings.batch_size * settings.accumulation % self.run.train_processes:
+        for name, settings in self.trainings().items():
+            if settings.batch_size * settings.accumulation % self.run.train_processes:
                 raise ValueError(
                     f"run.train_processes: {self.run.train_processes} processes cannot share a step of {name} evenly, "
                     f"batch_size {settings.batch_size} x accumulation {settings.accumulation}; make their product a "
@@ -540,6 +538,13 @@ class Experiment(Section):
             rater = self.evaluation.rater
             found["rater"] = ("evaluation.rater.model", rater.model, rater.revision)
         return found
+
+    def trainings(self) -> dict[str, TrainingSettings]:
+        """The sections of the trainings that this experiment has."""
+        trainings: dict[str, TrainingSettings] = {"sft": self.sft} if self.sft.enabled else {}
+        if self.has_margin_adapter and self.margin_adapter is not None:
+            trainings["margin_adapter"] = self.margin_adapter
+        return {**trainings, "modpo": self.modpo}
 
     @property
     def has_margin_adapter(self) -> bool:

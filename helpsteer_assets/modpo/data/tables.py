@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import duckdb
 import pyarrow as pa
@@ -18,7 +18,7 @@ ROW_GROUP_ROWS = 16_384
 ROW_GROUP_BYTES = 2**28
 """A row group ends here at the latest: with texts of megabytes its rows would not fit in memory."""
 
-Source = pa.Table | Path
+Source: TypeAlias = pa.Table | Path
 """A table in memory, or a Parquet file."""
 
 
@@ -46,7 +46,8 @@ def database(scratch: Path | None = None, **tables: Source) -> Iterator[duckdb.D
     ORDER BY and nothing else.
     """
     with tempfile.TemporaryDirectory(prefix=".duckdb-", dir=scratch) as spilled:
-        config = {"threads": 2, "memory_limit": "1GB", "temp_directory": spilled, "preserve_insertion_order": False}
+        config: dict[str, str | bool | int | float | list[str]] = {}
+        config |= {"threads": 2, "memory_limit": "1GB", "temp_directory": spilled, "preserve_insertion_order": False}
         with duckdb.connect(":memory:", config=config) as connection:
             # It is drawn where Python has no main file, as in a step that Dagster forked, or in a person's session.
             connection.execute("SET enable_progress_bar = false")
