@@ -108,7 +108,7 @@ def test_a_changed_grid_asks_for_a_reload(watched: Watched) -> None:
     watched.change(objective={"weights": [0.1, 0.5, 0.9]})
     reported = watched.tick()
     assert all(not passed for passed, _ in reported.values())
-    passed, scores = reported["scores"]
+    _, scores = reported["scores"]
     assert scores is not None and scores.startswith("objective.weights 0.1, 0.9 -> 0.1, 0.5, 0.9: reload the")
     assert scores.endswith("w=0.1, 0.9: up to date; w=0.5: not made yet")
     assert reported["score_summary"] == (False, "objective.weights ['0.1', '0.9'] -> ['0.1', '0.5', '0.9']")
