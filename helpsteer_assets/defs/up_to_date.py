@@ -47,12 +47,12 @@ def build_up_to_date(loaded: Experiment) -> dg.SensorDefinition:
     """The sensor that reports the checks whose result has changed.
 
     Args:
-        loaded: the experiment of the code location, which a change of the file makes out of date as well.
+        loaded: the experiment as the code location has it, until that is loaded again.
     """
 
     @dg.sensor(
         name=UP_TO_DATE,
-        description="Compares what was made with the experiment's file as it stands; changes show in the checks.",
+        description="Compares what was made with the experiment's file as it is now; the checks show what changed.",
         default_status=dg.DefaultSensorStatus.RUNNING,
         minimum_interval_seconds=_SECONDS,
     )
@@ -79,17 +79,14 @@ def build_up_to_date(loaded: Experiment) -> dg.SensorDefinition:
 
 def _verdicts(loaded: Experiment, present: Experiment, home: Path) -> dict[str, tuple[bool, str]]:
     """By asset of the code location: whether it is up to date, and a sentence about it."""
-    reload = "reload the definitions (Deployment, or `Reload definitions` in the lineage)"
+    reload = "reload the definitions (the button is in Catalog and in Lineage)"
     items: dict[str, list[Status]] = {}
     for item in status(present, home):
         items.setdefault(item.asset, []).append(item)
     verdicts = {}
     for name, stage in stages(loaded).items():
         if present.name != loaded.name:
-            verdicts[name] = (
-                False,
-                f"name {loaded.name} -> {present.name}: this is another experiment; start the UI anew",
-            )
+            verdicts[name] = False, f"name {loaded.name} -> {present.name}: another experiment; start the UI anew"
         elif name not in items:
             verdicts[name] = False, f"the experiment no longer has this asset: {reload}"
         else:
