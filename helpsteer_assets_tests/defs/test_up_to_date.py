@@ -122,7 +122,7 @@ def test_an_asset_that_left_the_graph_asks_for_a_reload(watched: Watched) -> Non
 
 
 def test_a_file_that_cannot_be_read_is_waited_for(watched: Watched) -> None:
-    watched.run.file.write_text("extends: demo\nsft: {steps: many}\n", encoding="utf-8")
+    watched.change(sft={"steps": "many"})
     skipped = build_up_to_date(watched.run.experiment)(dg.build_sensor_context(instance=watched.instance))
     assert isinstance(skipped, dg.SkipReason) and skipped.skip_message is not None
     assert "sft.steps" in skipped.skip_message and str(watched.run.file) in skipped.skip_message
