@@ -15,7 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["helpsteer_assets", "helpsteer_assets.*"]),
-    package_data={"helpsteer_assets": ["experiments/*.yaml", "embedded/model/*", "report/*"]},
+    package_data={"helpsteer_assets": ["experiments/*.yaml", "assets/*.jinja", "embedded/model/*", "report/*"]},
     entry_points={"console_scripts": ["helpsteer = helpsteer_assets.cli:entry"]},
     install_requires=[
         "dagster>=1.13.27,<1.14",
@@ -28,6 +28,7 @@ setup(
         "duckdb>=2,<3",
         "accelerate>=1.15,<2",
         "click>=8.1",
+        "filelock>=3.30",
         "huggingface_hub>=2,<3",
         "jinja2>=3.1",
         "matplotlib>=3.9",

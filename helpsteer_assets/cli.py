@@ -8,7 +8,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +20,8 @@ from helpsteer_assets.commands.console import (
     command_name,
     garbage_rows,
     json_value,
-    print_table,
     printable,
+    table_lines,
     unique,
 )
 from helpsteer_assets.errors import HelpsteerError
@@ -108,7 +108,7 @@ def status(as_json: bool) -> None:
         return
     click.echo(f"experiment {experiment.name}, home {home_path()}")
     rows = [(label(s.asset, s.partition), s.state, s.detail, s.fingerprint[:8]) for s in found]
-    print_table(["asset", "state", "detail", "fingerprint"], rows)
+    _print_table(["asset", "state", "detail", "fingerprint"], rows)
 
 
 @main.command()
@@ -129,7 +129,7 @@ def query(sql: str, form: str) -> None:
         objects = [{key: json_value(value) for key, value in zip(keys, row, strict=True)} for row in rows]
         click.echo(json.dumps(objects, default=str, ensure_ascii=False))
     else:
-        print_table([printable(name) for name in names], [[cell(value) for value in row] for row in rows])
+        _print_table([printable(name) for name in names], [[cell(value) for value in row] for row in rows])
 
 
 @main.command()
@@ -170,7 +170,8 @@ def export(policy: str, to: Path, merged: bool, force: bool, repo: str | None, p
 
     With it go the tokenizer, the generation settings, a model card with its scores and licences, and its provenance.
     """
-    from helpsteer_assets.commands.export import check_repository, export_policy, push, repository
+    from helpsteer_assets.commands.export import export_policy
+    from helpsteer_assets.commands.push import check_repository, push, repository
     from helpsteer_assets.files.durable import size_in_words
 
     if repo is None and (public or yes):
@@ -192,7 +193,7 @@ def export(policy: str, to: Path, merged: bool, force: bool, repo: str | None, p
         return
     click.echo(f"{'sending' if yes else 'would send'} to {url}, {'public' if public else 'private'}:")
     rows = [(name, size_in_words(size)) for name, size in made.files.items()]
-    print_table(["file", "size"], [*rows, ("in all", size_in_words(sum(made.files.values())))])
+    _print_table(["file", "size"], [*rows, ("in all", size_in_words(sum(made.files.values())))])
     if yes:
         click.echo(f"sent: {push(made, repo, public=public)}")
     else:
@@ -254,18 +255,15 @@ def gc(delete: bool, keep: tuple[str, ...], older_than: int | None, as_json: boo
     """List what nothing refers to, with its size and the reason; --delete removes it.
 
     Kept are the artifacts of the shipped experiments, of the one that -e or HELPSTEER_EXPERIMENT names and of those of
-    --keep; every experiment's latest materializations; what a running process uses; and all that these were made from.
-    Dagster's own state is left alone.
+    --keep; every experiment's latest materializations; and all that these were made from. Dagster's own state is left
+    alone. While something runs, --delete removes nothing and says what runs.
     """
     from helpsteer_assets.commands.gc import delete_garbage, find_garbage
     from helpsteer_assets.files.durable import size_in_words
 
     experiments = [load_experiment(), *map(load_experiment, (*SHIPPED, *keep))]
     home = home_path()
-    if delete:
-        survey = delete_garbage(home, experiments, older_than, lambda holder: click.echo(holder, err=True))
-    else:
-        survey = find_garbage(home, experiments, older_than)
+    survey = (delete_garbage if delete else find_garbage)(home, experiments, older_than)
     total = sum(item.bytes for item in survey.garbage)
     if as_json:
         items = [{"path": str(item.path), "bytes": item.bytes, "reason": item.reason} for item in survey.garbage]
@@ -275,7 +273,7 @@ def gc(delete: bool, keep: tuple[str, ...], older_than: int | None, as_json: boo
         return
     click.echo(f"home {home}")
     if survey.garbage:
-        print_table(["size", "what", "reason"], garbage_rows(survey.garbage, home))
+        _print_table(["size", "what", "reason"], garbage_rows(survey.garbage, home))
     for note in survey.notes:
         click.echo(f"note: {note}")
     if survey.kept:
@@ -306,6 +304,11 @@ def ui(port: int, host: str) -> None:
     click.echo(f"the graph: http://{host}:{port}/asset-groups?expanded={groups}")
     module = "helpsteer_assets.definitions"
     os.execv(sys.executable, [sys.executable, "-m", "dagster", "dev", "-m", module, "-h", host, "-p", str(port)])
+
+
+def _print_table(names: list[str], rows: Iterable[Sequence[str]]) -> None:
+    for line in table_lines(names, rows):
+        click.echo(line)
 
 
 def _require_free_port(host: str, port: int) -> None:

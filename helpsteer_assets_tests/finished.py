@@ -1,4 +1,4 @@
-"""A small experiment, and a home in which the whole graph was run on it: see the fixtures `finished_home` and `copied`."""
+"""A small experiment, and a home in which the graph was run on it: the fixtures `finished_home` and `copied`."""
 
 import json
 from collections.abc import Callable
@@ -7,8 +7,10 @@ from typing import Any
 
 import yaml
 
+from helpsteer_assets.assets.graph import fingerprints
 from helpsteer_assets.experiment.reading import load_experiment
 from helpsteer_assets.experiment.settings import Experiment
+from helpsteer_assets.store.artifacts import ALL, Artifact, ArtifactStore
 
 QUICK: dict[str, Any] = {
     "extends": "demo",
@@ -41,18 +43,29 @@ def quick_experiment(folder: Path, **changes: Any) -> Experiment:
 
 
 class Finished:
-    """An experiment, its file, the home it was run in, and what the run announced."""
+    """An experiment, the home it was run in, and what the run announced."""
 
-    def __init__(self, file: Path, home: Path, announced: list[str] | None = None) -> None:
-        self.file = file
-        self.experiment = load_experiment(str(file))
+    def __init__(self, experiment: Experiment, home: Path, announced: list[str] | None = None) -> None:
+        self.experiment = experiment
         self.home = home
         self.announced = announced or []
+
+    @property
+    def file(self) -> Path:
+        """The experiment's file, beside the home."""
+        return self.home.parent / f"{self.experiment.name}.yaml"
 
     def run(self, announce: Callable[[str], None] | None = None, **options: Any) -> bool:
         from helpsteer_assets.commands.run import run_experiment
 
         return run_experiment(self.experiment, self.home, announce=announce or self.announced.append, **options)
+
+    def artifact(self, asset: str, partition: str = ALL) -> Artifact:
+        """The finished artifact that the experiment's present settings determine."""
+        fingerprint = fingerprints(self.experiment)[asset, partition].value
+        artifact = ArtifactStore(self.home).find(asset, partition, fingerprint)
+        assert artifact is not None
+        return artifact
 
 
 def run_once(folder: Path) -> Finished:
@@ -63,8 +76,9 @@ def run_once(folder: Path) -> Finished:
     announced = folder / "announced.json"
     with FileLock(folder / ".lock"):
         if announced.exists():
-            return Finished(folder / "quick.yaml", folder / "home", json.loads(announced.read_text(encoding="utf-8")))
-        finished = Finished(write_experiment(folder), folder / "home")
+            said = json.loads(announced.read_text(encoding="utf-8"))
+            return Finished(load_experiment(str(folder / "quick.yaml")), folder / "home", said)
+        finished = Finished(quick_experiment(folder), folder / "home")
         assert finished.run(), finished.announced
         announced.write_text(json.dumps(finished.announced), encoding="utf-8")
         return finished

@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from helpsteer_assets_tests.processes import descendants
+
 ROOT = Path(__file__).parents[1]
 LATE = 800.0
 """Seconds for a backfill to end; Dagster looks at it every 30 seconds."""
@@ -79,18 +81,3 @@ class Ui:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self._process.wait()
-
-
-def descendants(pid: int) -> list[int]:
-    """All processes below one, wherever they moved their session."""
-    parents: dict[int, list[int]] = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            parents.setdefault(parent, []).append(int(entry.name))
-    found, waiting = [], [pid]
-    while waiting:
-        children = parents.get(waiting.pop(), [])
-        found += children
-        waiting += children
-    return found

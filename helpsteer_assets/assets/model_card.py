@@ -1,20 +1,19 @@
-"""Model cards: what the README.md of an adapter in the home says, and that of an exported policy."""
+"""Model cards: the README.md of an adapter in the home and of an exported folder, from one template."""
 
 from dataclasses import dataclass
 from decimal import Decimal
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import yaml
 
 if TYPE_CHECKING:
     from helpsteer_assets.experiment.settings import Experiment
     from helpsteer_assets.modpo.training.loop import TrainingResult
 
 DATA_LICENCES = {"nvidia/HelpSteer": "cc-by-4.0", "nvidia/HelpSteer2": "cc-by-4.0", "embedded": "apache-2.0"}
-"""Licences of data sets that are known here; of others the card says that their owner's terms hold."""
+"""Licences of the data sets that are known here; for others the card points to their owner's terms."""
 
 BASE_LICENCES = {"embedded": "apache-2.0", "meta-llama/Llama-2-7b-hf": "llama2"}
-"""Licences, by the hub's names for them, of base models that are known here."""
+"""Licences, by the hub's names for them, of the base models that are known here."""
 
 _ATTRIBUTIONS = {
     "nvidia/HelpSteer": "Wang et al., HelpSteer: Multi-attribute Helpfulness Dataset for SteerLM (2023)",
@@ -25,7 +24,10 @@ _NOTICES = {
     "llama2": "Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. All Rights "
     "Reserved. Whoever passes these weights on adds a copy of that license."
 }
-"""What a licence wants to be said beside a model made from the licensed one."""
+"""Text that a licence asks for beside every model that is made from the licensed one."""
+
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""LoRA ranks that vLLM has kernels for."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class BaseModel:
 
 
 def role_in_words(experiment: "Experiment", w: str) -> str:
-    """What a weight means: in which direction the margin pulls, and how much of the objective goes where."""
+    """The meaning of a weight: which way the margin pulls, and how much of the objective goes where."""
     preference, rest = experiment.data.preference_attribute, 1 - Decimal(w)
     if not rest:
         return f"w={w}: all of the weight is on {preference} (plain DPO)"
@@ -54,71 +56,28 @@ def role_in_words(experiment: "Experiment", w: str) -> str:
 def model_card(
     experiment: "Experiment", result: "TrainingResult", *, w: str | None, base: str, fingerprint: str
 ) -> str:
-    """The card of a policy's adapter, or (without w) of the margin adapter.
+    """The card of an adapter in the home: of a policy, or (without w) of the margin adapter.
 
     Args:
         experiment: what it was trained in.
         result: how its training went.
         w: the policy's weight; None for the margin adapter.
         base: folder of the SFT model that the adapter sits on.
-        fingerprint: what determined the artifact that holds it.
+        fingerprint: of the artifact that holds it.
     """
-    data, objective = experiment.data, experiment.objective
-    licence = DATA_LICENCES.get(data.source)
-    front = {
-        "base_model": experiment.model.base,
-        "library_name": "peft",
-        "pipeline_tag": "text-generation",
-        "tags": ["modpo", "dpo", "lora", "alignment"],
-    }
-    if data.revision:
-        front["datasets"] = [data.source]
-    if w is None:
-        assert experiment.margin_adapter is not None  # validated with the experiment: there would be no adapter
-        title = f"Margin adapter for {data.margin_attribute}"
-        what = (
-            f"A LoRA trained by DPO (beta {experiment.margin_adapter.beta}) on pairs that differ in "
-            f"{data.margin_attribute}. It is an implicit reward model: r(x, y) = margin_beta * (log p_adapter(y|x) - "
-            "log p_sft(y|x)); it is not meant to generate."
-        )
-    else:
-        title = f"MODPO policy, w = {w}"
-        scale = (
-            f"margin_beta {objective.margin_beta}" if experiment.has_margin_adapter else f"penalty {objective.penalty}"
-        )
-        what = (
-            "A LoRA trained by multi-objective direct preference optimization (Zhou et al., Findings of ACL 2024), "
-            f"beta {objective.beta}, {scale}. {role_in_words(experiment, w)}."
-        )
-    sft = f"fine-tuned to the SFT model in `{base}`" if experiment.sft.enabled else f"as it is, in `{base}`"
-    loss = "" if result.best_loss is None else f", loss on held-out train prompts {result.best_loss:.4g}"
-    best = next((row for row in result.history if row["step"] == result.best_step), {})
-    accuracy = f", accuracy there {best['eval_accuracy']:.3g}" if "eval_accuracy" in best else ""
-    lora = experiment.lora
-    return f"""---
-{yaml.safe_dump(front, sort_keys=False).strip()}
----
-
-# {title}
-
-{what}
-
-- Base model: {experiment.model.base}, {sft}. The adapter sits on the model in that folder.
-- Data: {data.source}{f" at revision {data.revision}" if data.revision else ""}
-- Precision: {experiment.model.precision}; LoRA r={lora.r}, alpha={lora.alpha}; seed {experiment.seed}
-- Training: {result.steps} steps, kept those up to step {result.best_step}{loss}{accuracy}
-- Experiment: {experiment.name}, fingerprint {fingerprint}. All settings, inputs, versions and metrics are in the
-  artifact's `manifest.json`.
-- Licence of the data: {licence or "see the data's owner"}. Its terms, and the base model's, may bind this adapter.
-
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("{base}")
-model = PeftModel.from_pretrained(model, "<this folder>")
-```
-"""
+    source = experiment.model.base
+    return _render(
+        experiment,
+        BaseModel(source, BASE_LICENCES.get(source)),
+        w=w,
+        merged=False,
+        fingerprint=fingerprint,
+        base_name=source,
+        data_name=experiment.data.source,
+        is_margin_adapter=w is None,
+        sft_folder=base,
+        training=result,
+    )
 
 
 def export_card(
@@ -132,7 +91,7 @@ def export_card(
     prompt_template: str | None,
     transformers_version: str,
 ) -> str:
-    """The card of an exported policy, with the YAML that the hub reads. It names no path of this machine.
+    """The card of an exported policy. It names no path of this machine.
 
     Args:
         experiment: what it was trained in.
@@ -141,179 +100,72 @@ def export_card(
         merged: whether the folder is one whole model; else it is an adapter with the SFT model in `base_model/`.
         scores: rows of score_summary of this policy; empty where it has not been scored.
         fingerprint: of the policy's artifact.
-        prompt_template: what prompts are put into; None: the exported tokenizer's chat template.
+        prompt_template: the text that prompts are put into; None: the exported tokenizer's chat template.
         transformers_version: that wrote the files.
     """
     data = experiment.data
-    title = "SFT model of a MODPO experiment" if w is None else f"MODPO policy, w = {w}"
-    parts = [
-        f"---\n{yaml.safe_dump(_export_front(experiment, base, w, merged), sort_keys=False).strip()}\n---",
-        f"# {title}",
-        _what_it_is(experiment, w),
-        "## Use",
-        _use(experiment, w, merged, prompt_template, transformers_version),
-        "## How it answers",
-        _how_it_answers(experiment, prompt_template),
-        "## Scores",
-        _scores_table(experiment, scores),
-        "## Origin",
-        "\n".join(
-            [
-                f"- Base model: {base.id or _local(experiment.model.base, 'model')}"
-                + (f" at revision {experiment.model.revision}" if experiment.model.revision else "")
-                + ("" if experiment.sft.enabled else ", as it is"),
-                f"- Data: {_data_name(experiment)}" + (f" at revision {data.revision}" if data.revision else ""),
-                f"- Experiment {experiment.name}, seed {experiment.seed}, precision {experiment.model.precision}, LoRA "
-                f"r={experiment.lora.r} alpha={experiment.lora.alpha}; fingerprint {fingerprint}",
-                "- All settings, inputs, versions and digests: `provenance.json`",
-            ]
-        ),
-        "## Licences",
-        _licences(experiment, base),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _export_front(experiment: "Experiment", base: BaseModel, w: str | None, merged: bool) -> dict[str, Any]:
-    front: dict[str, Any] = {"license": base.licence} if base.licence else {}
-    if base.id:
-        front |= {"base_model": base.id, "base_model_relation": "finetune" if merged else "adapter"}
-    front |= {
-        "library_name": "transformers" if merged else "peft",
-        "pipeline_tag": "text-generation",
-        "tags": ["sft", "alignment"] if w is None else ["modpo", "dpo", "lora", "alignment"],
-    }
-    if experiment.data.revision:
-        front["datasets"] = [experiment.data.source]
-    return front
-
-
-def _what_it_is(experiment: "Experiment", w: str | None) -> str:
-    if w is None:
-        made = (
-            "The base model fine-tuned on the preferred responses"
-            if experiment.sft.enabled
-            else "The base model, as it is"
-        )
-        return f"{made}: the reference policy that the MODPO policies of the experiment are held to."
-    objective = experiment.objective
-    scale = f"margin_beta {objective.margin_beta}" if experiment.has_margin_adapter else f"penalty {objective.penalty}"
-    return (
-        "A policy trained by multi-objective direct preference optimization (Zhou et al., [Beyond One-Preference-Fits-"
-        f"All Alignment](https://arxiv.org/abs/2310.03708), Findings of ACL 2024), beta {objective.beta}, {scale}. "
-        f"{role_in_words(experiment, w)}."
+    return _render(
+        experiment,
+        base,
+        w=w,
+        merged=merged,
+        fingerprint=fingerprint,
+        base_name=base.id or _without_path(experiment.model.base, "model"),
+        data_name=data.source if data.revision else _without_path(data.source, "data"),
+        sft_folder="<this folder>/base_model",
+        export={
+            "w": w,
+            "scores": scores,
+            "prompt_template": prompt_template,
+            "transformers_version": transformers_version,
+            "lora_rank": next((rank for rank in _VLLM_RANKS if rank >= experiment.lora.r), _VLLM_RANKS[-1]),
+        },
     )
 
 
-def _use(experiment: "Experiment", w: str | None, merged: bool, prompt_template: str | None, version: str) -> str:
-    if merged:
-        loading = 'model = AutoModelForCausalLM.from_pretrained("<this folder>", dtype="auto")'
-        imports, serving = "", "vllm serve <this folder>"
-        where = "`<this folder>` is a local path, or the id of the repository on the hub."
+def _render(
+    experiment: "Experiment",
+    base: BaseModel,
+    *,
+    w: str | None,
+    merged: bool,
+    is_margin_adapter: bool = False,
+    **facts: Any,
+) -> str:
+    from huggingface_hub import ModelCard, ModelCardData
+
+    if is_margin_adapter:
+        title = f"Margin adapter for {experiment.data.margin_attribute}"
     else:
-        imports = "from peft import PeftModel\n"
-        loading = (
-            'base = AutoModelForCausalLM.from_pretrained("<this folder>/base_model", dtype="auto")\n'
-            'model = PeftModel.from_pretrained(base, "<this folder>")'
-        )
-        # The ranks that vLLM has kernels for.
-        rank = next((rank for rank in (8, 16, 32, 64, 128, 256, 320, 512) if rank >= experiment.lora.r), 512)
-        serving = (
-            f"vllm serve <this folder>/base_model --enable-lora --max-lora-rank {rank} --lora-modules "
-            f"w{w}=<this folder>"
-        )
-        where = (
-            "`<this folder>` is a local path; from the hub, `huggingface_hub.snapshot_download` gives one. The adapter "
-            "sits on the SFT model in `base_model/`, not on the base model that this was made from."
-        )
-    prompt = (
-        'messages = [{"role": "user", "content": "..."}]\n'
-        'inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", '
-        "return_dict=True)"
-        if prompt_template is None
-        else f'inputs = tokenizer({prompt_template!r}.format(prompt="..."), return_tensors="pt")'
+        title = "SFT model of a MODPO experiment" if w is None else f"MODPO policy, w = {w}"
+    is_sft_model = w is None and not is_margin_adapter
+    card_data = ModelCardData(
+        license=base.licence,
+        base_model=base.id,
+        base_model_relation=None if base.id is None else "finetune" if merged else "adapter",
+        library_name="transformers" if merged else "peft",
+        pipeline_tag="text-generation",
+        tags=["sft", "alignment"] if is_sft_model else ["modpo", "dpo", "lora", "alignment"],
+        datasets=[experiment.data.source] if experiment.data.revision else None,
     )
-    return f"""```python
-{imports}from transformers import AutoModelForCausalLM, AutoTokenizer
-
-{loading}
-tokenizer = AutoTokenizer.from_pretrained("<this folder>")
-{prompt}
-output = model.generate(**inputs)
-print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
-```
-
-```bash
-{serving}
-```
-
-{where} Written with transformers {version}; an older major version may read it otherwise. vLLM was not run on it."""
-
-
-def _how_it_answers(experiment: "Experiment", prompt_template: str | None) -> str:
-    settings = experiment.generation
-    how = (
-        f"sampled at temperature {settings.temperature}, top_p {settings.top_p}"
-        if settings.do_sample
-        else "greedy (vLLM reads no such setting from the file: ask it for `temperature=0`)"
+    card = ModelCard.from_template(
+        card_data,
+        template_path=str(Path(__file__).with_name("model_card.md.jinja")),
+        experiment=experiment,
+        title=title,
+        merged=merged,
+        is_margin_adapter=is_margin_adapter,
+        role=None if w is None else role_in_words(experiment, w),
+        licence=base.licence,
+        notice=_NOTICES.get(base.licence or ""),
+        data_licence=DATA_LICENCES.get(experiment.data.source),
+        attribution=_ATTRIBUTIONS.get(experiment.data.source),
+        interval=lambda mean, low, high: f"{mean:.3g} [{low:.3g}, {high:.3g}]",
+        **facts,
     )
-    extra = [f"repetition_penalty {settings.repetition_penalty}"] if settings.repetition_penalty != 1 else []
-    extra += [f"no_repeat_ngram_size {settings.no_repeat_ngram_size}"] if settings.no_repeat_ngram_size else []
-    template = (
-        "the chat template"
-        if prompt_template is None
-        else f"the template `{prompt_template!r}` (there is no chat template)"
-    )
-    return (
-        f"`generation_config.json` holds the settings of the evaluation: {', '.join([how, *extra])}, at most "
-        f"{settings.max_new_tokens} new tokens. There, a prompt was one user turn in {template}, and of a longer one "
-        f"the last {settings.max_prompt_length} tokens were kept."
-    )
+    return f"{str(card).rstrip()}\n"
 
 
-def _scores_table(experiment: "Experiment", scores: list[dict[str, Any]]) -> str:
-    if not scores:
-        return "Not scored with the experiment's present settings when it was exported."
-    lines = ["| measure | mean | difference to SFT |", "|---|---|---|"]
-    for row in scores:
-        mean = _interval(row["mean"], row["ci_low"], row["ci_high"])
-        delta = "" if row["delta"] is None else _interval(row["delta"], row["delta_low"], row["delta_high"])
-        lines.append(f"| {row['measure']} | {mean} | {delta} |")
-    rater = experiment.evaluation.rater
-    rated = {"none": "nobody rated the responses", "embedded": "rated by the rules of the generated data"}
-    by = rated[rater] if isinstance(rater, str) else "rated by a reward model"
-    return "\n".join(
-        [*lines, "", f"Over {scores[0]['n']} held-out prompts, {by}; in brackets 95% bootstrap intervals over prompts."]
-    )
-
-
-def _interval(mean: float, low: float, high: float) -> str:
-    return f"{mean:.3g} [{low:.3g}, {high:.3g}]"
-
-
-def _local(source: str, what: str) -> str:
+def _without_path(source: str, what: str) -> str:
     article = "a " if what == "model" else ""
     return f"the {what} shipped with helpsteer_assets" if source == "embedded" else f"{article}local {what}"
-
-
-def _data_name(experiment: "Experiment") -> str:
-    source = experiment.data.source
-    return source if experiment.data.revision else _local(source, "data")
-
-
-def _licences(experiment: "Experiment", base: BaseModel) -> str:
-    source = experiment.data.source
-    lines = [
-        f"- Made from {base.id or _local(experiment.model.base, 'model')}: {base.licence or 'its own licence holds'}."
-        + (f" {_NOTICES[base.licence]}" if base.licence in _NOTICES else "")
-    ]
-    licence = DATA_LICENCES.get(source)
-    if source in _ATTRIBUTIONS:
-        lines.append(
-            f"- Trained on [{source}](https://huggingface.co/datasets/{source}) by NVIDIA "
-            f"({_ATTRIBUTIONS[source]}), licensed under [CC BY 4.0](https://creativecommons.org/licenses/by/4.0/), "
-            "which asks for this attribution. Changed: rows were made into pairs by their ratings, and long texts cut."
-        )
-    else:
-        lines.append(f"- Trained on {_data_name(experiment)}: {licence or 'its terms may bind these weights'}.")
-    return "\n".join(lines)

@@ -15,8 +15,16 @@ from helpsteer_assets.assets.run import StageRun
 from helpsteer_assets.assets.stage import Metrics, stage
 from helpsteer_assets.assets.training import MARGIN
 from helpsteer_assets.experiment.settings import Experiment
-from helpsteer_assets.modpo.comparison.scores import PolicyScores, summarize
+from helpsteer_assets.modpo.comparison.scores import PolicyScores, policy_label, summarize
 from helpsteer_assets.modpo.comparison.text import is_empty, repetition
+from helpsteer_assets.modpo.comparison.tradeoff import (
+    TradeoffSettings,
+    analyse,
+    axis_label,
+    length_points,
+    measures_of,
+    points_on,
+)
 from helpsteer_assets.modpo.generation.kl import kl_by_prompt
 from helpsteer_assets.store.artifacts import Artifact
 
@@ -126,10 +134,9 @@ def _reported(experiment: Experiment) -> tuple[str, ...]:
 def tradeoff(run: StageRun, score_summary: Artifact) -> Metrics:
     """What is gained and lost as w moves: the Pareto front, how sure it is, what differs from SFT, and the plots."""
     from helpsteer_assets.modpo.comparison.plots import png_bytes, svg_bytes
-    from helpsteer_assets.modpo.comparison.tradeoff import analyse
 
     policies = read_measures(score_summary)
-    result = analyse(run.experiment, policies)
+    result = analyse(tradeoff_settings(run.experiment), policies)
     for name, figure in _figures(run.experiment, policies, result).items():
         (run.folder / f"{name}.png").write_bytes(png_bytes(figure))
         (run.folder / f"{name}.svg").write_bytes(svg_bytes(figure))
@@ -137,12 +144,28 @@ def tradeoff(run: StageRun, score_summary: Artifact) -> Metrics:
     return result
 
 
+def tradeoff_settings(experiment: Experiment) -> TradeoffSettings:
+    """What a comparison of the experiment's policies depends on."""
+    generation = experiment.generation
+    return TradeoffSettings(
+        preference=experiment.data.preference_attribute,
+        margin_attribute=experiment.data.margin_attribute if experiment.has_margin_adapter else None,
+        margin_sign=experiment.objective.margin_sign,
+        rating_unit="0 to 4" if experiment.evaluation.rater == "embedded" else "",
+        sampled=generation.do_sample,
+        max_prompt_length=generation.max_prompt_length,
+        max_new_tokens=generation.max_new_tokens,
+        samples=experiment.evaluation.bootstrap_samples,
+        seed=experiment.seed,
+    )
+
+
 def _figures(experiment: Experiment, policies: list[PolicyScores], result: dict[str, Any]) -> dict[str, "Figure"]:
     from helpsteer_assets.modpo.comparison.plots import lengths_plot, reward_against_kl_plot, tradeoff_plot
-    from helpsteer_assets.modpo.comparison.tradeoff import axis_label, length_points, measures_of, points_on
 
-    samples, seed = experiment.evaluation.bootstrap_samples, experiment.seed
-    measures = measures_of(experiment, list(policies[0].measures))
+    settings = tradeoff_settings(experiment)
+    samples, seed = settings.samples, settings.seed
+    measures = measures_of(settings, list(policies[0].measures))
     x, note = result["axes"]["x"], result["note"]
     figures = {
         "front": tradeoff_plot(
@@ -179,6 +202,7 @@ def tradeoff_report(
     from helpsteer_assets.report import render
     from helpsteer_assets.report.content import report_content
 
+    policies = read_measures(score_summary)
     responses: dict[str | None, pa.Table] = {None: sft_generations.table("generations.parquet")}
     responses.update((w, artifact.table("generations.parquet")) for w, artifact in generations.items())
     svgs = {
@@ -189,7 +213,8 @@ def tradeoff_report(
     page = render(
         report_content(
             run.experiment,
-            read_measures(score_summary),
+            measures_of(tradeoff_settings(run.experiment), list(policies[0].measures)),
+            policies,
             score_summary.table("score_summary.parquet").to_pylist(),
             json.loads(tradeoff.file("tradeoff.json").read_text(encoding="utf-8")),
             responses,
@@ -209,6 +234,6 @@ def wide_summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per policy with `mean [low, high]` of each measure, for people to read."""
     wide: dict[tuple[str, str | None], dict[str, Any]] = {}
     for row in rows:
-        policy = wide.setdefault((row["policy"], row["w"]), {"policy": "SFT" if row["w"] is None else f"w={row['w']}"})
+        policy = wide.setdefault((row["policy"], row["w"]), {"policy": policy_label(row["w"])})
         policy[row["measure"]] = f"{row['mean']:.3g} [{row['ci_low']:.3g}, {row['ci_high']:.3g}]"
     return list(wide.values())

@@ -1,9 +1,8 @@
-"""What `helpsteer check` reports: does this experiment make sense with this source, this model and this machine?
+"""The report of `helpsteer check`: does this experiment fit its source, its model and this machine?
 
-The source is read and paired as the assets would; of the model only its configuration and tokenizer are loaded, and
-its size is counted without memory for its weights. Nothing is trained, and nothing is left behind but in the hub's
-cache.
-A section that cannot be looked at becomes a problem, and the others are reported all the same.
+The source is read and paired as the assets do it. Of the model only its configuration and its tokenizer are loaded, and
+its size is counted without memory for its weights. Nothing is trained, and only the hub's cache keeps what was fetched.
+A section that fails becomes a problem, and the others are reported all the same.
 """
 
 import importlib.util
@@ -12,33 +11,40 @@ import os
 import tempfile
 import textwrap
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from helpsteer_assets.assets.graph import partitions_of, stages
 from helpsteer_assets.assets.model_card import role_in_words
 from helpsteer_assets.assets.sources import described_model, fetch
 from helpsteer_assets.assets.status import finished_folders, status, unfinished
-from helpsteer_assets.commands.cost import Work, measure_machine, training_memory
+from helpsteer_assets.commands.console import table_lines
 from helpsteer_assets.commands.disk import BYTES, NEARLY_ALL, disk_need, in_words, shortage
-from helpsteer_assets.commands.estimate import ASSUMED_GPU, estimate, measure_texts, total
+from helpsteer_assets.commands.estimate import Pairs, estimate, measured_rates, product_rate
 from helpsteer_assets.embedded.generator import build_rows
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.execution.ray_cluster import ask_nodes, judge, on_ray
 from helpsteer_assets.experiment.settings import Experiment, RewardModelSettings, TrainingSettings, is_hub_id
 from helpsteer_assets.files.durable import free_space, size_in_words
 from helpsteer_assets.modpo.comparison.margin_adapter import judge_margin_adapter
-from helpsteer_assets.modpo.data.attributes import ATTRIBUTES, OVERALL
-from helpsteer_assets.modpo.data.pairs import RATED, SPLITS, build_pairs, describe_pairs, select_evaluation_prompts
-from helpsteer_assets.modpo.data.ratings import hash_share, read_ratings, rows_to_ratings
-from helpsteer_assets.modpo.data.tables import Source, query
+from helpsteer_assets.modpo.data.pairs import (
+    RATED,
+    SPLITS,
+    build_pairs,
+    count_pairs,
+    count_texts,
+    describe_pairs,
+    select_evaluation_prompts,
+)
+from helpsteer_assets.modpo.data.ratings import read_ratings, rows_to_ratings
+from helpsteer_assets.modpo.data.tables import query
+from helpsteer_assets.modpo.settings import Compute, Lora
 from helpsteer_assets.modpo.training.schedule import count_steps
 from helpsteer_assets.store.artifacts import ALL
 
@@ -48,7 +54,7 @@ if TYPE_CHECKING:
     from helpsteer_assets.modpo.models.loading import ModelSize
 
 _MEASURED_RESPONSES = 5000
-"""Token lengths are measured on so many responses, chosen by their hash: enough for shares, and seconds to count."""
+"""Token lengths are measured on so many responses, chosen by their hash."""
 _WIDTH = 110
 _MUCH_TRUNCATED = 0.2
 _LITTLE_CONFLICT = 0.05
@@ -62,41 +68,43 @@ _TRACKERS = {"wandb": "wandb", "tensorboard": "tensorboard", "trackio": "trackio
 @dataclass
 class _Findings:
     problems: list[str] = field(default_factory=list)
-    """What will make a run fail."""
+    """These make a run fail."""
     warnings: list[str] = field(default_factory=list)
-    """What will make a result worse, slower or smaller than meant."""
+    """These make a result worse, slower or smaller than intended."""
 
-
-@dataclass(frozen=True)
-class _Pairs:
-    """A file of pairs, and how many there are of each split."""
-
-    file: Path
-    counts: dict[str, int]
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Make a HelpsteerError a problem, and go on after the block."""
+        try:
+            yield
+        except HelpsteerError as error:
+            self.problems.append(str(error))
 
 
 @dataclass(frozen=True)
 class _Data:
-    """What the source gives; None for what could not be made."""
+    """What the source gives; None for what it does not give."""
 
     ratings: Path
-    preference_pairs: _Pairs | None
-    margin_pairs: _Pairs | None
+    preference_pairs: Pairs | None
+    margin_pairs: Pairs | None
+    prompts: list[str] | None
+    """Texts of the evaluation prompts."""
 
 
 @dataclass(frozen=True)
 class _Lengths:
     """Tokens of texts, uncut."""
 
-    responses: pa.Table
-    """response_id, prompt_tokens, response_tokens of those that were measured."""
-    asked: list[int]
-    """Of each evaluation prompt."""
+    responses: np.ndarray
+    """(prompt, response) of the responses that were measured, [responses, 2]."""
+    asked: np.ndarray
+    """Each evaluation prompt."""
 
 
 @dataclass(frozen=True)
 class _Model:
-    """What is known of the base model."""
+    """The base model, without its weights."""
 
     tokenizer: "PreTrainedTokenizerBase"
     size: "ModelSize"
@@ -105,10 +113,10 @@ class _Model:
 
 
 def report(experiment: Experiment, home: Path) -> Iterator[str]:
-    """The lines of the report, as soon as each is known.
+    """The lines of the report, each as soon as it is known.
 
-    Raises HelpsteerError after the last line where there are problems. Reads or downloads the source; of models on the
-    hub only what describes them.
+    Reads or downloads the source; from the hub's models it fetches configuration and tokenizer only. Raises
+    HelpsteerError after the last line where there are problems.
     """
     with tempfile.TemporaryDirectory() as scratch:
         yield from _report(experiment, home, Path(scratch))
@@ -130,15 +138,15 @@ def _report(experiment: Experiment, home: Path, scratch: Path) -> Iterator[str]:
     yield from _evaluation(experiment, data, findings)
     if on_ray():
         yield from _cluster(experiment, home, findings)
-        yield from _disk(experiment, home, model, findings)
     else:
-        yield from _machine(experiment, home, model, findings)
+        yield from _machine(experiment, model, findings)
+    yield from _disk(experiment, home, model, findings)
     if data is not None and model is not None and lengths is not None:
-        yield from _estimate(experiment, data, model.size, lengths)
-    for title, found in (("Warnings", findings.warnings), ("Problems", findings.problems)):
-        if found:
-            yield from ("", f"{title} ({len(found)})")
-            for text in found:
+        yield from _estimate(experiment, home, data, model.size, lengths, findings)
+    for title, texts in (("Warnings", findings.warnings), ("Problems", findings.problems)):
+        if texts:
+            yield from _heading(f"{title} ({len(texts)})")
+            for text in texts:
                 yield from _prose(text, "- ")
     yield ""
     if findings.problems:
@@ -155,44 +163,41 @@ def _data(experiment: Experiment, scratch: Path, findings: _Findings) -> Generat
     options = settings.model_dump(
         include={"on_bad_rows", "validation_share", "max_train_prompts", "max_validation_prompts"}
     )
-    ratings = scratch / "ratings.parquet"
-    try:
+    ratings, read = scratch / "ratings.parquet", None
+    with findings.collecting():
         if settings.source == "embedded":
             read = rows_to_ratings(build_rows(), ratings, **options)
         else:
             read = read_ratings(fetch(experiment, "data"), ratings, **options)
-    except HelpsteerError as error:
-        findings.problems.append(str(error))
+    if read is None:
         yield "  cannot be used, see Problems"
         return None
-    left_out = {split: read["limits"][split]["prompts"] for split in read["splits"]}
-    yield from _columns(
-        [
-            ("split", "rows", "prompts", "prompts left out by the limit"),
-            *((s, _number(n["rows"]), _number(n["prompts"]), _number(left_out[s])) for s, n in read["splits"].items()),
-        ]
+    yield from _table(
+        ("split", "rows", "prompts", "prompts left out by the limit"),
+        ((s, n["rows"], n["prompts"], read["limits"][s]["prompts"]) for s, n in read["splits"].items()),
     )
     if read["validation_by_hash"]:
         yield f"  validation: chosen by a hash of the prompt (data.validation_share {settings.validation_share:g})"
     if removed := read["removed_from_validation"]["prompts"]:
-        yield f"  {_number(removed)} prompts that stand in train too were removed from validation"
+        yield f"  {removed:,} prompts that stand in train too were removed from validation"
     if bad := read["bad_rows"]["count"]:
-        yield f"  {_number(bad)} bad rows are dropped (data.on_bad_rows: drop), the first:"
+        yield f"  {bad:,} bad rows are dropped (data.on_bad_rows: drop), the first:"
         yield from (f"    {reason}" for reason in read["bad_rows"]["first"][:3])
         share = bad / sum(file["rows"] for file in read["files"])
         if share > _MANY_BAD_ROWS:
             findings.warnings.append(f"{share:.0%} of the source's rows are bad and dropped: is data.source meant?")
-    made: dict[str, _Pairs] = {}
-    wanted = {"preference_pairs": settings.preference_attribute}
+    made: dict[str, Pairs] = {}
+    wanted = {"preference": settings.preference_attribute}
     if experiment.has_margin_adapter:
-        wanted["margin_pairs"] = settings.margin_attribute
+        wanted["margin"] = settings.margin_attribute
     for name, attribute in wanted.items():
-        try:
-            file = scratch / f"{name}.parquet"
-            made[name] = _Pairs(file, build_pairs(ratings, attribute, settings.selection_share, file))
-        except HelpsteerError as error:
-            findings.problems.append(str(error))
-    return _Data(ratings, made.get("preference_pairs"), made.get("margin_pairs"))
+        file = scratch / f"{name}.parquet"
+        with findings.collecting():
+            made[name] = Pairs(file, build_pairs(ratings, attribute, settings.selection_share, file))
+    prompts = None
+    with findings.collecting():
+        prompts = select_evaluation_prompts(ratings, experiment.evaluation.prompts)["prompt"].to_pylist()
+    return _Data(ratings, made.get("preference"), made.get("margin"), prompts)
 
 
 def _pairs(experiment: Experiment, data: _Data, findings: _Findings) -> Iterator[str]:
@@ -202,13 +207,13 @@ def _pairs(experiment: Experiment, data: _Data, findings: _Findings) -> Iterator
         chosen[settings.margin_attribute] = "margin"
     yield from _heading("Pairs by attribute")
     counts = count_pairs(data.ratings, settings.selection_share)
-    rows = [("", "", *SPLITS, "tied")]
-    for attribute in RATED:
-        role = chosen.get(attribute)
-        name = f"{attribute} ({role})" if role else attribute
-        rows.append(("*" if role else "", name, *map(_number, counts[attribute].values())))
-    yield from _columns(rows, left=2)
-    yield "  selection: train prompts held out to choose checkpoints; tied: rated equally, so no pair"
+    roles = {name: f" ({chosen[name]})" if name in chosen else "" for name in RATED}
+    yield from _table(
+        ("", "attribute", *SPLITS, "tied"),
+        (("*" if roles[name] else "", name + roles[name], *counts[name].values()) for name in RATED),
+        left=2,
+    )
+    yield "  selection: train prompts held out to choose checkpoints; tied: equal ratings, so no pair"
     if data.preference_pairs is not None:
         yield from _conflict(experiment, data, findings)
         if not data.preference_pairs.counts["selection"]:
@@ -227,44 +232,8 @@ def _pairs(experiment: Experiment, data: _Data, findings: _Findings) -> Iterator
             )
 
 
-def count_pairs(ratings: Source, selection_share: float) -> dict[str, dict[str, int]]:
-    """By attribute: the pairs that `build_pairs` would make in each of SPLITS, and the `tied` ones that make none.
-
-    One query for all attributes: making all those pairs only to count them would take most of the report's time.
-    """
-    counted = ", ".join(
-        f"count(DISTINCT one_id || two_id) FILTER (one_{name} > two_{name}) AS {name}, "
-        f"coalesce(sum(rows) FILTER (one_{name} = two_{name} AND one_id < two_id), 0)::BIGINT AS {name}_tied"
-        for name in RATED
-    )
-    rated = ", ".join(f"{side}.{name} AS {side}_{name}" for side in ("one", "two") for name in RATED)
-    rows = query(
-        f"""
-        WITH responses AS (
-            SELECT prompt_id, response_id, {", ".join(ATTRIBUTES)}, {" + ".join(ATTRIBUTES)} AS {OVERALL}, CASE
-                WHEN split = 'train' AND {hash_share("selection", "prompt_id")} < $selection_share THEN 'selection'
-                ELSE split END AS part, count(*) AS rows
-            FROM ratings GROUP BY ALL
-        ), twos AS (
-            SELECT part, one.response_id AS one_id, two.response_id AS two_id, one.rows * two.rows AS rows, {rated}
-            FROM responses AS one JOIN responses AS two USING (part, prompt_id)
-            WHERE one.response_id <> two.response_id
-        )
-        SELECT part, {counted} FROM twos GROUP BY part
-        """,
-        {"selection_share": selection_share},
-        ratings=ratings,
-    ).to_pylist()
-    by_part = {row["part"]: row for row in rows}
-    return {
-        name: {part: by_part.get(part, {}).get(name, 0) for part in SPLITS}
-        | {"tied": sum(row[f"{name}_tied"] for row in rows)}
-        for name in RATED
-    }
-
-
 def _conflict(experiment: Experiment, data: _Data, findings: _Findings) -> Iterator[str]:
-    """In how many preference pairs the two objectives pull apart."""
+    """How many preference pairs pull the two objectives apart."""
     preference, margin = experiment.data.preference_attribute, experiment.data.margin_attribute
     described = describe_pairs(data.preference_pairs.file, data.ratings, preference, margin)
     if experiment.has_margin_adapter:
@@ -315,19 +284,19 @@ def _weights(experiment: Experiment, findings: _Findings) -> Iterator[str]:
 def _model(experiment: Experiment, findings: _Findings) -> Generator[str, None, _Model | None]:
     settings = experiment.model
     yield from _heading(f"Model: {settings.base}", settings.revision)
-    try:
+    model = None
+    with findings.collecting():
         model, context = _look_at_model(experiment, described_model(experiment, "model"), findings)
-    except HelpsteerError as error:
-        findings.problems.append(str(error))
+    if model is None:
         yield "  cannot be used, see Problems"
         return None
     yield (
-        f"  {_number(model.size.parameters)} parameters, "
+        f"  {model.size.parameters:,} parameters, "
         f"{size_in_words(model.size.parameters * BYTES[settings.precision])} in {settings.precision}; context "
-        f"{'not stated' if context is None else f'{_number(context)} tokens'}"
+        f"{'not stated' if context is None else f'{context:,} tokens'}"
     )
     share = model.size.adapter_parameters / model.size.parameters
-    yield f"  LoRA r={experiment.lora.r}: {_number(model.size.adapter_parameters)} trained parameters ({share:.2%})"
+    yield f"  LoRA r={experiment.lora.r}: {model.size.adapter_parameters:,} trained parameters ({share:.2%})"
     from helpsteer_assets.modpo.models.tokenization import FALLBACK_TEMPLATE
 
     own = model.tokenizer.chat_template
@@ -336,7 +305,7 @@ def _model(experiment: Experiment, findings: _Findings) -> Generator[str, None, 
 
 
 def _look_at_model(experiment: Experiment, folder: Path, findings: _Findings) -> tuple[_Model, int | None]:
-    """What is known of the model, and the length of its context."""
+    """The model, and the length of its context in tokens where its config says."""
     from helpsteer_assets.modpo.models.loading import (
         check_lengths,
         check_vocabulary,
@@ -350,20 +319,21 @@ def _look_at_model(experiment: Experiment, folder: Path, findings: _Findings) ->
     trust = settings.trust_remote_code
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # between transformers and PEFT
-        size = model_size(folder, experiment.lora, trust_remote_code=trust)
+        size = model_size(folder, experiment.lora.plain(Lora), trust_remote_code=trust)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust)
     context = context_length(folder, trust_remote_code=trust)
     downloaded = not is_hub_id(settings.base) or any(folder.glob("*.safetensors"))
     checks = [
-        *(partial(check_lengths, settings, folder, needed, key) for key, needed in needed_lengths(experiment).items()),
+        *(
+            partial(check_lengths, folder, needed, key, base=settings.base, trust_remote_code=trust)
+            for key, needed in needed_lengths(experiment).items()
+        ),
         partial(check_vocabulary, tokenizer, size.embeddings),
         *([partial(require_safetensors, folder)] if downloaded else []),
     ]
     for check in checks:
-        try:
+        with findings.collecting():
             check()
-        except HelpsteerError as error:
-            findings.problems.append(str(error))
     to_download = 0 if downloaded else size.parameters * BYTES[settings.precision]
     return _Model(tokenizer, size, to_download), context
 
@@ -395,84 +365,80 @@ def _lengths(
         ratings=data.ratings,
     )
     total = query("SELECT count(DISTINCT response_id) AS total FROM ratings", ratings=data.ratings)["total"][0].as_py()
-    asked = _evaluation_prompts(experiment, data)
-    texts = dict(zip(responses["prompt_id"].to_pylist(), responses["prompt"].to_pylist(), strict=True))
-    unlimited = 2**31
 
     def prompt_tokens(prompts: list[str]) -> list[int]:
-        return [len(ids) for ids, _ in encode_prompts(tokenizer, prompts, unlimited)]
+        return [len(ids) for ids, _ in encode_prompts(tokenizer, prompts, 2**31)]
 
-    of_prompt = dict(zip(texts, prompt_tokens(list(texts.values())), strict=True))
+    texts = dict(zip(responses["prompt_id"].to_pylist(), responses["prompt"].to_pylist(), strict=True))
+    tokens_of = dict(zip(texts, prompt_tokens(list(texts.values())), strict=True))
     counted = count_response_tokens(tokenizer, responses)
     ids = zip(responses["prompt_id"].to_pylist(), responses["response_id"].to_pylist(), strict=True)
-    prompts = np.array(list(of_prompt.values()))
-    lengths = np.array([(of_prompt[prompt_id], counted[response_id]) for prompt_id, response_id in ids])
-    cut_prompt = float(np.mean(prompts > model.max_prompt_length))
+    prompts = np.array(list(tokens_of.values()))
+    lengths = np.array([(tokens_of[prompt_id], counted[response_id]) for prompt_id, response_id in ids])
+    asked = np.array([] if data.prompts is None else prompt_tokens(data.prompts))
     room = model.max_length - np.minimum(lengths[:, 0], model.max_prompt_length)
-    cut_response = float(np.mean(lengths[:, 1] > room))
-    of = f", measured on {_number(len(responses))} of {_number(total)} responses" if len(responses) < total else ""
-    yield from _heading(f"Lengths in tokens{of}")
-    rows = [("", "median", "95%", "longest", "limit", "over it")]
-    rows.append(("prompts", *_quantiles(prompts), f"max_prompt_length {model.max_prompt_length}", f"{cut_prompt:.1%}"))
-    rows.append(("responses", *_quantiles(lengths[:, 1]), "what is left", f"{cut_response:.1%}"))
-    both = float(np.mean(lengths.sum(axis=1) > model.max_length))
-    rows.append(("together", *_quantiles(lengths.sum(axis=1)), f"max_length {model.max_length}", f"{both:.1%}"))
-    evaluated = np.array([] if asked is None else prompt_tokens(asked["prompt"].to_pylist()))
-    if asked is not None:
-        cut = float(np.mean(evaluated > generation.max_prompt_length))
-        limit = f"generation.max_prompt_length {generation.max_prompt_length}"
-        rows.append(("evaluation prompts", *_quantiles(evaluated), limit, f"{cut:.1%}"))
-        if cut > _MUCH_TRUNCATED:
-            findings.warnings.append(
-                f"{cut:.0%} of the evaluation prompts lose their beginning; raise generation.max_prompt_length"
-            )
-    yield from _columns(rows)
-    yield "  What is over it is cut: a prompt keeps its last tokens, a response its first."
-    if cut_prompt > _MUCH_TRUNCATED:
-        findings.warnings.append(f"{cut_prompt:.0%} of the prompts lose their beginning; raise model.max_prompt_length")
-    if cut_response > _MUCH_TRUNCATED:
-        findings.warnings.append(
-            f"{cut_response:.0%} of the responses are cut, the longest ones: raise model.max_length, or lower "
-            "model.max_prompt_length"
-        )
-    measured = {"prompt_tokens": lengths[:, 0], "response_tokens": lengths[:, 1]}
-    return _Lengths(pa.table({"response_id": responses["response_id"], **measured}), evaluated.tolist())
+    measured = (
+        ("prompts", prompts, f"max_prompt_length {model.max_prompt_length}", prompts > model.max_prompt_length),
+        ("responses", lengths[:, 1], "what is left", lengths[:, 1] > room),
+        ("together", lengths.sum(1), f"max_length {model.max_length}", lengths.sum(1) > model.max_length),
+        (
+            "evaluation prompts",
+            asked,
+            f"generation.max_prompt_length {generation.max_prompt_length}",
+            asked > generation.max_prompt_length,
+        ),
+    )
+    shares = {name: float(np.mean(over)) for name, _, _, over in measured if len(over)}
+    sample = f", measured on {len(responses):,} of {total:,} responses" if len(responses) < total else ""
+    yield from _heading(f"Lengths in tokens{sample}")
+    yield from _table(
+        ("", "median", "95%", "longest", "limit", "over it"),
+        (
+            (name, *map(int, np.quantile(tokens, (0.5, 0.95, 1.0), method="higher")), limit, f"{shares[name]:.1%}")
+            for name, tokens, limit, _ in measured
+            if name in shares
+        ),
+    )
+    yield "  Texts over the limit are cut: a prompt keeps its last tokens, a response its first."
+    remedies = {
+        "evaluation prompts": "lose their beginning; raise generation.max_prompt_length",
+        "prompts": "lose their beginning; raise model.max_prompt_length",
+        "responses": "are cut, the longest ones: raise model.max_length, or lower model.max_prompt_length",
+    }
+    for name, remedy in remedies.items():
+        if shares.get(name, 0) > _MUCH_TRUNCATED:
+            findings.warnings.append(f"{shares[name]:.0%} of the {name} {remedy}")
+    return _Lengths(lengths, asked)
 
 
 def _training(experiment: Experiment, data: _Data | None, findings: _Findings) -> Iterator[str]:
-    preference = None if data is None else _train_rows(data.preference_pairs)
-    margin = None if data is None else _train_rows(data.margin_pairs)
-    stages: list[tuple[str, TrainingSettings, str, int | None, int]] = []
+    preference, margin = (None, None) if data is None else (data.preference_pairs, data.margin_pairs)
+    trainings: list[tuple[str, TrainingSettings, str, int | None, int]] = []
     if experiment.sft.enabled:
-        responses = None if preference is None else len(pc.unique(preference["chosen_id"]))
-        stages.append(("sft_model", experiment.sft, "responses", responses, 1))
+        chosen = None
+        if preference is not None:
+            _, chosen = count_texts(preference.file, splits=("train",), sides=("chosen",))
+        trainings.append(("sft_model", experiment.sft, "responses", chosen, 1))
     if experiment.has_margin_adapter and experiment.margin_adapter is not None:
-        pairs = None if margin is None else margin.num_rows
-        stages.append(("margin_adapter", experiment.margin_adapter, "pairs", pairs, 1))
-    pairs = None if preference is None else preference.num_rows
-    stages.append(("modpo_models", experiment.modpo, "pairs", pairs, len(experiment.objective.weights)))
+        pairs = None if margin is None else margin.counts["train"]
+        trainings.append(("margin_adapter", experiment.margin_adapter, "pairs", pairs, 1))
+    pairs = None if preference is None else preference.counts["train"]
+    trainings.append(("modpo_models", experiment.modpo, "pairs", pairs, len(experiment.objective.weights)))
     yield from _heading("Training")
-    rows = [("", "optimizer steps", "each on", "of", "passes")]
+    rows = []
     total: int | None = 0
-    for name, settings, unit, items, times in stages:
+    for name, settings, unit, items, times in trainings:
         per_step = settings.batch_size * settings.accumulation
         steps = count_steps(settings, items) if items is not None or settings.steps is not None else None
         total = None if steps is None or total is None else total + times * steps
-        shown = "unknown" if steps is None else _number(steps)
-        rows.append(
-            (
-                name,
-                shown if times == 1 else f"{times} x {shown}",
-                f"{per_step} {unit}",
-                "" if items is None else _number(items),
-                "" if items is None or steps is None else f"{steps * per_step / items:.2f}",
-            )
-        )
-    yield from _columns(rows)
+        shown = "unknown" if steps is None else f"{steps:,}"
+        passes = "" if items is None or steps is None else f"{steps * per_step / items:.2f}"
+        rows.append((name, shown if times == 1 else f"{times} x {shown}", f"{per_step} {unit}", items, passes))
+    yield from _table(("", "optimizer steps", "each on", "of", "passes"), rows)
     if not experiment.sft.enabled:
         yield "  sft.enabled is false: the base model itself is the reference policy"
     if total is not None:
-        yield f"  {_number(total)} optimizer steps in all"
+        yield f"  {total:,} optimizer steps in all"
     for tracker in experiment.run.report_to:
         if tracker not in _TRACKERS:
             findings.problems.append(f"run.report_to: {tracker!r} is not known; known are {', '.join(_TRACKERS)}")
@@ -482,35 +448,23 @@ def _training(experiment: Experiment, data: _Data | None, findings: _Findings) -
             )
 
 
-def _train_rows(pairs: _Pairs | None) -> pa.Table | None:
-    """`chosen_id` of the train pairs."""
-    return None if pairs is None else query("SELECT chosen_id FROM pairs WHERE split = 'train'", pairs=pairs.file)
-
-
 def _evaluation(experiment: Experiment, data: _Data | None, findings: _Findings) -> Iterator[str]:
     settings, policies = experiment.evaluation, len(experiment.objective.weights) + 1
     yield from _heading("Evaluation")
-    if data is not None:
-        prompts = _evaluation_prompts(experiment, data)
-        if prompts is None:
-            findings.problems.append(
-                "there are no validation prompts to evaluate on: add a validation file to data.source, give more "
-                "prompts, or raise data.validation_share"
+    if data is not None and data.prompts is not None:
+        count = len(data.prompts)
+        yield (
+            f"  {count:,} held-out prompts ({settings.prompts:,} asked for), {policies} policies: "
+            f"{count * policies:,} responses of up to {experiment.generation.max_new_tokens:,} tokens"
+        )
+        if samples := settings.kl_samples:
+            drawn = count * samples * (policies - 1)
+            yield f"  KL divergence to SFT: {samples} per prompt and weight, {drawn:,} responses more"
+        if count < settings.prompts:
+            findings.warnings.append(
+                f"evaluation.prompts asks for {settings.prompts} and {count} held-out prompts are there: intervals "
+                "will be wider"
             )
-        else:
-            count = prompts.num_rows
-            yield (
-                f"  {_number(count)} held-out prompts ({_number(settings.prompts)} asked for), {policies} policies: "
-                f"{_number(count * policies)} responses of up to {_number(experiment.generation.max_new_tokens)} tokens"
-            )
-            if samples := settings.kl_samples:
-                drawn = count * samples * (policies - 1)
-                yield f"  KL divergence to SFT: {samples} per prompt and weight, {_number(drawn)} responses more"
-            if count < settings.prompts:
-                findings.warnings.append(
-                    f"evaluation.prompts asks for {settings.prompts} and {count} held-out prompts are there: intervals "
-                    "will be wider"
-                )
     if not isinstance(settings.rater, RewardModelSettings):
         yield f"  rater: {settings.rater}"
         if settings.rater == "none":
@@ -518,10 +472,8 @@ def _evaluation(experiment: Experiment, data: _Data | None, findings: _Findings)
         return
     heads = ", ".join(settings.rater.heads)
     yield f"  rater: {settings.rater.model} rates {heads}"
-    try:
+    with findings.collecting():
         _look_at_rater(settings.rater, described_model(experiment, "rater"))
-    except HelpsteerError as error:
-        findings.problems.append(str(error))
 
 
 def _look_at_rater(settings: RewardModelSettings, folder: Path) -> None:
@@ -550,14 +502,7 @@ def _look_at_rater(settings: RewardModelSettings, folder: Path) -> None:
         require_safetensors(folder)
 
 
-def _evaluation_prompts(experiment: Experiment, data: _Data) -> pa.Table | None:
-    try:
-        return select_evaluation_prompts(data.ratings, experiment.evaluation.prompts)
-    except HelpsteerError:
-        return None
-
-
-def _machine(experiment: Experiment, home: Path, model: _Model | None, findings: _Findings) -> Iterator[str]:
+def _machine(experiment: Experiment, model: _Model | None, findings: _Findings) -> Iterator[str]:
     import torch
 
     from helpsteer_assets.modpo.models.loading import choose_device
@@ -565,11 +510,12 @@ def _machine(experiment: Experiment, home: Path, model: _Model | None, findings:
 
     precision = experiment.model.precision
     yield from _heading("Machine")
-    try:
-        device = choose_device(experiment.run, precision)
-        require_devices(experiment.run, device)
-    except HelpsteerError as error:
-        findings.problems.append(str(error))
+    device = None
+    with findings.collecting():
+        chosen = choose_device(experiment.run.plain(Compute), precision)
+        require_devices(experiment.run, chosen)
+        device = chosen
+    if device is None:
         yield "  device: see Problems"
     else:
         if device.type == "cuda":
@@ -596,24 +542,20 @@ def _machine(experiment: Experiment, home: Path, model: _Model | None, findings:
     if experiment.generation.engine == "vllm":
         from helpsteer_assets.modpo.generation.vllm import require_vllm
 
-        try:
+        with findings.collecting():
             require_vllm(precision, experiment.lora.r)
-        except HelpsteerError as error:
-            findings.problems.append(str(error))
-    yield from _disk(experiment, home, model, findings)
 
 
 def _cluster(experiment: Experiment, home: Path, findings: _Findings) -> Iterator[str]:
     yield from _heading("Cluster")
-    try:
+    nodes = None
+    with findings.collecting():
         address, nodes = ask_nodes(home)
-    except HelpsteerError as error:
-        findings.problems.append(str(error))
+    if nodes is None:
         yield "  cannot be asked, see Problems"
         return
     yield f"  Ray at {address}"
-    rows = [(node.name, f"{node.cpus:g}", f"{node.gpus:g}") for node in nodes]
-    yield from _columns([("node", "CPUs", "GPUs"), *rows])
+    yield from _table(("node", "CPUs", "GPUs"), ((node.name, f"{node.cpus:g}", f"{node.gpus:g}") for node in nodes))
     dagster_home = Path(os.environ.get("DAGSTER_HOME") or home / "dagster" / experiment.name)
     problems, warnings = judge(nodes, experiment.run, home, dagster_home)
     findings.problems += problems
@@ -645,54 +587,69 @@ def _disk(experiment: Experiment, home: Path, model: _Model | None, findings: _F
         )
 
 
-def _estimate(experiment: Experiment, data: _Data, size: "ModelSize", lengths: _Lengths) -> Iterator[str]:
-    """What the stages that compute with the model will cost, on this machine and on a GPU."""
-    from helpsteer_assets.modpo.models.loading import batch_tokens, choose_device
+def _estimate(
+    experiment: Experiment, home: Path, data: _Data, size: "ModelSize", lengths: _Lengths, findings: _Findings
+) -> Iterator[str]:
+    """Tokens, FLOPs and time of the stages that compute with the model."""
+    import torch
 
-    margin = data.margin_pairs if experiment.has_margin_adapter else None
-    if data.preference_pairs is None or (experiment.has_margin_adapter and margin is None):
+    from helpsteer_assets.modpo.models.loading import choose_device
+    from helpsteer_assets.modpo.training.launch import require_devices
+
+    if data.preference_pairs is None or (experiment.has_margin_adapter and data.margin_pairs is None):
         return
     precision = experiment.model.precision
     try:
-        device = choose_device(experiment.run, precision)
+        device = choose_device(experiment.run.plain(Compute), precision)
+        require_devices(experiment.run, device)
     except HelpsteerError:
-        return  # among the problems already
-    texts = measure_texts(
-        experiment, data.preference_pairs.file, margin and margin.file, lengths.responses, lengths.asked
+        return  # the machine's section has said so
+    works = estimate(
+        experiment, size.weights_per_token, data.preference_pairs, data.margin_pairs, lengths.responses, lengths.asked
     )
-    tokens = batch_tokens(experiment.run, device)
-    works = estimate(experiment, size, texts, tokens)
-    machine = measure_machine(device.type, precision)
-    clock = "GPU time" if device.type == "cuda" else "CPU time"
-    yield from _heading("Estimate")
-    rows = [("", "TFLOP", clock)]
+    measured: dict[str, float] = {}
+    with findings.collecting():
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        measured = measured_rates(home, works, size.parameters * BYTES[precision], name)
+    product = product_rate(device, precision)
 
-    def row(name: str, work: Work) -> tuple[str, ...]:
-        return (name, f"{work.flops / 1e12:,.3g}", _duration(work.seconds(machine)))
+    def row(title: str, times: dict[str, int], *rate: str) -> tuple[str | int, ...]:
+        """Stages added up, each as many times."""
+        tokens = sum(n * works[stage].tokens for stage, n in times.items())
+        flops = sum(n * works[stage].flops for stage, n in times.items())
+        seconds = sum(n * works[stage].flops / measured.get(stage, product) for stage, n in times.items())
+        return title, round(tokens), f"{flops / 1e12:,.3g}", _duration(seconds), *rate
 
-    graph = stages(experiment)
-    rows += [row(name, work) for name, work in works.items() if not graph[name].partitioned]
-    rows += [row(f"each w: {name}", work) for name, work in works.items() if graph[name].partitioned]
-    everything, shared, one = (total(experiment, works, weights=n) for n in (None, 0, 1))
+    once = {stage: 1 for stage, work in works.items() if not work.each_weight}
+    each = {stage: 1 for stage, work in works.items() if work.each_weight}
     weights = len(experiment.objective.weights)
-    rows.append(row("once for all weights", shared))
-    rows.append(row("each w", one + shared * -1))
-    rows.append(row(f"all of {weights} weight{'' if weights == 1 else 's'}", everything))
-    yield from _columns(rows)
-    memory = training_memory(
-        size, tokens=tokens, bytes_each=BYTES[precision], checkpointing=experiment.modpo.gradient_checkpointing
+    rows = [
+        row(
+            stage if stage in once else f"each w: {stage}",
+            {stage: 1},
+            f"{measured.get(stage, product) / 1e12:.3g}",
+            "in this home" if stage in measured else "by a matrix product",
+        )
+        for stage in (*once, *each)
+    ]
+    rows.append(row("once for all weights", once, "", ""))
+    rows.append(row("each w", each, "", ""))
+    rows.append(
+        row(f"all of {weights} weight{'' if weights == 1 else 's'}", once | dict.fromkeys(each, weights), "", "")
     )
-    yield f"  memory of a policy's training, at its peak: about {size_in_words(round(memory))}"
-    where = "here, just now" if device.type == "cuda" else "here, just now, on one thread"
+    yield from _heading("Estimate")
+    yield from _table(("", "tokens", "TFLOP", "time", "TFLOP/s", "measured"), rows)
     yield from _prose(
-        f"At {machine.rate:.2g} FLOP/s in large {precision} products and {machine.bandwidth:.2g} bytes/s of memory, as "
-        f"measured {where}. On one GPU of {ASSUMED_GPU.rate:.2g} FLOP/s and {ASSUMED_GPU.bandwidth:.2g} bytes/s, which "
-        f"is assumed and not measured, all of it would take {_duration(everything.seconds(ASSUMED_GPU))}."
+        f"FLOPs are 2 N T, in training 4 N T, for N = {size.weights_per_token:,} weights and T tokens; the time is "
+        "FLOPs over the rate. A rate measured in this home is that of the same stage, finished with a model of this "
+        f"size. The rate of a matrix product was measured just now on {device.type}: a model is slower, and a small "
+        "one or its answers many times."
     )
+    answer = np.minimum(lengths.responses[:, 1], experiment.generation.max_new_tokens).mean()
     yield from _prose(
-        f"Answers are taken to be as long as the source's responses, {np.mean(texts.answers):.0f} tokens on average. "
-        "Left out are reading the data, the rater, statistics, report, and early stopping. Runs of three models took "
-        "1.25 to 1.4 times as long in all, and answers up to 2.7 times (docs/scaling.md)."
+        "Answers (generations, kl_to_sft) are the least sure: nobody knows how long they will be. They count as "
+        f"long as the source's responses, {answer:.0f} tokens on average. Not counted are reading the data, the rater, "
+        "statistics, report and early stopping."
     )
 
 
@@ -721,20 +678,10 @@ def _heading(title: str, revision: str | None = None) -> Iterator[str]:
     yield from ("", title if revision is None else f"{title} at {revision[:12]}")
 
 
-def _columns(rows: list[tuple[str, ...]], left: int = 1) -> Iterator[str]:
-    """Rows as text in columns, the first `left` of them aligned to the left and the others to the right."""
-    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
-    for row in rows:
-        cells = [
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=False))
-        ]
-        yield f"  {'  '.join(cells)}".rstrip()
-
-
-def _quantiles(lengths: np.ndarray) -> list[str]:
-    """Median, 95% quantile and maximum."""
-    return [_number(int(value)) for value in np.quantile(lengths, (0.5, 0.95, 1.0), method="higher")]
+def _table(names: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1) -> list[str]:
+    """A table whose first `left` columns are aligned to the left; whole numbers get separators, None stays empty."""
+    cells = [[f"{c:,}" if isinstance(c, int) else "" if c is None else str(c) for c in row] for row in rows]
+    return table_lines(names, cells, right_from=left)
 
 
 def _prose(text: str, bullet: str = "") -> Iterator[str]:
@@ -745,7 +692,3 @@ def _prose(text: str, bullet: str = "") -> Iterator[str]:
             line, _WIDTH, initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
         )
         first = rest
-
-
-def _number(value: int) -> str:
-    return f"{value:,}"

@@ -6,9 +6,10 @@ import re
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from tqdm import tqdm
 
@@ -31,7 +32,7 @@ def json_value(value: object) -> object:
 
 
 def cell(value: object) -> str:
-    """A value as a table shows it."""
+    """A value of a query's result as text."""
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else printable(str(value))
 
 
@@ -53,19 +54,28 @@ def garbage_rows(garbage: "list[Garbage]", home: Path) -> list[tuple[str, str, s
     return rows + [("", f"{count} small ones", reason) for reason, count in small.items()]
 
 
-def print_table(names: list[str], rows: list[Any]) -> None:
-    """Print rows under their names."""
+def table_lines(names: Sequence[str], rows: Iterable[Sequence[str]], *, right_from: int | None = None) -> list[str]:
+    """A table as lines of text: as wide as the terminal, or up to 200 characters where there is none.
+
+    Args:
+        names: the columns.
+        rows: their cells.
+        right_from: this column and all after it are aligned to the right; None: no column.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD)
-    for name in names:
-        table.add_column(name, overflow="fold")
+    for number, name in enumerate(names):
+        numeric = right_from is not None and number >= right_from
+        table.add_column(name, overflow="fold", justify="right" if numeric else "left")
     for row in rows:
         table.add_row(*row)
-    # A file or a pipe has no width to fold to.
-    Console(width=None if sys.stdout.isatty() else 200, markup=False, emoji=False, highlight=False).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 200, markup=False, emoji=False, highlight=False)
+    with console.capture() as capture:
+        console.print(table)
+    return [line.rstrip() for line in capture.get().split("\n")[1:-2]]  # around it stand empty lines
 
 
 def command_name() -> str:

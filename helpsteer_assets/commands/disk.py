@@ -1,4 +1,4 @@
-"""The disk that a run needs: of what is not finished yet, by file sizes and the model's config; no source is read."""
+"""The disk space that a run still needs, estimated from file sizes and the model's size without reading any data."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -14,41 +14,42 @@ if TYPE_CHECKING:
     from helpsteer_assets.modpo.models.loading import ModelSize
 
 NEARLY_ALL = 0.8
-"""Share of what is free from which a warning is due."""
+"""Share of the free space or memory from which a warning is due."""
 BYTES = {"fp32": 4, "bf16": 2}
-"""Of a number, by precision."""
+"""Bytes of a number, by precision."""
 _ADAPTER_BYTES = 4
 """LoRA weights are kept in fp32 whatever the model's precision."""
 _CHECKPOINT_BYTES = 12
 """Per trained number: the weight and AdamW's two moments."""
 _CHECKPOINTS = 5
-"""The newest two and the best of each are kept while another is written."""
+"""The newest two and the best one at the time of each are kept, while another is written."""
 _TEXTS = {"helpsteer_ratings": 1, "preference_pairs": 3, "margin_pairs": 3}
-"""How often the source's text is written: a response stands in several pairs, and pairs in the warehouse, too."""
+"""How often the source's text is written: a response is in several pairs, and the warehouse holds pairs too."""
 _COMPRESSED = {".gz": 4, ".parquet": 4}
-"""Bytes of text in a byte of such a file, about."""
+"""Bytes of text in a byte of a compressed file, about."""
 _EMBEDDED_TEXT = 500_000
+"""Bytes of text in the embedded source, about."""
 _ANSWER_BYTES = 6
-"""Per generated token: its text and its id."""
+"""Bytes of a generated token: its text and its id."""
 
 
 @dataclass(frozen=True)
 class DiskNeed:
-    """What will be written."""
+    """The bytes that a run will write."""
 
     parts: dict[str, int]
-    """Bytes by what they are for."""
+    """Bytes by purpose."""
     unknown: str | None
-    """What is not counted, since it has to be downloaded first."""
+    """A part that is not counted, since it has to be downloaded first."""
 
     @property
     def bytes(self) -> int:
-        """All of it that is known."""
+        """The sum of the known parts."""
         return sum(self.parts.values())
 
 
 def needs_model(to_make: Collection[tuple[str, str]]) -> bool:
-    """Whether what is to be made depends on the size of the model."""
+    """Whether the size of these assets depends on the size of the model."""
     return not {asset for asset, _ in to_make}.isdisjoint({"sft_model", "margin_adapter", "modpo_models"})
 
 
@@ -59,14 +60,14 @@ def disk_need(
     home: Path,
     model: "ModelSize | None",
 ) -> DiskNeed:
-    """About how many bytes making some assets writes into a home, at the most at one time.
+    """Estimate how many bytes a home needs at most while assets are made.
 
     Args:
         experiment: the experiment.
         to_make: assets and partitions that are not finished.
         made: folders of finished unpartitioned artifacts, by asset.
         home: where results are kept.
-        model: the base model's size; None: what depends on it is not counted.
+        model: the base model's size; None leaves out the parts that depend on it.
     """
     assets = [asset for asset, _ in to_make]
     parts: dict[str, int] = {}
@@ -96,7 +97,7 @@ def disk_need(
         parts["answers"] = rounds * tokens * _ANSWER_BYTES
     published = home / "warehouse" / "helpsteer.duckdb"
     if to_make and published.exists():
-        parts["the warehouse anew"] = published.stat().st_size
+        parts["the warehouse again"] = published.stat().st_size
     return DiskNeed(parts, unknown)
 
 
@@ -111,7 +112,7 @@ def in_words(need: DiskNeed, home: Path) -> str:
 
 
 def shortage(need: DiskNeed, home: Path) -> str | None:
-    """Why a run cannot start, and what to do; None where there is room."""
+    """Why a run cannot start, and what to do; None if the disk has room."""
     where, free = free_space(home)
     if need.bytes <= free:
         return None
@@ -122,7 +123,7 @@ def shortage(need: DiskNeed, home: Path) -> str | None:
 
 
 def _text_bytes(experiment: Experiment, ratings: Path | None) -> int | None:
-    """Bytes of the source's text, about; None where it is on the hub and not in the cache."""
+    """Bytes of the source's text, about; None for a source on the hub that is not in the cache."""
     settings = experiment.data
     if ratings is not None:
         return _uncompressed(ratings)

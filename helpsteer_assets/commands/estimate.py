@@ -1,322 +1,180 @@
-"""The work of an experiment, stage by stage, before anything is computed: what `helpsteer check` says it will cost.
+"""What an experiment will cost, before it is run: tokens, FLOPs and time of each stage that computes with the model.
 
-The formulas are those of `modpo/cost.py`; here they meet the graph: which stage reads which texts, how often and with
-which adapters. Nothing is read but pairs and the lengths of texts. Imports no torch.
+A forward pass takes 2 FLOPs for each weight and token, so 2 N T for N weights and T tokens. Training a LoRA takes
+4 N T: the backward pass goes through the frozen weights (2 N T) and computes no gradient of them, which would be the
+other 2 N T of the 6 N T in Kaplan et al., "Scaling Laws for Neural Language Models", 2020. Attention and the LoRA's own
+weights are left out.
+
+Work becomes time by a rate in FLOP/s that was measured: in this home, where the same stage has finished with a model of
+the same size on the same device, else in a matrix product, which is faster than any model.
 """
 
-import math
-from collections.abc import Sequence
+import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
+import numpy as np
 
-from helpsteer_assets.assets.graph import stages
-from helpsteer_assets.commands.cost import (
-    STAGE_OPERATIONS,
-    Machine,
-    Tokens,
-    Work,
-    decoding,
-    forward,
-    longest_of,
-    optimizer,
-    training,
-    tree,
-)
-from helpsteer_assets.commands.disk import BYTES
 from helpsteer_assets.experiment.settings import Experiment, TrainingSettings
-from helpsteer_assets.modpo.data.tables import Source, query
+from helpsteer_assets.modpo.data.pairs import SPLITS, count_texts
 from helpsteer_assets.modpo.training.schedule import count_steps, evaluation_interval
+from helpsteer_assets.store.artifacts import ALL, ArtifactStore
 
 if TYPE_CHECKING:
-    from helpsteer_assets.modpo.models.loading import ModelSize
+    import torch
 
-ASSUMED_GPU = Machine(rate=4.5e14, bandwidth=2e12, operation=5e-6)
-"""A GPU that nobody measured: about half of what the makers of an H100 state for products in bf16, two thirds for its
-memory, and what starting a kernel is commonly said to take."""
-_DECODED_TOGETHER = 256
-"""`generation.SHARE_OF_PROMPTS`, whose module imports torch."""
-
-
-@dataclass(frozen=True)
-class PairTexts:
-    """The texts of one attribute's pairs, in tokens as training and scoring cut them."""
-
-    train_pairs: int
-    pair: Tokens
-    """Of a train pair, on average: its prompt once, and both responses."""
-    selection: Tokens
-    """Of all held-out train pairs: every prompt and response once."""
-    validation: Tokens
-    """The same of the validation pairs."""
-    all: Tokens
-    """The same of all pairs."""
+_TRAININGS = {"sft_model": "sft", "margin_adapter": "margin_adapter", "modpo_models": "modpo"}
+"""Stages that train, and the section of their settings."""
+_USE_MARGIN_ADAPTER = ("margin_rewards", "sft_scores", "scores")
+"""Stages that compute with the margin adapter if there is one, and so do less under a length penalty."""
+_SAME_SIZE = 0.02
+"""Two models whose files differ by less than this share count as equally large."""
 
 
 @dataclass(frozen=True)
-class Texts:
-    """What the stages read."""
+class Pairs:
+    """A file of pairs (PAIRS_SCHEMA), and how many it has of each split."""
 
-    preference: PairTexts
-    margin: PairTexts | None
-    """None under a length penalty."""
-    both: Tokens
-    """Every prompt and response of either attribute's pairs once."""
-    chosen: Sequence[tuple[int, int]]
-    """Tokens of (prompt, response) of chosen train responses: a sample of what SFT learns."""
-    chosen_train: int
-    """How many there are in all."""
-    chosen_selection: int
-    """How many there are of held-out train prompts."""
-    asked: Sequence[int]
-    """Tokens of each evaluation prompt, cut."""
-    answers: Sequence[int]
-    """Tokens of answers, as far as one can tell: those of the source's responses, cut as generation cuts them."""
+    file: Path
+    counts: dict[str, int]
 
 
-def measure_texts(
-    experiment: Experiment, preference: Source, margin: Source | None, lengths: pa.Table, asked: Sequence[int]
-) -> Texts:
-    """Count the texts of pairs; lengths that were not measured count as the mean of those that were.
+@dataclass(frozen=True)
+class Work:
+    """The work of one stage; for a stage with one partition per weight, of one weight."""
+
+    rows: float
+    """Pairs or sequences trained on, responses scored, or answers generated."""
+    tokens: float
+    flops: float
+    each_weight: bool = False
+
+
+def estimate(
+    experiment: Experiment,
+    weights_per_token: int,
+    preference: Pairs,
+    margin: Pairs | None,
+    lengths: np.ndarray,
+    asked: np.ndarray,
+) -> dict[str, Work]:
+    """The work of each stage that computes with the model, in the order of a run. Early stopping is not foreseen.
 
     Args:
-        experiment: its limits cut the texts.
-        preference, margin: PAIRS_SCHEMA; no margin under a length penalty.
-        lengths: response_id, prompt_tokens and response_tokens (uncut) of some responses.
+        experiment: the experiment.
+        weights_per_token: N.
+        preference, margin: the pairs; no margin pairs under a length penalty.
+        lengths: tokens of (prompt, response) of some responses, uncut, [responses, 2].
         asked: tokens of each evaluation prompt, uncut.
     """
-    model, generation = experiment.model, experiment.generation
-    limits = {"most": model.max_length, "of_prompt": model.max_prompt_length}
-    cut = query(
-        """
-        SELECT response_id, prompt, least(response_tokens, $most - prompt) AS response, response_tokens AS uncut
-        FROM (SELECT *, least(prompt_tokens, $of_prompt) AS prompt FROM lengths) ORDER BY response_id
-        """,
-        limits,
-        lengths=lengths,
-    )
-    pairs = {"preference": preference} if margin is None else {"preference": preference, "margin": margin}
+    n, model, generation = weights_per_token, experiment.model, experiment.generation
+    prompts = np.minimum(lengths[:, 0], model.max_prompt_length)
+    prompt, response = prompts.mean(), np.minimum(lengths[:, 1], model.max_length - prompts).mean()
+    answers = len(asked)
+    # Nobody knows how long answers will be: taken are the lengths of the source's responses.
+    answered = np.minimum(asked, generation.max_prompt_length).sum()
+    answered += answers * np.minimum(lengths[:, 1], generation.max_new_tokens).mean()
 
-    def once(names: Sequence[str], splits: Sequence[str] = ("train", "selection", "validation")) -> Tokens:
-        """Every prompt and response of these pairs once."""
-        sides = " UNION ".join(
-            f"SELECT prompt_id, {side}_id AS response_id FROM {name} WHERE split IN {tuple((*splits, ''))}"
-            for name in names
-            for side in ("chosen", "rejected")
-        )
-        return _count(f"SELECT *, prompt_id AS tree FROM ({sides})", cut, pairs)
+    def read(*pairs: Pairs, splits: tuple[str, ...] = SPLITS) -> tuple[int, float]:
+        """How many responses these pairs have, and their tokens with each prompt once."""
+        count, responses = count_texts(*(each.file for each in pairs), splits=splits)
+        return responses, count * prompt + responses * response
 
-    def of(name: str) -> PairTexts:
-        sides = " UNION ALL ".join(
-            f"SELECT pair_id AS tree, {side}_id AS response_id FROM {name} WHERE split = 'train'"
-            for side in ("chosen", "rejected")
-        )
-        train, count = _count(sides, cut, pairs), _rows(pairs[name], "train")
-        held_out, validation = once([name], ["selection"]), once([name], ["validation"])
-        return PairTexts(count, train * (1 / max(count, 1)), held_out, validation, once([name]))
+    def train(settings: TrainingSettings, items: int, item_tokens: float, held_out: float, *, w: bool = False) -> Work:
+        steps = count_steps(settings, items)
+        rows = steps * settings.batch_size * settings.accumulation
+        evaluated = steps // evaluation_interval(settings, steps) * held_out
+        passes = 6 if settings.gradient_checkpointing else 4  # checkpointing does the forward pass twice
+        flops = n * (passes * rows * item_tokens + 2 * evaluated)
+        return Work(rows, rows * item_tokens + evaluated, flops, w)
 
-    learnt = query(
-        """
-        SELECT prompt, response, count(*) OVER () AS total FROM (
-            SELECT DISTINCT chosen_id AS response_id FROM pairs WHERE split = 'train'
-        ) LEFT JOIN cut USING (response_id) ORDER BY response_id
-        """,
-        pairs=preference,
-        cut=cut,
-    )
-    selected = query("SELECT count(DISTINCT chosen_id) AS n FROM pairs WHERE split = 'selection'", pairs=preference)
-    known = [(row["prompt"], row["response"]) for row in learnt.to_pylist() if row["prompt"] is not None]
-    return Texts(
-        preference=of("preference"),
-        margin=None if margin is None else of("margin"),
-        both=once(list(pairs)),
-        chosen=known or [(row["prompt"], row["response"]) for row in cut.to_pylist()],
-        chosen_train=learnt.num_rows,
-        chosen_selection=selected["n"][0].as_py(),
-        asked=[min(tokens, generation.max_prompt_length) for tokens in asked],
-        answers=[min(tokens, generation.max_new_tokens) for tokens in cut["uncut"].to_pylist()],
-    )
+    def score(responses: int, tokens: float, *, models: int = 1, w: bool = False) -> Work:
+        return Work(responses, models * tokens, 2 * n * models * tokens, w)
+
+    both = (preference,) if margin is None else (preference, margin)
+    pair = prompt + 2 * response
+    works: dict[str, Work] = {}
+    if experiment.sft.enabled:
+        _, chosen = count_texts(preference.file, splits=("train",), sides=("chosen",))
+        _, held_out = count_texts(preference.file, splits=("selection",), sides=("chosen",))
+        works["sft_model"] = train(experiment.sft, chosen, prompt + response, held_out * (prompt + response))
+    works["reference_log_probs"] = score(*read(*both))
+    if margin is not None and experiment.margin_adapter is not None:
+        _, held_out = read(margin, splits=("selection",))
+        works["margin_adapter"] = train(experiment.margin_adapter, margin.counts["train"], pair, held_out)
+        works["margin_adapter_quality"] = score(*read(margin, splits=("validation",)))
+        works["margin_rewards"] = score(*read(preference))
+    works["sft_generations"] = score(answers, answered)
+    if margin is not None:
+        works["sft_scores"] = score(answers, answered, models=2)
+    _, held_out = read(preference, splits=("selection",))
+    works["modpo_models"] = train(experiment.modpo, preference.counts["train"], pair, held_out, w=True)
+    works["generations"] = score(answers, answered, w=True)
+    works["scores"] = score(answers, answered, models=2 if margin is None else 3, w=True)
+    if samples := experiment.evaluation.kl_samples:
+        # Drawn by the policy, then read by the policy and by the SFT model.
+        works["kl_to_sft"] = score(samples * answers, samples * answered, models=3, w=True)
+    return works
 
 
-def _rows(pairs: Source, split: str) -> int:
-    return query("SELECT count(*) AS n FROM pairs WHERE split = $split", {"split": split}, pairs=pairs)["n"][0].as_py()
-
-
-def _count(sides: str, cut: pa.Table, pairs: dict[str, Source]) -> Tokens:
-    """Tokens of prompt trees: `sides` selects `tree` and `response_id`."""
-    found = query(
-        f"""
-        WITH mean AS (SELECT avg(prompt) AS prompt, avg(response) AS response FROM cut), sides AS ({sides}), known AS (
-            SELECT tree, coalesce(cut.prompt, mean.prompt) AS p, coalesce(cut.response, mean.response) AS r
-            FROM sides LEFT JOIN cut USING (response_id) CROSS JOIN mean
-        ), trees AS (
-            SELECT max(p) AS p, sum(r) AS r, sum(p * r + r * (r + 1) / 2) AS seen, count(*) AS n
-            FROM known GROUP BY tree
-        )
-        SELECT coalesce(sum(p + r), 0)::DOUBLE AS read, coalesce(sum(r), 0)::DOUBLE AS predicted,
-            coalesce(sum(p * (p + 1) / 2 + seen), 0)::DOUBLE AS attended, coalesce(sum(n), 0)::DOUBLE AS responses
-        FROM trees
-        """,
-        cut=cut,
-        **pairs,
-    )
-    return Tokens(*(found[name][0].as_py() for name in ("read", "predicted", "attended", "responses")))
-
-
-def estimate(experiment: Experiment, size: "ModelSize", texts: Texts, batch_tokens: int) -> dict[str, Work]:
-    """Work of each stage that computes with the model, in the order of the graph; of a stage with weights, of one w.
+def measured_rates(home: Path, works: dict[str, Work], model_bytes: int, device: str) -> dict[str, float]:
+    """FLOP/s by stage, of stages that this home has finished with a model of the same size; the newest of each counts.
 
     Args:
-        experiment: the experiment; early stopping is not foreseen.
-        size: its model's.
-        texts: what its stages read.
-        batch_tokens: tokens of a micro-batch; scoring takes four times as many.
+        home: where results are kept.
+        works: what the rows of each stage cost.
+        model_bytes: size of the model's weights, in its precision.
+        device: `cpu`, or the GPU's name.
     """
-    count = _Counter(experiment, size, texts, batch_tokens)
-    fixed = Work(operations=STAGE_OPERATIONS)
-    found: dict[str, Work] = {}
-    for name in stages(experiment):
-        work = getattr(count, name, None)
-        if work is not None:
-            found[name] = work() + fixed
-    return found
+    rates: dict[str, float] = {}
+    same_model = set()
+    for manifest in _finished(home, "sft_model"):
+        files = manifest["files"].items()
+        size = sum(entry["bytes"] for name, entry in files if name.endswith(".safetensors"))
+        if abs(size - model_bytes) < _SAME_SIZE * model_bytes:
+            same_model.add(manifest["fingerprint"])
+    for stage, work in works.items():
+        for manifest in _finished(home, stage):
+            base = manifest["fingerprint"] if stage == "sft_model" else manifest["inputs"]["sft_model"][ALL]
+            rows = _rows(stage, manifest)
+            comparable = base in same_model and manifest["environment"]["device"] == device
+            if stage in _USE_MARGIN_ADAPTER:
+                comparable &= ("margin_adapter" in manifest["inputs"]) == ("margin_adapter" in works)
+            # A resumed stage's duration is that of its last attempt alone.
+            if rows and work.rows and comparable and not manifest["resumed"]:
+                rates[stage] = work.flops / work.rows * rows / max(manifest["duration_s"], 1e-3)
+    return rates
 
 
-def total(experiment: Experiment, works: dict[str, Work], *, weights: int | None = None) -> Work:
-    """What is shared once, and what each weight takes so many times (None: as the experiment has them)."""
-    times = len(experiment.objective.weights) if weights is None else weights
-    graph = stages(experiment)
-    return sum((work * (times if graph[name].partitioned else 1) for name, work in works.items()), Work())
+def _finished(home: Path, stage: str) -> list[dict[str, Any]]:
+    """Manifests of a stage's finished artifacts, the newest last."""
+    store = ArtifactStore(home)
+    folders = [path for path in (store.artifacts / stage).glob("*/*") if "." not in path.name]
+    found = [store.find(stage, folder.parent.name, folder.name) for folder in folders]
+    manifests = [artifact.manifest for artifact in found if artifact is not None]
+    return sorted((m for m in manifests if "environment" in m), key=lambda manifest: manifest["created_at"])
 
 
-class _Counter:
-    """Each method is named after a stage and counts its work."""
+def _rows(stage: str, manifest: dict[str, Any]) -> float | None:
+    """How many rows a finished stage worked on; None where its manifest does not say."""
+    metrics, settings, section = manifest["metrics"], manifest["settings"], _TRAININGS.get(stage)
+    if section is None:
+        return metrics.get("samples") or metrics.get("responses")
+    if not metrics:  # sft.enabled was false
+        return None
+    return metrics["steps"] * settings[f"{section}.batch_size"] * settings[f"{section}.accumulation"]
 
-    def __init__(self, experiment: Experiment, size: "ModelSize", texts: Texts, batch_tokens: int) -> None:
-        self._experiment = experiment
-        self._size = size
-        self._texts = texts
-        self._batch_tokens = batch_tokens
-        self._bytes = BYTES[experiment.model.precision]
 
-    def sft_model(self) -> Work:
-        """TRL pads each batch to its longest sequence, and computes logits where they are learnt."""
-        settings = self._experiment.sft
-        if not settings.enabled:
-            return Work()
-        steps = count_steps(settings, self._texts.chosen_train)
-        width = longest_of([prompt + response for prompt, response in self._texts.chosen], settings.batch_size)
-        learnt = sum(response for _, response in self._texts.chosen) / max(len(self._texts.chosen), 1)
-        # Under a mask, attention computes the whole square.
-        one = Tokens(width, learnt, width**2)
-        batches = steps * settings.accumulation
-        trained = training(
-            self._size,
-            one * (batches * settings.batch_size),
-            bytes_each=self._bytes,
-            passes=batches,
-            checkpointing=settings.gradient_checkpointing,
-        )
-        evaluated = steps // evaluation_interval(settings, steps) * self._texts.chosen_selection
-        held_out = self._forward(one * evaluated, adapter=True, passes=evaluated / settings.batch_size)
-        return trained + optimizer(self._size, steps) + held_out
+def product_rate(device: "torch.device", precision: str) -> float:
+    """FLOP/s of a large matrix product on a device, measured in a fraction of a second."""
+    import torch
 
-    def reference_log_probs(self) -> Work:
-        """The SFT model on every response of both attributes' pairs, once."""
-        return self._score(self._texts.both, adapter=False)
-
-    def margin_adapter(self) -> Work:
-        """A training, and its judgement on the validation pairs."""
-        assert self._experiment.margin_adapter is not None and self._texts.margin is not None
-        judged = self._score(self._texts.margin.validation, adapter=True)
-        return self._train(self._experiment.margin_adapter, self._texts.margin) + judged
-
-    def margin_adapter_quality(self) -> Work:
-        """The margin adapter on the validation pairs again."""
-        assert self._texts.margin is not None
-        return self._score(self._texts.margin.validation, adapter=True)
-
-    def margin_rewards(self) -> Work:
-        """The margin adapter on every response of the preference pairs; a length penalty only counts tokens."""
-        return self._score(self._texts.preference.all, adapter=True) if self._experiment.has_margin_adapter else Work()
-
-    def modpo_models(self) -> Work:
-        """One weight's training: the reference and the margin are there already."""
-        return self._train(self._experiment.modpo, self._texts.preference)
-
-    def sft_generations(self) -> Work:
-        """The SFT model's answers."""
-        return self._answer(sampled=self._experiment.generation.do_sample)
-
-    def generations(self) -> Work:
-        """One policy's answers."""
-        return self._answer(sampled=self._experiment.generation.do_sample)
-
-    def sft_scores(self) -> Work:
-        """The SFT model and the margin adapter on its answers."""
-        if not self._experiment.has_margin_adapter:
-            return Work()
-        return self._score(self._answered(1), adapter=False) + self._score(self._answered(1), adapter=True)
-
-    def scores(self) -> Work:
-        """The SFT model, the policy and the margin adapter on the policy's answers."""
-        adapters = 1 + self._experiment.has_margin_adapter
-        return self._score(self._answered(1), adapter=False) + self._score(self._answered(1), adapter=True) * adapters
-
-    def kl_to_sft(self) -> Work:
-        """Samples of a policy, and the SFT model and the policy on them, those of a prompt in one tree."""
-        samples = self._experiment.evaluation.kl_samples
-        drawn = self._answer(sampled=True) * samples
-        trees = self._answered(samples)
-        return drawn + self._score(trees, adapter=False) + self._score(trees, adapter=True)
-
-    def _forward(self, tokens: Tokens, *, adapter: bool, passes: float) -> Work:
-        return forward(self._size, tokens, bytes_each=self._bytes, passes=passes, adapter=adapter)
-
-    def _score(self, tokens: Tokens, *, adapter: bool) -> Work:
-        passes = math.ceil(tokens.read / (4 * self._batch_tokens))
-        return self._forward(tokens, adapter=adapter, passes=passes)
-
-    def _train(self, settings: TrainingSettings, texts: PairTexts) -> Work:
-        steps = count_steps(settings, texts.train_pairs)
-        batches = steps * settings.accumulation
-        per_batch = max(1.0, settings.batch_size * texts.pair.read / self._batch_tokens)
-        trained = training(
-            self._size,
-            texts.pair * (batches * settings.batch_size),
-            bytes_each=self._bytes,
-            passes=batches * per_batch,
-            checkpointing=settings.gradient_checkpointing,
-        )
-        evaluations = steps // evaluation_interval(settings, steps)
-        passes = evaluations * math.ceil(texts.selection.read / self._batch_tokens)
-        held_out = self._forward(texts.selection * evaluations, adapter=True, passes=passes)
-        return trained + optimizer(self._size, steps) + held_out
-
-    def _answer(self, *, sampled: bool) -> Work:
-        settings, asked, answers = self._experiment.generation, self._texts.asked, self._texts.answers
-        if not asked or not answers:
-            return Work()
-        rows = max(1, settings.max_batch_tokens // (max(asked) + settings.max_new_tokens))
-        shares = math.ceil(len(asked) / _DECODED_TOGETHER)
-        together = len(asked) / shares
-        mean, longest = sum(answers) / len(answers), longest_of(answers, round(together))
-        return decoding(
-            self._size,
-            prompts=len(asked),
-            prompt_tokens=sum(asked) / len(asked),
-            response_tokens=mean,
-            steps=shares * max(longest, together * mean / rows),
-            bytes_each=self._bytes,
-            prefills=shares * max(1.0, together / rows),
-            sampled=sampled,
-        )
-
-    def _answered(self, samples: int) -> Tokens:
-        """The evaluation prompts, each with so many answers."""
-        asked, answers = self._texts.asked, self._texts.answers
-        if not asked or not answers:
-            return Tokens()
-        mean = sum(answers) / len(answers)
-        return tree(sum(asked) / len(asked), *[mean] * samples) * len(asked)
+    size = 8192 if device.type == "cuda" else 512
+    matrix = torch.ones(size, size, device=device, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+    (matrix @ matrix)[0, 0].item()  # the first finds cold caches; reading a number waits for the device
+    begun, products = time.perf_counter(), 0
+    while (passed := time.perf_counter() - begun) < 0.2:
+        (matrix @ matrix)[0, 0].item()
+        products += 1
+    return products * 2 * size**3 / passed

@@ -1,4 +1,4 @@
-"""Taking a policy away: a folder that transformers, PEFT, vLLM and the hub read without this package.
+"""Exports a policy: a folder that transformers, PEFT, vLLM and the hub read without this package.
 
 As one model (a policy merged with the SFT model, or the SFT model itself):
 
@@ -13,8 +13,8 @@ As an adapter, for those who serve several weights over one SFT model:
     <folder>/adapter_config.json, adapter_model.safetensors     the LoRA; the rest as above
              base_model/                                        the SFT model that it sits on, a whole model
 
-A folder is written beside its place and renamed, so that it is whole or not there. It holds no path and no name of the
-machine that it was made on.
+A folder is written under another name beside its place and then renamed, so that it is whole or not there. It holds no
+path and no name of the machine that it was made on. `exported_model` writes the model, `push` sends the folder.
 """
 
 import json
@@ -22,33 +22,28 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from helpsteer_assets.assets.model_card import BASE_LICENCES, DATA_LICENCES, BaseModel, export_card
 from helpsteer_assets.assets.sources import local_path
 from helpsteer_assets.assets.status import Status, label, status
+from helpsteer_assets.commands.exported_model import write_model
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment.settings import Experiment, canonical_weight, is_hub_id
-from helpsteer_assets.files.digests import file_sha256, is_intact, sealed
+from helpsteer_assets.files.digests import is_intact, listing, sealed
 from helpsteer_assets.files.durable import free_space, size_in_words, sync
-from helpsteer_assets.store.artifacts import ALL, Artifact, ArtifactStore, versions
-from helpsteer_assets.store.uses import ArtifactName, using
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from helpsteer_assets.assets.model_card import BaseModel
+from helpsteer_assets.store.artifacts import ALL, Artifact, ArtifactName, ArtifactStore, versions
+from helpsteer_assets.store.locks import home_in_use
 
 PROVENANCE = "provenance.json"
-BASE_FOLDER = "base_model"
-"""Where an adapter's SFT model lies in an exported folder."""
 
 _MAKER = "helpsteer_assets"
 _SCHEMA_VERSION = 1
 _UPLOADER_FILES = (".cache", "huggingface")
-"""Folder in which huggingface_hub keeps notes of an upload."""
+"""Folder in which huggingface_hub keeps its notes of an upload."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +52,7 @@ class Export:
 
     folder: Path
     title: str
-    """What it holds, in a few words."""
+    """Its content in a few words."""
     files: dict[str, int]
     """Bytes by path relative to the folder."""
     reused: bool
@@ -105,13 +100,13 @@ def require_finished(
 
     Raises HelpsteerError where a wanted one is missing, begun or out of date, with the command that makes it.
     """
-    found = {(item.asset, item.partition): item for item in status(experiment, home)}
-    finished = {name: item.state in ("complete", "reusable") for name, item in found.items()}
+    items = {(item.asset, item.partition): item for item in status(experiment, home)}
+    finished = {name: item.state in ("complete", "reusable") for name, item in items.items()}
     for name in wanted:
         if not finished[name]:
-            raise HelpsteerError(_not_finished(found[name], experiment, home))
+            raise HelpsteerError(_not_finished(items[name], experiment, home))
     taken = [*wanted, *(name for name in if_there if finished[name])]
-    return [(asset, partition, found[asset, partition].fingerprint) for asset, partition in taken]
+    return [(asset, partition, items[asset, partition].fingerprint) for asset, partition in taken]
 
 
 def _not_finished(item: Status, experiment: Experiment, home: Path) -> str:
@@ -128,14 +123,14 @@ def _not_finished(item: Status, experiment: Experiment, home: Path) -> str:
 
 
 @contextmanager
-def held(home: Path, names: Sequence[ArtifactName]) -> Iterator[list[Artifact]]:
-    """Finished artifacts, verified by their digests and kept from gc for the block.
+def held(home: Path, names: Sequence[ArtifactName], doing: str) -> Iterator[list[Artifact]]:
+    """Finished artifacts, verified by their digests, which nobody removes during the block.
 
     Raises HelpsteerError where one is damaged. Works in a home that cannot be written to.
     """
-    with using(home, names) if os.access(home, os.W_OK) else nullcontext():
+    with home_in_use(home, doing):
         store = ArtifactStore(home)
-        found = []
+        artifacts = []
         for asset, partition, fingerprint in names:
             artifact = store.get(asset, partition, fingerprint)
             if artifact is None:
@@ -143,8 +138,8 @@ def held(home: Path, names: Sequence[ArtifactName]) -> Iterator[list[Artifact]]:
                     f"{label(asset, partition)} was damaged, and is set aside or being made again; `helpsteer run` "
                     "computes it again"
                 )
-            found.append(artifact)
-        yield found
+            artifacts.append(artifact)
+        yield artifacts
 
 
 def export_policy(
@@ -198,18 +193,28 @@ def export_policy(
         if not force:
             was = f"{earlier['export']['policy']} ({earlier['export']['form']})"
             raise HelpsteerError(f"{to} holds another export, of {was}; --force replaces it, or choose another folder")
-    with held(home, names) as artifacts:
+    with held(home, names, f"export of {title}") as artifacts:
         by_asset = {artifact.asset: artifact for artifact in artifacts}
         _require_room(target, by_asset)
         with _writing(target), _beside(target) as folder:
             announce(f"exporting {title}")
-            prompt_template = _write_model(experiment, by_asset, folder, merged, announce)
+            prompt_template = write_model(experiment, by_asset, folder, merged, announce)
             base = base_model(experiment)
+            card = export_card(
+                experiment,
+                base,
+                w=w,
+                merged=merged,
+                scores=_scores(by_asset.get("score_summary"), w),
+                fingerprint=by_asset["sft_model" if w is None else "modpo_models"].fingerprint,
+                prompt_template=prompt_template,
+                transformers_version=identity["versions"]["transformers"],
+            )
+            (folder / "README.md").write_text(card, encoding="utf-8")
             provenance = _provenance(experiment, home, base, by_asset, identity)
-            _write_card(experiment, base, w, merged, by_asset, prompt_template, folder)
             announce("computing digests")
             provenance["files"] = _listing(folder)
-            _write_json(folder / PROVENANCE, sealed(provenance))
+            (folder / PROVENANCE).write_text(json.dumps(sealed(provenance), indent=2) + "\n", encoding="utf-8")
             _settle(folder)
             _replace(target, folder, earlier)
     return Export(target, title, _sizes(target, provenance), reused=False)
@@ -226,7 +231,8 @@ def take_report(experiment: Experiment, home: Path, to: Path | None = None) -> P
     Raises:
         HelpsteerError: it is not finished with the present settings, is damaged, or cannot be copied.
     """
-    with held(home, require_finished(experiment, home, [("tradeoff_report", ALL)])) as (artifact,):
+    names = require_finished(experiment, home, [("tradeoff_report", ALL)])
+    with held(home, names, f"copying the report of experiment {experiment.name}") as (artifact,):
         source = artifact.file("report.html")
         if to is None:
             return source
@@ -285,13 +291,9 @@ def _changed_files(folder: Path, provenance: dict[str, Any]) -> bool:
         return True
 
 
-def _listing(folder: Path) -> dict[str, dict[str, Any]]:
-    """Bytes and sha256 of every file but the provenance, which holds them."""
-    return {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
-        for name in _names(folder)
-        if name != PROVENANCE
-    }
+def _listing(folder: Path) -> dict[str, dict[str, int | str]]:
+    """Size and sha256 of every file but the provenance, which holds them."""
+    return listing(folder, [name for name in _names(folder) if name != PROVENANCE])
 
 
 def _sizes(folder: Path, provenance: dict[str, Any]) -> dict[str, int]:
@@ -302,7 +304,7 @@ def _sizes(folder: Path, provenance: dict[str, Any]) -> dict[str, int]:
 
 @contextmanager
 def _writing(target: Path) -> Iterator[None]:
-    """Turns what a file system or safetensors refuses inside the block into a HelpsteerError."""
+    """Turns errors of the file system and of safetensors inside the block into a HelpsteerError."""
     from safetensors import SafetensorError
 
     try:
@@ -314,7 +316,7 @@ def _writing(target: Path) -> Iterator[None]:
 
 @contextmanager
 def _beside(target: Path) -> Iterator[Path]:
-    """A new folder beside the target, gone afterwards unless it was renamed; also removes those of dead processes."""
+    """A new folder beside the target, removed afterwards unless it was renamed, as are those of dead processes."""
     target.parent.mkdir(parents=True, exist_ok=True)
     mine = f".{target.name}.{socket.gethostname()}."
     for leftover in target.parent.iterdir():
@@ -330,7 +332,7 @@ def _beside(target: Path) -> Iterator[Path]:
 
 
 def _settle(folder: Path) -> None:
-    """Files that whoever may read the folder may read, and all of it on disk: safetensors writes files for one user."""
+    """Give files the user's usual permissions (safetensors writes them for one user only), and sync all to the disk."""
     mask = os.umask(0)
     os.umask(mask)
     for root, _, names in os.walk(folder):
@@ -369,180 +371,34 @@ def _require_room(target: Path, artifacts: dict[str, Artifact]) -> None:
         )
 
 
-# What lies in it
+# The card and the provenance
 
 
-def _write_model(
-    experiment: Experiment,
-    artifacts: dict[str, Artifact],
-    folder: Path,
-    merged: bool,
-    announce: Callable[[str], None],
-) -> str | None:
-    """Weights, tokenizer and generation settings. Returns the template of prompts, None where the tokenizer has it."""
-    from helpsteer_assets.modpo.models.loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_model, load_tokenizer
-
-    sft, policy = artifacts["sft_model"], artifacts.get("modpo_models")
-    settings = experiment.model
-    tokenizer = load_tokenizer(sft.path / "model", trust_remote_code=settings.trust_remote_code)
-    prompt_template = give_chat_template(tokenizer)
-    size = size_in_words(sum(entry["bytes"] for entry in sft.manifest["files"].values()))
-    if policy is not None and merged:
-        announce(f"loading the SFT model ({size}) and merging the adapter into it")
-        model = load_model(
-            sft.path / "model", precision=settings.precision, trust_remote_code=settings.trust_remote_code
-        )
-        model = merge_exactly(model, policy.path / "adapter")
-        announce("writing the merged model")
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        _finish_model(experiment, tokenizer, folder)
-        return prompt_template
-    announce(f"copying the SFT model ({size})")
-    base = folder if policy is None else folder / BASE_FOLDER
-    shutil.copytree(sft.path / "model", base, copy_function=shutil.copyfile, dirs_exist_ok=True)
-    tokenizer.save_pretrained(base)
-    _finish_model(experiment, tokenizer, base)
-    if policy is not None:
-        shutil.copyfile(policy.path / "adapter" / ADAPTER_WEIGHTS, folder / ADAPTER_WEIGHTS)
-        config = json.loads((policy.path / "adapter" / ADAPTER_CONFIG).read_bytes())
-        # A path, and no id: what looks for it from elsewhere fails, where an id could be somebody's model.
-        _write_json(folder / ADAPTER_CONFIG, config | {"base_model_name_or_path": f"./{BASE_FOLDER}"})
-        tokenizer.save_pretrained(folder)
-        _generation_config(experiment, tokenizer).save_pretrained(folder)
-    return prompt_template
-
-
-def merge_exactly(model: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
-    """The model with an adapter merged into its weights: added in fp32, and rounded once to the model's precision."""
-    import torch
-    from peft.tuners.lora import LoraLayer
-
-    from helpsteer_assets.modpo.models.loading import load_adapters
-
-    peft_model = load_adapters(model, {"policy": adapter})
-    with torch.no_grad():
-        for module in peft_model.modules():
-            if isinstance(module, LoraLayer):
-                weight = module.get_base_layer().weight
-                weight.copy_(weight.float() + module.get_delta_weight("policy").float())
-    return peft_model.unload()
-
-
-def _finish_model(experiment: Experiment, tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
-    """Beside a saved model: how it answers, and that it may keep keys and values, which training switched off."""
-    _generation_config(experiment, tokenizer).save_pretrained(folder)
-    config = folder / "config.json"
-    _write_json(config, json.loads(config.read_bytes()) | {"use_cache": True})
-
-
-def _generation_config(experiment: Experiment, tokenizer: "PreTrainedTokenizerBase") -> Any:
-    """The experiment's generation settings as transformers reads them."""
-    from transformers import GenerationConfig
-
-    settings = experiment.generation
-    # Without top_k: 0, some versions sample from the fifty likeliest tokens.
-    sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0} if settings.do_sample else {}
-    return GenerationConfig(
-        do_sample=settings.do_sample,
-        max_new_tokens=settings.max_new_tokens,
-        repetition_penalty=settings.repetition_penalty,
-        no_repeat_ngram_size=settings.no_repeat_ngram_size,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **sampling,
-    )
-
-
-def give_chat_template(tokenizer: "PreTrainedTokenizerBase") -> str | None:
-    """Make the tokenizer's chat template render prompts as in training. Returns the plain template where none can.
-
-    A tokenizer that has one is left as it is. Else the template of training becomes it, unless the tokenizer makes
-    other tokens of a text behind a written-out begin-of-text token than of one to which it adds that token itself.
-    """
-    from helpsteer_assets.modpo.models.tokenization import FALLBACK_TEMPLATE, encode_prompt
-
-    if tokenizer.chat_template:
-        return None
-    trial = "Why is the sky blue?"
-    expected = encode_prompt(tokenizer, trial, 1000)[0].tolist()
-    before, after = (json.dumps(part) for part in FALLBACK_TEMPLATE.split("{prompt}"))
-    begin = "{{ bos_token }}" if expected[0] == tokenizer.bos_token_id else ""
-    tokenizer.chat_template = (
-        f"{begin}{{% for message in messages %}}"
-        f"{{% if message['role'] == 'assistant' %}}{{{{ {after} + message['content'] + eos_token }}}}"
-        f"{{% else %}}{{{{ {before} + message['content'] }}}}{{% endif %}}{{% endfor %}}"
-        f"{{% if add_generation_prompt %}}{{{{ {after} }}}}{{% endif %}}"
-    )
-    messages = [{"role": "user", "content": trial}]
-    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    if rendered == expected:
-        return None
-    tokenizer.chat_template = None
-    return FALLBACK_TEMPLATE
-
-
-def base_model(experiment: Experiment) -> "BaseModel":
-    """What the base model is called on the hub, and its licence: from the card beside a local one, if it says so."""
+def base_model(experiment: Experiment) -> BaseModel:
+    """The base model's id on the hub and its licence; those of a local one are read from the README.md beside it."""
     from huggingface_hub import metadata_load
-
-    from helpsteer_assets.assets.model_card import BASE_LICENCES, BaseModel
 
     source = experiment.model.base
     if is_hub_id(source) or source in BASE_LICENCES:
         return BaseModel(source if is_hub_id(source) else None, BASE_LICENCES.get(source))
     card: dict[str, Any] | None = None
-    with suppress(Exception):  # whatever a card that somebody wrote makes the YAML reader raise
+    with suppress(Exception):  # a card that somebody wrote can make the YAML reader raise anything
         card = metadata_load(local_path("model.base", source) / "README.md")
-    said = {key: value for key, value in (card or {}).items() if isinstance(value, str)}
-    return BaseModel(said.get("base_model"), said.get("license"))
-
-
-def _write_card(
-    experiment: Experiment,
-    base: "BaseModel",
-    w: str | None,
-    merged: bool,
-    artifacts: dict[str, Artifact],
-    prompt_template: str | None,
-    folder: Path,
-) -> None:
-    from helpsteer_assets.assets.model_card import export_card
-
-    policy = artifacts.get("modpo_models", artifacts["sft_model"])
-    transformers_version = versions()["transformers"]
-    assert transformers_version is not None  # it has just written the files
-    card = export_card(
-        experiment,
-        base,
-        w=w,
-        merged=merged,
-        scores=_scores(artifacts.get("score_summary"), w),
-        fingerprint=policy.fingerprint,
-        prompt_template=prompt_template,
-        transformers_version=transformers_version,
-    )
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    texts = {key: value for key, value in (card or {}).items() if isinstance(value, str)}
+    return BaseModel(texts.get("base_model"), texts.get("license"))
 
 
 def _scores(summary: Artifact | None, w: str | None) -> list[dict[str, Any]]:
     """A policy's rows of score_summary."""
-    if summary is None:
-        return []
-    import pyarrow.parquet as pq
-
-    rows = pq.read_table(summary.file("score_summary.parquet")).to_pylist()
+    rows = [] if summary is None else summary.table("score_summary.parquet").to_pylist()
     return [row for row in rows if row["w"] == w]
 
 
 def _provenance(
-    experiment: Experiment, home: Path, base: "BaseModel", artifacts: dict[str, Artifact], identity: dict[str, Any]
+    experiment: Experiment, home: Path, base: BaseModel, artifacts: dict[str, Artifact], identity: dict[str, Any]
 ) -> dict[str, Any]:
-    """What the export was made from. Local sources stand in the settings by the digest of their content, and nowhere by
-    their path."""
-    from helpsteer_assets.assets.model_card import DATA_LICENCES
-
+    """The artifacts, data and versions that the export was made from. A local source is known by the digest of its
+    content in the settings; its path stands nowhere."""
     data = experiment.data
     made_from: dict[str, dict[str, Any]] = {}
     store = ArtifactStore(home)
@@ -553,8 +409,8 @@ def _provenance(
         if artifact is None:
             made_from.setdefault(name, {"fingerprint": fingerprint, "note": "gone from the home"})
             return
-        told = ("version", "settings", "inputs", "seed", "versions", "git_revision", "created_at")
-        made_from[name] = {"fingerprint": fingerprint} | {key: artifact.manifest.get(key) for key in told}
+        keys = ("version", "settings", "inputs", "seed", "versions", "git_revision", "created_at")
+        made_from[name] = {"fingerprint": fingerprint} | {key: artifact.manifest.get(key) for key in keys}
         for above, partitions in artifact.manifest.get("inputs", {}).items():
             for part, value in partitions.items():
                 if label(above, part) not in made_from:
@@ -577,96 +433,3 @@ def _provenance(
         "export": identity,
         "artifacts": made_from,
     }
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-# The hub
-
-
-def check_repository(repo: str, *, public: bool) -> None:
-    """Ask the hub whether an export may be sent to a repository, before any work is done. Changes nothing there.
-
-    Raises:
-        HelpsteerError: nobody is logged in, the hub cannot be reached or refuses, or the repository is there and holds
-            something else than an export, or is public where a private one is meant.
-    """
-    from huggingface_hub import HfApi, errors
-
-    api = HfApi()
-    with _readable_hub_errors(repo):
-        api.whoami()
-        try:
-            found = api.repo_info(repo)
-        except errors.RepositoryNotFoundError:
-            return
-    there = {file.rfilename for file in found.siblings or []} - {".gitattributes", "README.md"}
-    if there and PROVENANCE not in there:
-        raise HelpsteerError(
-            f"--push: {repo} holds something that is no export (the first file: {min(there)}); choose another"
-        )
-    if not found.private and not public:
-        raise HelpsteerError(f"--push: {repo} is public; add --public if that is meant, or choose another")
-
-
-def push(export: Export, repo: str, *, public: bool) -> str:
-    """Send an exported folder to a model repository of the hub, made (private unless `public`) where it is not there.
-
-    All that is in the repository is replaced: call `check_repository` first. Returns the repository's URL. Honours
-    HF_TOKEN, HF_HOME and HF_ENDPOINT.
-
-    Raises:
-        HelpsteerError: nobody is logged in, or the hub cannot be reached or refuses.
-    """
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    with _readable_hub_errors(repo):
-        url = api.create_repo(repo, private=not public, exist_ok=True)
-        api.upload_folder(
-            repo_id=url.repo_id,
-            folder_path=export.folder,
-            commit_message=f"{export.title}, by helpsteer_assets",
-            # What an earlier export left would be taken for a part of this one.
-            delete_patterns="*",
-        )
-    return str(url)
-
-
-def repository(repo: str) -> str:
-    """Where a repository of this id is on the hub. Asks nobody; raises HelpsteerError for what is no id."""
-    from huggingface_hub import constants, errors
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(repo)
-    except errors.HFValidationError as error:
-        raise HelpsteerError(f"--push: {repo!r} is no id of a repository, such as owner/name: {error}") from error
-    return f"{constants.ENDPOINT}/{repo}"
-
-
-@contextmanager
-def _readable_hub_errors(repo: str) -> Iterator[None]:
-    from huggingface_hub import constants, errors
-
-    try:
-        yield
-    except HelpsteerError:
-        raise
-    except errors.LocalTokenNotFoundError as error:
-        raise HelpsteerError("--push: nobody is logged in to the hub; run `hf auth login`, or set HF_TOKEN") from error
-    except errors.OfflineModeIsEnabled as error:
-        raise HelpsteerError("--push: HF_HUB_OFFLINE forbids it; unset HF_HUB_OFFLINE") from error
-    except errors.HfHubHTTPError as error:
-        said = " ".join(str(error.server_message or error).split())
-        remedy = "try again later"
-        if error.response is not None and error.response.status_code in (401, 403):
-            remedy = "log in by `hf auth login`, or set HF_TOKEN, with a token that may write there"
-        raise HelpsteerError(f"--push: {constants.ENDPOINT} refuses {repo}: {said}; {remedy}") from error
-    except (errors.HTTPError, OSError, RuntimeError) as error:  # the network, the proxy, an uploader's thread
-        raise HelpsteerError(
-            f"--push: {repo} could not be sent to {constants.ENDPOINT} ({type(error).__name__}: {error}); check the "
-            "network, and push again: the exported folder stays as it is"
-        ) from error

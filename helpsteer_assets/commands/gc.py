@@ -1,12 +1,12 @@
-"""What in a home nothing refers to any more, and its removal. Imports neither Dagster nor torch.
+"""Finds what nothing in a home refers to any more, and removes it. Imports neither Dagster nor torch.
 
-What is kept: the artifacts, finished and begun, that the given experiments' present settings name; each experiment's
-latest materializations, which the warehouse's tables are made from; what running processes use; and all that any of
-these was made from, as its manifest tells. In doubt something is kept: an experiment whose source cannot be read here
-keeps all that was made for it.
+These are kept: the artifacts, finished and unfinished, that the present settings of the given experiments name; each
+experiment's latest materializations, which the warehouse's tables are made from; and all that any of these was made
+from, by its manifest. In doubt something is kept: if an experiment's source cannot be read here, all that was made for
+it stays. Dagster's own state (`<home>/dagster`) is left alone.
 
-A folder is renamed to `.deleted-<id>` before it is removed, which takes a moment: a process killed meanwhile leaves no
-half artifact, and the next removal finishes the work. Dagster's own state (`<home>/dagster`) is left alone.
+A folder of an artifact is renamed to `.deleted-<id>` before it is removed: a process that is killed meanwhile leaves no
+half artifact, and the next removal finishes the work.
 """
 
 import json
@@ -16,9 +16,9 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +26,18 @@ from helpsteer_assets.assets.graph import fingerprints
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment.settings import Experiment
 from helpsteer_assets.files.os_errors import readable_os_errors
-from helpsteer_assets.store.artifacts import CHECKPOINTS, FOLDER, MANIFEST, SCHEMA_VERSION, SCRATCH, ArtifactStore
+from helpsteer_assets.store.artifacts import CHECKPOINTS, FOLDER, MANIFEST, SCHEMA_VERSION, SCRATCH, ArtifactName
 from helpsteer_assets.store.home import digest_cache
-from helpsteer_assets.store.locks import exclusive_lock, lock_if_free
-from helpsteer_assets.store.uses import ArtifactName, in_use, is_held, left_behind, registering
+from helpsteer_assets.store.locks import home_alone
 
 UNFINISHED_DAYS = 7
-"""How long unfinished work that no experiment names any more is kept by default: somebody may want to go on with it."""
+"""Unfinished work that no experiment names is kept for so long by default: somebody may want to go on with it."""
 
 _SETTLED_DAYS = 1
-"""A temporary file, or the lock of a run, that is younger may be in the middle of being made."""
+"""A younger temporary file may be in use."""
 _DAY_SECONDS = 86_400
 _DELETED = ".deleted-"
-_TEMPORARY = re.compile(r"\.publish-.+|\..+\.(json|lease)\..+")
+_TEMPORARY = re.compile(r"\.publish-.+|\..+\.json\..+")
 
 
 @dataclass(frozen=True)
@@ -48,13 +47,11 @@ class Garbage:
     path: Path
     bytes: int
     reason: str
-    lock: Path | None = None
-    """The lock that whoever works on it holds."""
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What a home holds."""
+    """What can go, and how much stays."""
 
     garbage: list[Garbage]
     """What can go, or has gone, the largest first."""
@@ -66,58 +63,48 @@ class Survey:
 
 
 def find_garbage(home: Path, experiments: Sequence[Experiment], older_than: int | None = None) -> Survey:
-    """What nothing refers to. Changes nothing, and works in a home that cannot be written to.
+    """List what nothing refers to. Changes nothing, and works in a home that cannot be written to.
 
     Args:
         home: where results are kept.
-        experiments: whose present artifacts are kept.
+        experiments: their present artifacts are kept.
         older_than: days for which nobody wrote to an artifact or to unfinished work, before it counts; None: 0, and
-            `UNFINISHED_DAYS`.
+            `UNFINISHED_DAYS` for unfinished work.
 
     Raises:
         HelpsteerError: a part of the home cannot be read, or was written by a newer version.
     """
-    return _survey(home, _named(home, experiments), older_than)
+    return _survey(home, _named_by(experiments, home), older_than)
 
 
-def delete_garbage(
-    home: Path,
-    experiments: Sequence[Experiment],
-    older_than: int | None = None,
-    on_wait: Callable[[str], None] | None = None,
-) -> Survey:
-    """Remove what `find_garbage` finds, but for what somebody works on; returns what was removed.
+def delete_garbage(home: Path, experiments: Sequence[Experiment], older_than: int | None = None) -> Survey:
+    """Remove what `find_garbage` finds, and return it.
 
-    One process removes at a time; `on_wait` is told which one is waited for.
+    Raises:
+        HelpsteerError: as `find_garbage`; also if something runs in the home, or a file cannot be removed.
     """
-    named = _named(home, experiments)
-    survey = _survey(home, named, older_than)
-    if not survey.garbage:
-        return survey
-    with exclusive_lock(home / "locks" / "gc.lock", on_wait):
-        with registering(home):
-            survey = _survey(home, named, older_than)
-            set_aside = [(item, aside) for item in survey.garbage if (aside := _set_aside(item)) is not None]
-        for _, aside in set_aside:
-            with readable_os_errors("remove", aside):
-                _remove(aside)
-    removed = [item for item, _ in set_aside]
-    busy = {item.lock for item in survey.garbage if item not in removed}
-    notes = [f"{len(busy)} more kept, for another process works on them"] if busy else []
-    return Survey(removed, survey.kept, survey.kept_bytes, survey.notes + notes)
+    named = _named_by(experiments, home)
+    if not home.is_dir():
+        return _survey(home, named, older_than)
+    with home_alone(home):
+        survey = _survey(home, named, older_than)
+        for item in survey.garbage:
+            with readable_os_errors("remove", item.path):
+                _remove(item.path)
+    return survey
 
 
 @dataclass(frozen=True)
 class _Named:
     """What experiments name."""
 
-    artifacts: set[ArtifactName]
-    unreadable: dict[str, str]
-    """Names of the experiments whose fingerprints cannot be computed here, and why."""
+    artifacts: set[ArtifactName] = field(default_factory=set)
+    unreadable: dict[str, str] = field(default_factory=dict)
+    """Experiments whose fingerprints cannot be computed here, and why."""
 
 
-def _named(home: Path, experiments: Iterable[Experiment]) -> _Named:
-    named = _Named(set(), {})
+def _named_by(experiments: Iterable[Experiment], home: Path) -> _Named:
+    named = _Named()
     for experiment in experiments:
         try:
             present = fingerprints(experiment, digest_cache(home))
@@ -129,92 +116,91 @@ def _named(home: Path, experiments: Iterable[Experiment]) -> _Named:
 
 
 @dataclass(frozen=True)
-class _Found:
-    """The folders of a home's artifacts."""
+class _Folders:
+    """The folders of a home's artifacts, by their state."""
 
-    finished: dict[ArtifactName, Path]
-    begun: dict[ArtifactName, Path]
-    damaged: list[Path]
-    deleted: list[Path]
-    manifests: dict[ArtifactName, dict[str, Any]]
-    """Of the finished ones, as far as they can be read."""
+    finished: dict[ArtifactName, Path] = field(default_factory=dict)
+    unfinished: dict[ArtifactName, Path] = field(default_factory=dict)
+    damaged: list[Path] = field(default_factory=list)
+    deleted: list[Path] = field(default_factory=list)
+    """Their removal was interrupted."""
+    manifests: dict[ArtifactName, dict[str, Any]] = field(default_factory=dict)
+    """The manifest of each finished artifact; empty where it cannot be read."""
 
 
-def _found(home: Path) -> _Found:
-    found = _Found({}, {}, [], [], {})
+def _read_folders(home: Path) -> _Folders:
+    folders = _Folders()
     for asset, partition, folder in _nested(home / "artifacts"):
         if folder.name.startswith(_DELETED):
-            found.deleted.append(folder)
+            folders.deleted.append(folder)
         elif match := FOLDER.fullmatch(folder.name):
             name = (asset, partition, match["fingerprint"])
             if not match["state"]:
-                found.finished[name] = folder
-                found.manifests[name] = _manifest(folder)
+                folders.finished[name] = folder
+                folders.manifests[name] = _manifest(folder)
             elif match["state"] == ".partial":
-                found.begun[name] = folder
+                folders.unfinished[name] = folder
             else:
-                found.damaged.append(folder)
-    return found
+                folders.damaged.append(folder)
+    return folders
 
 
 def _survey(home: Path, named: _Named, older_than: int | None) -> Survey:
-    found = _found(home)
-    used = in_use(home)
-    doubted = _doubted(home, named, found)
-    latest, notes = _latest(home, found)
+    folders = _read_folders(home)
+    doubted = _doubted(home, named, folders)
+    latest, notes = _latest(home, folders)
     notes += [
-        f"experiment {name} cannot be read here, so what was made for it is kept, and all that was begun: {reason}"
+        f"experiment {name} cannot be read here, so what was made for it is kept, and all unfinished work: {reason}"
         for name, reason in doubted.items()
     ]
-    made_for_them = {
-        name for name, manifest in found.manifests.items() if doubted and manifest.get("experiment") in (None, *doubted)
+    made_for_doubted = {
+        name
+        for name, manifest in folders.manifests.items()
+        if doubted and manifest.get("experiment") in (None, *doubted)
     }
-    kept = _with_inputs(named.artifacts | latest | used | made_for_them, found.manifests)
+    kept = _with_inputs(named.artifacts | latest | made_for_doubted, folders.manifests)
+    days, unfinished_days = (0, UNFINISHED_DAYS) if older_than is None else (older_than, older_than)
 
-    garbage = [Garbage(folder, _size(folder), "its removal was interrupted") for folder in found.deleted]
-    garbage += [
-        Garbage(folder, _size(folder), "set aside as damaged")
-        for folder in found.damaged
-        if _days(folder) >= (older_than or 0)
-    ]
-    for name, folder in found.finished.items():
-        if name not in kept:
-            if _days(folder) >= (older_than or 0):
-                garbage.append(Garbage(folder, _size(folder), _origin(found.manifests[name]), _lock(home, name)))
-        elif name not in used:
+    garbage = [_garbage(folder, "its removal was interrupted") for folder in folders.deleted]
+    garbage += [_garbage(folder, "set aside as damaged") for folder in folders.damaged if _age(folder) >= days]
+    staying = dict(folders.finished)
+    for name, folder in folders.finished.items():
+        if name in kept:
             left = [folder / CHECKPOINTS, folder / SCRATCH]
-            garbage += [Garbage(path, _size(path), "left in a finished artifact") for path in left if path.is_dir()]
-    least = UNFINISHED_DAYS if older_than is None else older_than
+            garbage += [_garbage(path, "left in a finished artifact") for path in left if path.is_dir()]
+        elif _age(folder) >= days:
+            garbage.append(_garbage(folder, _origin(folders.manifests[name])))
+            del staying[name]
+    begun = dict(folders.unfinished)
     young = 0
-    for name, folder in found.begun.items():
-        if name in used or (name not in found.finished and (name in kept or doubted)):
+    for name, folder in folders.unfinished.items():
+        age = _age(folder)
+        if name in folders.finished and age >= days:
+            garbage.append(_garbage(folder, "left beside its finished artifact"))
+            del begun[name]
+        elif name in folders.finished or name in kept or doubted:
             continue
-        days = _days(folder)
-        if name in found.finished and days >= (older_than or 0):
-            garbage.append(Garbage(folder, _size(folder), "left beside its finished artifact", _lock(home, name)))
-        elif days >= least:
-            reason = f"begun, last written to {days:.0f} days ago; no experiment names it"
-            garbage.append(Garbage(folder, _size(folder), reason, _lock(home, name)))
+        elif age >= unfinished_days:
+            reason = f"unfinished, last written to {age:.0f} days ago; no experiment names it"
+            garbage.append(_garbage(folder, reason))
+            del begun[name]
         else:
             young += 1
     if young:
-        notes.append(f"begun, and no experiment names it: {young}, kept for {least} days (--older-than)")
-    gone = {item.path for item in garbage}
-    staying = {name: folder for name, folder in found.finished.items() if folder not in gone}
-    begun = {name for name, folder in found.begun.items() if folder not in gone}
-    garbage += _leftovers(home, {*used, *staying, *begun})
+        notes.append(f"unfinished, and no experiment names it: {young}, kept for {unfinished_days} days (--older-than)")
+    garbage += _leftovers(home, {*staying, *begun})
     garbage.sort(key=lambda item: (-item.bytes, item.path))
     return Survey(garbage, len(staying), sum(map(_size, staying.values())), notes)
 
 
-def _doubted(home: Path, named: _Named, found: _Found) -> dict[str, str]:
+def _doubted(home: Path, named: _Named, folders: _Folders) -> dict[str, str]:
     """The experiments that cannot be read here and have been run in this home, and why they cannot be read."""
     known = {folder.name for folder in _subfolders(home / "warehouse" / "registry")}
-    known |= {str(manifest.get("experiment")) for manifest in found.manifests.values()}
+    known |= {str(manifest.get("experiment")) for manifest in folders.manifests.values()}
     return {name: reason for name, reason in sorted(named.unreadable.items()) if name in known}
 
 
-def _latest(home: Path, found: _Found) -> tuple[set[ArtifactName], list[str]]:
+def _latest(home: Path, folders: _Folders) -> tuple[set[ArtifactName], list[str]]:
     """The artifacts of all latest materializations; where an entry cannot be read, all that it may mean."""
     latest: set[ArtifactName] = set()
     notes = []
@@ -223,69 +209,56 @@ def _latest(home: Path, found: _Found) -> tuple[set[ArtifactName], list[str]]:
             fingerprint = _read_json(file).get("fingerprint")
             if isinstance(fingerprint, str):
                 latest.add((asset, file.stem, fingerprint))
-            elif doubtful := {name for name in found.finished if name[:2] == (asset, file.stem)}:
-                latest |= doubtful
+            elif possible := {name for name in folders.finished if name[:2] == (asset, file.stem)}:
+                latest |= possible
                 notes.append(f"{file} cannot be read, so all artifacts of {asset} {file.stem} are kept")
     return latest, notes
 
 
-def _with_inputs(roots: set[ArtifactName], manifests: dict[ArtifactName, dict[str, Any]]) -> set[ArtifactName]:
-    """These, and all that they were made from."""
-    found: set[ArtifactName] = set()
-    waiting = list(roots)
+def _with_inputs(names: set[ArtifactName], manifests: dict[ArtifactName, dict[str, Any]]) -> set[ArtifactName]:
+    """These artifacts, and all that they were made from."""
+    reached: set[ArtifactName] = set()
+    waiting = list(names)
     while waiting:
         name = waiting.pop()
-        if name in found:
+        if name in reached:
             continue
-        found.add(name)
+        reached.add(name)
         inputs = manifests.get(name, {}).get("inputs")
         for asset, partitions in inputs.items() if isinstance(inputs, dict) else ():
             if isinstance(partitions, dict):
                 waiting += [(asset, partition, str(value)) for partition, value in partitions.items()]
-    return found
+    return reached
 
 
 def _leftovers(home: Path, remaining: set[ArtifactName]) -> Iterator[Garbage]:
-    """Locks of artifacts that are gone, and what processes left that were killed."""
-    locks = home / "locks"
-    for asset, partition, path in _nested(locks, files=True):
-        fingerprint = path.name.partition(".")[0]  # a lock of one of its shards bears more
-        is_lock = path.suffix in (".lock", ".lease") and FOLDER.fullmatch(fingerprint)
-        if is_lock and (asset, partition, fingerprint) not in remaining:
-            yield Garbage(path, _size(path), "lock of an artifact that is gone", path.with_suffix(".lock"))
-    for path in left_behind(home):
-        yield Garbage(path, _size(path), "left by a process that was killed")
-    for path in _children(locks / "runs"):
-        lock = path.with_suffix(".lock")
-        if path.suffix in (".lock", ".lease") and _days(path) >= _SETTLED_DAYS and not is_held(lock):
-            yield Garbage(path, _size(path), "left by a run that was killed", lock)
-    for place in (home / "cache", home / "warehouse", locks):
+    """Locks of artifacts that are gone, and temporary files of processes that were killed."""
+    for asset, partition, path in _nested(home / "locks", files=True):
+        is_lock = path.suffix == ".lock" and FOLDER.fullmatch(path.stem)
+        if is_lock and (asset, partition, path.stem) not in remaining:
+            yield _garbage(path, "lock of an artifact that is gone")
+    for place in (home / "cache", home / "warehouse"):
         for folder, folders, files in os.walk(place):
             for path in (Path(folder, name) for name in (*folders, *files) if _TEMPORARY.fullmatch(name)):
-                if path.parent != locks / "uses" and _days(path) >= _SETTLED_DAYS:
-                    yield Garbage(path, _size(path), "temporary, left by a process that was killed")
+                if _age(path) >= _SETTLED_DAYS:
+                    yield _garbage(path, "temporary, left by a process that was killed")
 
 
-def _set_aside(item: Garbage) -> Path | None:
-    """Make it disappear at once; returns what is left to remove, None where somebody works on it."""
-    locked = lock_if_free(item.lock) if item.lock is not None and item.lock.exists() else nullcontext(True)
-    with locked as free, readable_os_errors("remove", item.path):
-        if not free:
-            return None
-        if not item.path.is_dir():
-            item.path.unlink(missing_ok=True)
-        elif item.lock is not None:
-            return item.path.rename(item.path.with_name(f"{_DELETED}{uuid.uuid4().hex}"))
-    return item.path
+def _garbage(path: Path, reason: str) -> Garbage:
+    return Garbage(path, _size(path), reason)
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    if FOLDER.fullmatch(path.name):
+        path = path.rename(path.with_name(f"{_DELETED}{uuid.uuid4().hex}"))
+    shutil.rmtree(path)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    """What the manifest says, even where files are damaged; empty where it cannot be read."""
+    """The manifest, even where other files are damaged; empty where it cannot be read."""
     manifest = _read_json(folder / MANIFEST)
     version = manifest.get("schema_version")
     if isinstance(version, int) and version > SCHEMA_VERSION:
@@ -301,10 +274,6 @@ def _origin(manifest: dict[str, Any]) -> str:
         return "its manifest cannot be read, and nothing refers to it"
     made = f"made for {manifest.get('experiment', 'an unknown experiment')} on {str(manifest.get('created_at'))[:10]}"
     return f"{made}; nothing refers to it"
-
-
-def _lock(home: Path, name: ArtifactName) -> Path:
-    return ArtifactStore(home).lock(*name)
 
 
 def _nested(root: Path, *, files: bool = False) -> Iterator[tuple[str, str, Path]]:
@@ -332,18 +301,18 @@ def _read_json(path: Path) -> dict[str, Any]:
     """The object in the file; empty where there is none."""
     with readable_os_errors("read", path):
         try:
-            found = json.loads(path.read_bytes())
+            content = json.loads(path.read_bytes())
         except (FileNotFoundError, ValueError, RecursionError):
             return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _statuses(path: Path) -> Iterator[os.stat_result]:
-    """Of a file or folder and all below it; what goes meanwhile is left out."""
+    """The status of a file or folder and of all below it; files that go meanwhile are left out."""
     below = (Path(folder, name) for folder, folders, files in os.walk(path) for name in (*folders, *files))
-    for found in (path, *below):
+    for each in (path, *below):
         with suppress(FileNotFoundError):
-            yield found.lstat()
+            yield each.lstat()
 
 
 def _size(path: Path) -> int:
@@ -351,6 +320,6 @@ def _size(path: Path) -> int:
     return sum(status.st_size for status in _statuses(path) if not stat.S_ISDIR(status.st_mode))
 
 
-def _days(path: Path) -> float:
-    """Since anything in it was last written."""
+def _age(path: Path) -> float:
+    """Days since anything in it was last written."""
     return (time.time() - max((status.st_mtime for status in _statuses(path)), default=0)) / _DAY_SECONDS

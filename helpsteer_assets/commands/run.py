@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from helpsteer_assets.assets.sources import described_model
 from helpsteer_assets.assets.status import Status, finished_folders, label, labels, status, unfinished
 from helpsteer_assets.assets.tradeoff import wide_summary
-from helpsteer_assets.commands.console import command_name
+from helpsteer_assets.commands.console import command_name, table_lines
 from helpsteer_assets.commands.disk import disk_need, in_words, needs_model, shortage
 from helpsteer_assets.defs.assets import build_assets
 from helpsteer_assets.defs.checks import build_checks
@@ -29,6 +29,7 @@ from helpsteer_assets.execution.ray_cluster import on_ray
 from helpsteer_assets.execution.recovery import alive, cancel_runs, recovering
 from helpsteer_assets.experiment.settings import Experiment
 from helpsteer_assets.files.os_errors import readable_library_errors, readable_os_errors
+from helpsteer_assets.modpo.settings import Lora
 from helpsteer_assets.store.artifacts import ALL, Artifact
 
 _WIDTH = 110
@@ -224,9 +225,11 @@ def _announce_plan(
         from helpsteer_assets.modpo.models.loading import check_lengths, model_size
 
         folder = made["sft_model"] / "model" if "sft_model" in made else described_model(experiment, "model")
-        size = model_size(folder, experiment.lora, trust_remote_code=experiment.model.trust_remote_code)
+        size = model_size(folder, experiment.lora.plain(Lora), trust_remote_code=experiment.model.trust_remote_code)
         for key, needed in needed_lengths(experiment).items():
-            check_lengths(experiment.model, folder, needed, key)
+            check_lengths(
+                folder, needed, key, base=experiment.model.base, trust_remote_code=experiment.model.trust_remote_code
+            )
     need = disk_need(experiment, to_make, made, home, size)
     announce(_folded(in_words(need, home)))
     if problem := shortage(need, home):
@@ -306,22 +309,15 @@ def _announce_results(lab: Lab, announce: Callable[[str], None]) -> None:
         assert artifact is not None  # materialized a moment ago
         return artifact
 
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     experiment = lab.experiment
     rows = wide_summary(pq.read_table(finished("score_summary").file("score_summary.parquet")).to_pylist())
     traded = [experiment.data.preference_attribute, experiment.data.margin_attribute]
     wanted = ["policy", *traded, "margin_reward", "kl_to_sft", "response_words", "capped"]
     shown = [name for name in wanted if name in rows[0]]
-    table = Table(*shown, box=box.SIMPLE_HEAD, title="Mean [95% interval] per policy")
-    for row in rows:
-        table.add_row(*(row[name] for name in shown))
-    console = Console(width=160)
-    with console.capture() as capture:
-        console.print(table)
-    announce(capture.get())
+    announce("\nMean [95% interval] per policy")
+    for line in table_lines(shown, [[row[name] for name in shown] for row in rows]):
+        announce(line)
+    announce("")
     tradeoff = json.loads(finished("tradeoff").file("tradeoff.json").read_text(encoding="utf-8"))
     if tradeoff["note"]:
         announce(tradeoff["note"])

@@ -25,7 +25,7 @@ from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment.settings import Experiment
 from helpsteer_assets.modpo.progress import ProgressReporter
 from helpsteer_assets.store.artifacts import ALL, CHECKPOINTS, Artifact, ArtifactStore
-from helpsteer_assets.store.uses import using
+from helpsteer_assets.store.locks import home_in_use
 from helpsteer_assets.store.warehouse import Warehouse
 
 RETRIES = dg.RetryPolicy(max_retries=1, delay=5)
@@ -131,7 +131,7 @@ class Lab:
             with _warnings_to(log):
                 present = self.fingerprints()
                 fingerprint = present[stage.name, partition]
-                with using(self.store.home, _used(fingerprint)):
+                with home_in_use(self.store.home, name, lambda message: log(f"{name}: {message}")):
                     inputs = self._inputs(stage, fingerprint)
                     if stage.gate is not None:
                         stage.gate(self.experiment, inputs)
@@ -217,14 +217,6 @@ class Lab:
             "dagster/table_name": stage.table,
             "dagster/uri": str(self.warehouse.path),
         }
-
-
-def _used(fingerprint: Fingerprint) -> list[tuple[str, str, str]]:
-    """The artifact and its inputs, for nobody to clean up meanwhile."""
-    inputs = [
-        (asset, partition, value) for asset, found in fingerprint.inputs.items() for partition, value in found.items()
-    ]
-    return [(fingerprint.asset, fingerprint.partition, fingerprint.value), *inputs]
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import os
 import dagster as dg
 
 from helpsteer_assets.execution.ray_cluster import on_ray, require_ray
-from helpsteer_assets.execution.recovery import Living
+from helpsteer_assets.execution.recovery import MarkedRuns
 
 GPU_POOL = "gpu"
 """Pool of the steps that load a model; its limit (dagster.yaml) is how many of them run at once."""
@@ -59,4 +59,4 @@ def step_executor(context: dg.InitExecutorContext) -> dg.Executor:
     config = {"start_method": {"forkserver": {"preload_modules": preloaded}}, **context.executor_config}
     create = dg.multiprocess_executor.executor_creation_fn
     assert create is not None
-    return Living(create(context._replace(executor_config=config)))
+    return MarkedRuns(create(context._replace(executor_config=config)))

@@ -83,7 +83,7 @@ def require_shared_home(home: Path) -> None:
 
 
 def _sees(home: Path, token: str) -> bool:
-    from helpsteer_assets.execution.recovery import process_lock
+    from helpsteer_assets.store.locks import process_lock
 
     return process_lock(home, token).exists()
 
@@ -124,6 +124,8 @@ class Node:
     error: str = ""
     """Why it did not answer; what follows is then empty."""
     sees_home: bool = False
+    locks_reach: bool = True
+    """Whether a lock that this machine holds in the home keeps that node out."""
     dagster: str | None = None
     """Where `dagster` is found on the PATH of a job, which starts steps by that name."""
     versions: dict[str, str | None] = field(default_factory=dict)
@@ -206,9 +208,14 @@ def print_nodes() -> None:
 
 def _describe_node() -> dict[str, Any]:
     from helpsteer_assets.store.home import home_path
+    from helpsteer_assets.store.locks import lock_if_free, process_lock
 
-    sees_home = _sees(home_path(), os.environ[HOME_TOKEN])
-    return {"sees_home": sees_home, "dagster": shutil.which("dagster"), "versions": _installed()}
+    home, token = home_path(), os.environ[HOME_TOKEN]
+    answer = {"sees_home": _sees(home, token), "dagster": shutil.which("dagster"), "versions": _installed()}
+    if answer["sees_home"]:
+        with lock_if_free(process_lock(home, token)) as is_free:
+            answer["locks_reach"] = not is_free
+    return answer
 
 
 def _installed() -> dict[str, str | None]:
@@ -244,6 +251,12 @@ def _problems_of(node: Node, home: Path) -> Iterator[str]:
         yield (
             f"node {node.name} sees another home: what this machine wrote to {home} is not there. Mount the shared "
             "file system at that path on it"
+        )
+    elif not node.locks_reach:
+        yield (
+            f"node {node.name} can take a lock that this machine holds in {home}: two nodes would train the same "
+            "weight. Use a file system whose locks reach from machine to machine (NFS 4, or Lustre mounted with -o "
+            "flock)"
         )
     if node.dagster is None:
         yield (

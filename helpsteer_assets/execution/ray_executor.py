@@ -8,7 +8,7 @@ from dagster_ray import ray_executor
 
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.execution.ray_cluster import HOME_TOKEN, forwarded_variables
-from helpsteer_assets.execution.recovery import PROCESS_TAG, Living
+from helpsteer_assets.execution.recovery import PROCESS_TAG, MarkedRuns
 from helpsteer_assets.store.home import home_path
 
 
@@ -34,8 +34,8 @@ def ray_step_executor(context: dg.InitExecutorContext) -> dg.Executor:
     return _OnSharedHome(executor)
 
 
-class _OnSharedHome(Living):
-    """Whose steps find a lock of this process in the home, or refuse to work."""
+class _OnSharedHome(MarkedRuns):
+    """Steps on other nodes look for the lock of this process in the home, and refuse to work without it."""
 
     def _tag(self, instance: dg.DagsterInstance, run_id: str, tags: dict[str, str]) -> None:
         os.environ[HOME_TOKEN] = tags[PROCESS_TAG]

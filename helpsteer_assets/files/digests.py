@@ -1,4 +1,4 @@
-"""Digests of files, and JSON that vouches for itself: a flipped bit is noticed before its content is believed."""
+"""Digests of files, and JSON that holds its own digest, so that a flipped bit is noticed before the content is used."""
 
 import contextlib
 import hashlib
@@ -7,24 +7,46 @@ import os
 import stat
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from helpsteer_assets.errors import HelpsteerError
 
 SEAL = "sha256"
-"""Key of the digest of everything beside it."""
+"""The key of the digest; it covers all other keys."""
+
+
+_SETTLED_NS = 2_000_000_000
+"""Age from which a file's times identify its content: file systems count time in steps of up to two seconds."""
+
+_known: dict[tuple[int, ...], str] = {}
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content, 64 hex digits, read in pieces. Raises OSError."""
+    """SHA-256 of a file's content, 64 hex digits. Raises OSError.
+
+    A file that this process has hashed before, and whose inode, size and times are unchanged, is not read again.
+    """
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        before = os.fstat(file.fileno())
+        key = (before.st_dev, before.st_ino, before.st_size, before.st_mtime_ns, before.st_ctime_ns)
+        if key in _known:
+            return _known[key]
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        # A file written just now may change again without a change of its times.
+        if time.time_ns() - max(before.st_mtime_ns, before.st_ctime_ns) > _SETTLED_NS:
+            _known[key] = digest
+        return digest
+
+
+def listing(folder: Path, names: Iterable[str]) -> dict[str, dict[str, int | str]]:
+    """Size (`bytes`) and `sha256` of files, by their path relative to the folder. Raises OSError."""
+    return {name: {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)} for name in names}
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content, as JSON gives it back, with its own digest; numbers must be finite."""
+    """The content with its own digest; numbers must be finite. Tuples become lists, as JSON reads them back."""
     content = json.loads(json.dumps(content, allow_nan=False))
     return {**content, SEAL: _digest(content)}
 
@@ -41,15 +63,11 @@ def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-_SETTLED_NS = 2_000_000_000
-"""Age from which a modification time identifies a content: file systems count time in steps of up to two seconds."""
-
-
 def content_digest(path: Path, cache: Path | None = None) -> str:
     """SHA-256, 64 hex digits, over the names and contents of a file or of all files under a folder.
 
-    A folder's own name and place do not matter, the names inside it do; a single file's name does. Hidden files and
-    folders (`.git`, `.cache`) are left out, and what has no content (pipes, sockets, devices).
+    A folder's own name and place do not matter; the names inside it do, and so does a single file's name. Hidden files
+    and folders (`.git`, `.cache`) are left out, and so are pipes, sockets and devices.
 
     Args:
         path: file or folder.
@@ -95,7 +113,7 @@ def _visible_files(path: Path) -> Iterator[Path]:
     if not path.is_dir():
         yield path
         return
-    found: list[Path] = []
+    files: list[Path] = []
 
     def stop(error: OSError) -> None:
         raise error
@@ -108,18 +126,18 @@ def _visible_files(path: Path) -> Iterator[Path]:
             for name in subfolders
             if not name.startswith(".") and not here.is_relative_to(os.path.realpath(Path(folder, name)))
         ]
-        found += [Path(folder, name) for name in names if not name.startswith(".")]
-    yield from sorted(found, key=lambda file: file.relative_to(path).as_posix())
+        files += [Path(folder, name) for name in names if not name.startswith(".")]
+    yield from sorted(files, key=lambda file: file.relative_to(path).as_posix())
 
 
 def _read_cache(cache: Path) -> dict[str, list[object]]:
-    """What the cache file remembers; nothing where it is missing or damaged."""
+    """The entries of the cache file; empty where it is missing or damaged."""
     try:
         content = json.loads(cache.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     if not isinstance(content, dict) or not is_intact(content):
-        return {}  # a flipped bit would put everything out of date
+        return {}  # a wrong digest would make every artifact out of date
     return {
         name: entry
         for name, entry in content.items()
@@ -128,7 +146,7 @@ def _read_cache(cache: Path) -> dict[str, list[object]]:
 
 
 def _write_cache(cache: Path, learnt: dict[str, list[object]]) -> None:
-    """Add entries, keeping those that another process wrote meanwhile; a cache that can't be written is only slow."""
+    """Add entries to those that other processes wrote. Errors are ignored: without the cache all is only slower."""
     with contextlib.suppress(OSError):
         cache.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=cache.parent, prefix=f".{cache.name}.")

@@ -10,7 +10,7 @@ from helpsteer_assets.errors import HelpsteerError
 
 
 def checked_name(kind: str, name: str) -> str:
-    """`name`, if it can be one folder or file name; HelpsteerError, which names `kind` and the value, if not."""
+    """`name` itself. Raises HelpsteerError, which names `kind` and the value, if it cannot be a file's name."""
     if not name or name.startswith(".") or any(character in name for character in "/\\\0"):
         raise HelpsteerError(
             f"{kind} {name!r} cannot be a folder's name: it must not be empty, start with a dot, or contain / or \\"
@@ -28,7 +28,7 @@ def sync(path: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file such that a reader, or a crash at any moment, meets the old or the new content whole."""
+    """Writes a text file so that a reader, also after a crash at any moment, sees the whole old or new content."""
     mine = f".{path.name}.{socket.gethostname()}."
     for leftover in path.parent.glob(f"{glob.escape(mine)}*"):
         if not Path("/proc", leftover.name.removeprefix(mine)).exists():  # its process died while writing it
@@ -47,13 +47,13 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def free_space(path: Path) -> tuple[Path, int]:
-    """The folder that is there of a path, and the bytes that are free on its disk."""
+    """The nearest folder of the path that exists, and the free bytes of its disk."""
     existing = next(folder for folder in (path, *path.parents) if folder.exists())
     return existing, shutil.disk_usage(existing).free
 
 
 def size_in_words(count: int) -> str:
-    """Bytes for people."""
+    """The number of bytes for people, such as `1.2 GB`."""
     for unit, power in (("GB", 9), ("MB", 6), ("kB", 3)):
         if count >= 10**power:
             return f"{count / 10**power:.3g} {unit}"

@@ -1,4 +1,4 @@
-"""What the store and the warehouse share about files: safe names, durable writes, readable errors."""
+"""Errors of the operating system, and of libraries that write files, in words that say what to do."""
 
 import errno
 import os
@@ -49,16 +49,16 @@ _VAGUE = (
     "unable to open database file",
     "readonly database",
 )
-"""What torch and SQLite say whatever the reason."""
+"""Messages of torch and SQLite that name no reason."""
 _NEARLY_FULL = 2**20
-"""Bytes free below which a write that failed without a reason is put down to the full disk."""
+"""With fewer bytes free, a write that failed without a reason is taken to have failed for the full disk."""
 
 
 @contextmanager
 def readable_library_errors(folder: Path) -> Iterator[None]:
-    """Turns what libraries raise where `folder` cannot be written to into a HelpsteerError; lets all else through.
+    """Turns errors of libraries that cannot write to `folder` into a HelpsteerError; lets all others through.
 
-    safetensors, torch, pyarrow, DuckDB and SQLite each say it in their own way, and torch without a reason.
+    safetensors, torch, pyarrow, DuckDB and SQLite each have their own words for it, and torch gives no reason.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Rows of long work, kept as they are finished."""
+"""Finished rows of long work, kept on disk while the work goes on."""
 
 import json
 import os
@@ -9,16 +9,16 @@ from typing import Any
 
 
 class ResumableRows:
-    """Lines of a checksum and a JSON object, appended batch by batch: a killed computation goes on after them."""
+    """A file of finished rows: lines of a checksum and a JSON object. A killed computation goes on after them."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        # The checksum covers the file's place (its name and the two folders above, so that a home can be moved): rows
-        # of another artifact are not believed.
+        # The checksum covers the file's name and the two folders above it, so that rows of another artifact are not
+        # taken for this one's, and a home can be moved.
         self._place = 0 if path is None else zlib.crc32("/".join(path.parts[-3:]).encode())
 
     def read(self) -> Iterator[dict[str, Any]]:
-        """The rows of an earlier attempt, up to the first line that was cut short or damaged; the rest is cut off."""
+        """The rows of an earlier attempt, up to the first damaged line; the file is cut off there."""
         if self._path is None or not self._path.exists():
             return
         whole = 0
@@ -32,7 +32,7 @@ class ResumableRows:
         os.truncate(self._path, whole)
 
     def append(self, rows: list[dict[str, Any]]) -> None:
-        """Add finished rows and see them to the disk."""
+        """Add finished rows, and wait until they are on disk."""
         if self._path is None:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)

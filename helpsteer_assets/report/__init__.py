@@ -1,9 +1,8 @@
-"""The report: one HTML file that needs nothing but itself, made for choosing a weight.
+"""The report: one HTML file without any other files, made for choosing a weight.
 
-report.html (Jinja2) lays out what does not change, report.css dresses it, report.js sorts tables and shows the
-responses. Whatever comes from models and data is data: titles and sentences are escaped by the template, prompts and
-responses stand in the page as JSON and are shown as text only. The page's policy for its contents
-(Content-Security-Policy) lets no other script run, whatever the text holds, and nothing be fetched.
+report.html (Jinja2) is the layout, report.css the style; report.js sorts tables and shows the responses. Text from
+models and data is never markup: the template escapes titles and sentences, and prompts and responses are in the page as
+JSON, which the script shows as text. The page's Content-Security-Policy allows no other script and no request.
 """
 
 import base64
@@ -18,7 +17,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from helpsteer_assets.modpo.comparison.plots import policy_colour
+from helpsteer_assets.modpo.comparison.plots import percent, policy_colour
 from helpsteer_assets.report.figures import inline_figure
 
 ROLES = {
@@ -29,29 +28,34 @@ ROLES = {
     "rating": "Other ratings",
     "diagnostic": "Diagnostics",
 }
-"""Groups of measures, in the order in which they matter to the choice of a weight."""
+"""Groups of measures, the most important for the choice of a weight first."""
 
 DASH = "\u2013"
-"""In place of a number that is not there."""
+"""Shown for a missing number."""
 
 _UNWRITABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
-"""What HTML cannot hold as text: control characters, and halves of surrogate pairs, which UTF-8 does not have."""
+"""Characters that HTML text cannot contain: control characters, and single surrogates, which UTF-8 cannot encode."""
 
 
 def render(data: Mapping[str, Any]) -> str:
     """The report on `data` as the text of one HTML file, to be written in UTF-8; the same data give the same text.
 
     Keys of `data`: title, experiment, description (str); facts ([label, value] pairs); headlines and notes (whole
-    sentences); policies ({label, w, on_front, front_probability, statements}, the SFT model first, in the order used
+    sentences); policies ({label, w, on_front, front_probability, statements}, the SFT model first; this order holds
     everywhere); measures ({name, title, unit, better, role}); summary ({measure: {policy label: {mean, low, high,
     delta, delta_low, delta_high, verdict}}}); plots ({id, title, caption, svg}); tables ({title, caption, columns,
     rows}, a cell being text, a number, or a pair of a number and the text that shows it); prompts ({id, prompt,
     truncated, responses}, a response {text, finish, tokens, words, scores, disagreement}, in the order of the
-    policies). A number may be null or NaN, and a measure may lack policies: a dash stands there.
+    policies). A number may be null or NaN, and a measure may lack policies: a dash is shown then.
     """
     measures = sorted(data["measures"], key=lambda measure: list(ROLES).index(measure["role"]))
     policies = [
-        {**policy, "number": number, "probability": _finite(policy["front_probability"])}
+        {
+            **policy,
+            "number": number,
+            "probability": (probability := _finite(policy["front_probability"])),
+            "chance": DASH if probability is None else percent(probability),
+        }
         for number, policy in enumerate(data["policies"])
     ]
     colours = {policy["label"]: policy["w"] for policy in policies}
@@ -86,7 +90,7 @@ def _environment() -> Environment:
 
 
 def _writable(value: Any) -> Any:
-    """Text without what HTML cannot hold; the parts of the page made here are as they should be."""
+    """Text without the characters that HTML cannot contain; markup, which is made here, has none of them."""
     if isinstance(value, Markup) or not isinstance(value, str):
         return value
     return _UNWRITABLE.sub("\ufffd", value)
@@ -110,35 +114,35 @@ def _finite(value: float | None) -> float | None:
 
 
 def _groups(measures: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The measures' groups that are there: role, title, measures."""
+    """The groups that have measures: role, title, measures."""
     return [
-        {"role": role, "title": title, "measures": found}
+        {"role": role, "title": title, "measures": members}
         for role, title in ROLES.items()
-        if (found := [measure for measure in measures if measure["role"] == role])
+        if (members := [measure for measure in measures if measure["role"] == role])
     ]
 
 
 def _score_rows(
     policies: Sequence[Mapping[str, Any]], measures: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """One row per policy with a cell per measure: its numbers, how they are written, and what they say against SFT."""
+    """One row per policy with a cell per measure: its numbers, their texts, and the verdict against SFT."""
     rows = []
     for policy in policies:
         cells = []
         for measure in measures:
             entries = summary.get(measure["name"], {})
             entry = entries.get(policy["label"], {})
-            percent = measure["unit"] == "share"
-            decimals = _decimals([e.get("mean") for e in entries.values()], percent)
+            is_share = measure["unit"] == "share"
+            decimals = _decimals([e.get("mean") for e in entries.values()], is_share)
             cells.append(
                 {
                     "role": measure["role"],
                     "mean": _finite(entry.get("mean")),
                     "delta": _finite(entry.get("delta")),
-                    "mean_text": _fixed(entry.get("mean"), decimals, percent),
-                    "mean_interval": _range(entry.get("low"), entry.get("high"), decimals, percent),
-                    "delta_text": _fixed(entry.get("delta"), decimals, percent, sign=True),
-                    "delta_interval": _range(entry.get("delta_low"), entry.get("delta_high"), decimals, percent),
+                    "mean_text": _fixed(entry.get("mean"), decimals, is_share),
+                    "mean_interval": _range(entry.get("low"), entry.get("high"), decimals, is_share),
+                    "delta_text": _fixed(entry.get("delta"), decimals, is_share, sign=True),
+                    "delta_interval": _range(entry.get("delta_low"), entry.get("delta_high"), decimals, is_share),
                     **_verdict(entry.get("verdict"), measure["better"]),
                 }
             )
@@ -147,7 +151,7 @@ def _score_rows(
 
 
 def _verdict(verdict: str | None, better: str | None) -> dict[str, str]:
-    """Sign, class and words of a verdict; the sign's shape says what its colour says."""
+    """Sign, class and words of a verdict; the sign's shape tells the same as its colour."""
     if verdict not in ("higher", "lower"):
         return {"mark": "", "kind": "", "words": "no difference to SFT shown" if verdict == "undecided" else ""}
     good = None if better is None else verdict == better
@@ -157,37 +161,37 @@ def _verdict(verdict: str | None, better: str | None) -> dict[str, str]:
     return {"mark": mark, "kind": kind, "words": f"{verdict} than SFT{words}"}
 
 
-def _decimals(values: Sequence[float | None], percent: bool) -> int:
-    """Decimals that show three significant digits of the largest of `values`, one rule for a whole column."""
-    largest = max((abs(v) * (100 if percent else 1) for v in values if _finite(v) is not None), default=0.0)
-    if percent:
+def _decimals(values: Sequence[float | None], is_share: bool) -> int:
+    """Decimals for a whole column, which show three significant digits of its largest value; 1 for percentages."""
+    if is_share:
         return 1
+    largest = max((abs(v) for v in values if _finite(v) is not None), default=0.0)
     return 2 if largest == 0 else min(4, max(0, 2 - math.floor(math.log10(largest))))
 
 
-def _fixed(value: float | None, decimals: int, percent: bool, sign: bool = False) -> str:
+def _fixed(value: float | None, decimals: int, is_share: bool, sign: bool = False) -> str:
     if _finite(value) is None:
         return DASH
-    scaled = round(value * (100 if percent else 1), decimals) + 0.0
-    text = f"{scaled:{'+' if sign and scaled else ''}.{decimals}f}{'%' if percent else ''}"
+    scaled = round(value * (100 if is_share else 1), decimals) + 0.0
+    text = f"{scaled:{'+' if sign and scaled else ''}.{decimals}f}{'%' if is_share else ''}"
     return text.replace("-", "\u2212")
 
 
-def _range(low: float | None, high: float | None, decimals: int, percent: bool) -> str:
+def _range(low: float | None, high: float | None, decimals: int, is_share: bool) -> str:
     if _finite(low) is None or _finite(high) is None:
         return ""
-    return f"[{_fixed(low, decimals, percent)}, {_fixed(high, decimals, percent)}]"
+    return f"[{_fixed(low, decimals, is_share)}, {_fixed(high, decimals, is_share)}]"
 
 
 def _table(table: Mapping[str, Any]) -> dict[str, Any]:
-    """A table whose numbers are written alike within a column: whole ones whole, others as `_decimals` says."""
+    """A table whose numbers have the same decimals within a column: none if all are whole, else as `_decimals` says."""
     columns, by_column = [], []
     for index, title in enumerate(table["columns"]):
         values = [row[index] for row in table["rows"]]
         numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
         numeric = bool(numbers) or any(isinstance(value, tuple) for value in values)
         whole = all(float(value).is_integer() for value in numbers if _finite(value) is not None)
-        decimals = 0 if whole else _decimals(numbers, percent=False)
+        decimals = 0 if whole else _decimals(numbers, is_share=False)
         columns.append({"title": title, "numeric": numeric})
         by_column.append([_table_cell(value, decimals) for value in values])
     return {**table, "columns": columns, "rows": list(zip(*by_column, strict=True))}
@@ -198,12 +202,12 @@ def _table_cell(value: Any, decimals: int) -> dict[str, Any]:
         return {"number": False, "text": str(value)}
     number, text = value if isinstance(value, tuple) else (value, None)
     finite = _finite(number)
-    shown = _fixed(finite, decimals, percent=False) if text is None else text.replace("-", "\u2212")
+    shown = _fixed(finite, decimals, is_share=False) if text is None else text.replace("-", "\u2212")
     return {"number": True, "value": "" if finite is None else finite, "text": shown}
 
 
 def _responses(data: Mapping[str, Any], measures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the response browser shows, in lists by position rather than by name: a third smaller."""
+    """The data of the response browser, as lists by position: a third smaller than objects by name."""
     names = [measure["name"] for measure in measures]
     return {
         "policies": [policy["label"] for policy in data["policies"]],
@@ -231,7 +235,7 @@ def _responses(data: Mapping[str, Any], measures: Sequence[Mapping[str, Any]]) -
 
 
 def _rounded(value: Any) -> Any:
-    """JSON has no NaN and no infinity; five significant digits are more than a page shows."""
+    """Five significant digits, more than the page shows; null for NaN and infinity, which JSON does not have."""
     if isinstance(value, float):
         return float(f"{value:.5g}") if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -240,6 +244,6 @@ def _rounded(value: Any) -> Any:
 
 
 def _script_json(value: Any) -> str:
-    """JSON that can stand inside a script element: nothing in it ends the element, and UTF-8 can hold all of it."""
+    """JSON for a script element: nothing in it ends the element, and UTF-8 can encode all of it."""
     text = json.dumps(_rounded(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return re.sub("[<>&\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff]", lambda found: f"\\u{ord(found[0]):04x}", text)

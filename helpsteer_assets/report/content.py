@@ -1,4 +1,4 @@
-"""What the report says: the analysis, the scores and the responses of an experiment, as `render` takes them."""
+"""The content of the report: analysis, scores and responses of an experiment, in the form that `render` takes."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,8 +10,7 @@ import pyarrow as pa
 from helpsteer_assets.experiment.settings import is_hub_id
 from helpsteer_assets.modpo.comparison.bootstrap import Floats
 from helpsteer_assets.modpo.comparison.differences import Measure, number
-from helpsteer_assets.modpo.comparison.scores import PolicyScores
-from helpsteer_assets.modpo.comparison.tradeoff import label_of, measures_of
+from helpsteer_assets.modpo.comparison.scores import PolicyScores, policy_label
 from helpsteer_assets.modpo.data.attributes import ATTRIBUTES, OVERALL
 
 if TYPE_CHECKING:
@@ -30,6 +29,7 @@ CAPTIONS = {
 
 def report_content(
     experiment: "Experiment",
+    measures: Mapping[str, Measure],
     policies: Sequence[PolicyScores],
     summary: Rows,
     result: Mapping[str, Any],
@@ -43,15 +43,15 @@ def report_content(
 
     Args:
         experiment: the experiment.
-        policies: all measures of the SFT model, then of the weights, ascending.
+        measures: of `measures_of`, in the order in which they are shown.
+        policies: scores of the SFT model, then of the weights, ascending.
         summary: rows of score_summary.
-        result: of `modpo.tradeoff.analyse`.
+        result: of `analyse`.
         responses: generations by weight, None for the SFT model.
         plots: title and SVG by name.
-        quality: of `diagnostics.margin_adapter_quality`; None without a margin adapter.
-        kl: by weight, the counts of its KL samples.
+        quality: of `margin_adapter_quality`; None without a margin adapter.
+        kl: metrics of `kl_to_sft` by weight.
     """
-    measures = measures_of(experiment, list(policies[0].measures))
     worse = "left" if result["axes"]["x_larger_is_better"] else "right"
     return {
         "title": f"Trade-off: {experiment.name}",
@@ -113,7 +113,7 @@ def _facts(experiment: "Experiment", prompts: int) -> list[list[str]]:
 
 
 def _named(source: str) -> str:
-    """A source without the folders that lead to it: the report is sent to people who have other ones."""
+    """A source without its folders, which mean nothing to other people who get the report."""
     return source if is_hub_id(source) else Path(source).name
 
 
@@ -147,10 +147,10 @@ def _role(experiment: "Experiment", name: str) -> str:
 
 def _summary(rows: Rows, differences: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
     """By measure and policy: mean and interval, and the difference to SFT that holds for all weights at once."""
-    found: dict[str, dict[str, Any]] = {}
+    summary: dict[str, dict[str, Any]] = {}
     for row in rows:
         against = differences.get(row["w"], {}).get(row["measure"]) if row["w"] is not None else None
-        found.setdefault(row["measure"], {})["SFT" if row["w"] is None else f"w={row['w']}"] = {
+        summary.setdefault(row["measure"], {})[policy_label(row["w"])] = {
             "mean": row["mean"],
             "low": row["ci_low"],
             "high": row["ci_high"],
@@ -159,27 +159,24 @@ def _summary(rows: Rows, differences: Mapping[str, Mapping[str, Mapping[str, Any
             "delta_high": against and against["high"],
             "verdict": against and against["verdict"],
         }
-    return found
+    return summary
 
 
-def _equal_length(found: Rows, measures: Mapping[str, Measure]) -> list[dict[str, Any]]:
-    if not found:
+def _equal_length(answers: Rows, measures: Mapping[str, Measure]) -> list[dict[str, Any]]:
+    if not answers:
         return []
-    rows = []
-    for item in found:
-        title = measures[item["measure"]].title
-        adjusted, close = item["adjusted"], item["close"]
-        rows.append(
-            [
-                title,
-                f"w={item['w']}",
-                _rounded(item["raw"]),
-                _interval(adjusted),
-                "yes" if item["extrapolated"] else "no",
-                _interval(close),
-                item["close_prompts"],
-            ]
-        )
+    rows = [
+        [
+            measures[answer["measure"]].title,
+            policy_label(answer["w"]),
+            _rounded(answer["raw"]),
+            _interval(answer["adjusted"]),
+            "yes" if answer["extrapolated"] else "no",
+            _interval(answer["close"]),
+            answer["close_prompts"],
+        ]
+        for answer in answers
+    ]
     return [
         {
             "title": "At equal length",
@@ -200,8 +197,8 @@ def _equal_length(found: Rows, measures: Mapping[str, Measure]) -> list[dict[str
     ]
 
 
-def _movement(found: Mapping[str, Mapping[str, Any]], measures: Mapping[str, Measure]) -> list[dict[str, Any]]:
-    if not found:
+def _movement(movement: Mapping[str, Mapping[str, Any]], measures: Mapping[str, Measure]) -> list[dict[str, Any]]:
+    if not movement:
         return []
     rows = [
         [
@@ -210,7 +207,7 @@ def _movement(found: Mapping[str, Mapping[str, Any]], measures: Mapping[str, Mea
             _interval(moved["slope"]),
             _percent(moved["share_of_resamples_monotone"]),
         ]
-        for name, moved in found.items()
+        for name, moved in movement.items()
     ]
     return [
         {
@@ -223,18 +220,18 @@ def _movement(found: Mapping[str, Mapping[str, Any]], measures: Mapping[str, Mea
     ]
 
 
-def _kl(found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    if not found:
+def _kl(kl: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    if not kl:
         return []
     rows = [
         [
-            f"w={w}",
+            policy_label(w),
             _rounded(m["kl"]),
             _rounded(m["kl_standard_error"]),
             m["samples"],
             _percent(m["capped"] / m["samples"], decimals=1),
         ]
-        for w, m in sorted(found.items(), key=lambda item: float(item[0]))
+        for w, m in sorted(kl.items(), key=lambda item: float(item[0]))
     ]
     return [
         {
@@ -247,8 +244,8 @@ def _kl(found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _quality(found: Mapping[str, Any] | None, attribute: str) -> list[dict[str, Any]]:
-    if found is None or not found["n"]:
+def _quality(quality: Mapping[str, Any] | None, attribute: str) -> list[dict[str, Any]]:
+    if quality is None or not quality["n"]:
         return []
 
     def rows(parts: Rows, key: str) -> list[list[Any]]:
@@ -260,13 +257,13 @@ def _quality(found: Mapping[str, Any] | None, attribute: str) -> list[dict[str, 
             "caption": "Share of validation pairs in which it rewards the chosen response more, by how far the ratings "
             "are apart. 95% intervals, resampling prompts.",
             "columns": ["rating gap", "pairs", "ranked right"],
-            "rows": rows(found["by_rating_gap"], "rating_gap"),
+            "rows": rows(quality["by_rating_gap"], "rating_gap"),
         },
         {
             "title": "What the margin adapter measures: by length",
-            "caption": f"{found['sentence']} Much shorter (longer): less than half (more than twice) the length.",
+            "caption": f"{quality['sentence']} Much shorter (longer): less than half (more than twice) the length.",
             "columns": ["the chosen response is", "pairs", "ranked right"],
-            "rows": rows(found["by_length"], "chosen_is"),
+            "rows": rows(quality["by_length"], "chosen_is"),
         },
     ]
 
@@ -278,7 +275,7 @@ def _prompts(
     order = {scores.w: {p: i for i, p in enumerate(scores.prompt_ids)} for scores in policies}
     disagreements = _disagreements(experiment, policies)
     shown = [*ATTRIBUTES, OVERALL, "margin_reward", "log_ratio_to_sft", "repetition"]
-    found = []
+    prompts = []
     for prompt_id, row in made[None].items():
         of_policies = []
         for scores in policies:
@@ -290,31 +287,31 @@ def _prompts(
                     "tokens": own["response_tokens"],
                     "words": len(own["response"].split()),
                     "scores": {
-                        # As many digits as anybody reads: the tables have all of them.
+                        # Enough digits for a reader; the tables of the warehouse have all of them.
                         name: float(f"{scores.measures[name][i]:.4g}")
                         for name in shown
                         if name in scores.measures
                     },
-                    "disagreement": float(f"{disagreements[label_of(scores)][prompt_id]:.3g}"),
+                    "disagreement": float(f"{disagreements[scores.label][prompt_id]:.3g}"),
                 }
             )
-        found.append(
+        prompts.append(
             {"id": prompt_id, "prompt": row["prompt"], "truncated": row["prompt_truncated"], "responses": of_policies}
         )
-    return found
+    return prompts
 
 
 def _disagreements(experiment: "Experiment", policies: Sequence[PolicyScores]) -> dict[str, dict[str, float]]:
     """How strongly rater and margin reward contradict each other about the margin attribute, by policy and prompt.
 
-    Both are differences to SFT's response to the same prompt, in their standard deviations over all responses. Where
-    they point in opposite directions, the geometric mean of their sizes; else 0. Without a rating of the margin
-    attribute, or without an adapter, nothing contradicts.
+    Each is the change from SFT's response to the same prompt, in standard deviations over all responses. The
+    disagreement is the geometric mean of their sizes where the two point in opposite directions, else 0. It is 0
+    without a rating of the margin attribute and without an adapter.
     """
     attribute = experiment.data.margin_attribute
     reference = policies[0]
     if not experiment.has_margin_adapter or attribute not in reference.measures:
-        return {label_of(scores): dict.fromkeys(scores.prompt_ids, 0.0) for scores in policies}
+        return {scores.label: dict.fromkeys(scores.prompt_ids, 0.0) for scores in policies}
 
     def changes(measure: str) -> list[Floats]:
         base = dict(zip(reference.prompt_ids, reference.measures[measure], strict=True))
@@ -326,7 +323,7 @@ def _disagreements(experiment: "Experiment", policies: Sequence[PolicyScores]) -
     rated, rewarded = changes(attribute), changes("margin_reward")
     scale = float(np.concatenate(rated).std() * np.concatenate(rewarded).std()) or 1.0
     return {
-        label_of(scores): dict(zip(scores.prompt_ids, np.sqrt(np.maximum(-a * b, 0) / scale).tolist(), strict=True))
+        scores.label: dict(zip(scores.prompt_ids, np.sqrt(np.maximum(-a * b, 0) / scale).tolist(), strict=True))
         for scores, a, b in zip(policies, rated, rewarded, strict=True)
     }
 
@@ -336,18 +333,18 @@ def _rounded(value: float | None) -> float | None:
 
 
 _Cell = tuple[float, str]
-"""A number, by which a table is sorted, and how it is shown."""
+"""A number, by which a table is sorted, and its text."""
 
 
-def _interval(found: Mapping[str, float] | None) -> _Cell | None:
-    """`0.12 [0.03, 0.21]`, with the digits that the interval's width has; the mean alone where it has no ends."""
-    if found is None or found["mean"] is None:
+def _interval(interval: Mapping[str, float] | None) -> _Cell | None:
+    """Such as `0.12 [0.03, 0.21]`, with decimals for the interval's width; the mean alone where it has no ends."""
+    if interval is None or interval["mean"] is None:
         return None
-    if found["low"] is None:
-        return found["mean"], f"{found['mean']:.3g}"
-    width = found["high"] - found["low"]
-    mean, low, high = (number(found[name], width, Measure("", "")) for name in ("mean", "low", "high"))
-    return found["mean"], f"{mean} [{low}, {high}]"
+    if interval["low"] is None:
+        return interval["mean"], f"{interval['mean']:.3g}"
+    width = interval["high"] - interval["low"]
+    mean, low, high = (number(interval[name], width, Measure("", "")) for name in ("mean", "low", "high"))
+    return interval["mean"], f"{mean} [{low}, {high}]"
 
 
 def _share(share: Mapping[str, float]) -> _Cell:

@@ -1,6 +1,6 @@
-"""Figures inside the page: matplotlib's SVG with the page's colours, letters and names.
+"""Figures inside the page: matplotlib's SVG with the page's colours, font and ids.
 
-What is kept is listed, not what is left out: an SVG brings no script, no style for the rest of the page, no address.
+Only listed elements and attributes are kept, so that an SVG brings no script, no style for the page and no address.
 """
 
 import re
@@ -17,15 +17,16 @@ _ELEMENTS |= {"polygon"}
 _ATTRIBUTES = {"d", "x", "y", "x1", "y1", "x2", "y2", "cx", "cy", "r", "width", "height", "points", "transform"}
 _ATTRIBUTES |= {"style", "viewBox", "clip-path", "data-policy", "data-details"}
 
-_SAID = (TITLE_ID, NOTE_ID)
+_OUTSIDE = (TITLE_ID, NOTE_ID)
+"""Groups that are left out, because the page shows their text itself."""
 
 
 def inline_figure(plot: Mapping[str, Any], weights: Mapping[str, str | None]) -> dict[str, Any]:
-    """`plot` {id, title, caption, svg} with `svg` to stand in the page: its ids are the figure's own, its colours are
-    the page's custom properties, each policy's point can be reached by keyboard, its note is part of the caption.
+    """The `plot` {id, title, caption, svg} with an `svg` to be put into the page.
 
-    `weights` gives the weight of each policy label, in the page's order. Raises xml.etree.ElementTree.ParseError for
-    text that is no XML.
+    Its ids start with the figure's id, its colours are the page's custom properties, each policy's point can be reached
+    by keyboard, and its note is moved to the caption. `weights` gives the weight of each policy label, in the page's
+    order. Raises xml.etree.ElementTree.ParseError for text that is no XML.
     """
     name = re.sub(r"[^a-zA-Z0-9]+", "-", plot["id"])
     root = ElementTree.fromstring(plot["svg"])
@@ -46,7 +47,7 @@ def inline_figure(plot: Mapping[str, Any], weights: Mapping[str, str | None]) ->
     caption = " ".join([plot["caption"], *(text for _, text in note)])
     for size in ("width", "height"):
         root.attrib.pop(size, None)
-    # An image's parts are hidden from screen readers, so one with points to visit is a group.
+    # Screen readers do not read the parts of an image, so a figure with points to visit is a group.
     root.attrib |= {"role": "group" if points else "img", "aria-labelledby": f"{name}-title {name}-desc"}
     for position, (tag, text) in enumerate((("title", plot["title"]), ("desc", caption))):
         element = ElementTree.Element(tag, {"id": f"{name}-{tag}"})
@@ -61,7 +62,7 @@ def _local(name: str) -> str:
 
 
 def _lines(root: ElementTree.Element, group_id: str) -> list[tuple[float, str]]:
-    """Where the lines of a group's text stand, from above, in the figure's units: the page says them itself."""
+    """Height (from the top, in the figure's units) and text of the lines of a group."""
     lines = []
     for group in root.iter():
         if group.attrib.get("id") == group_id:
@@ -89,7 +90,7 @@ def _clean(element: ElementTree.Element, figure: str, colours: Mapping[str, str]
     element.attrib.clear()
     element.attrib.update(kept)
     for child in list(element):
-        if not isinstance(child.tag, str) or _local(child.tag) not in _ELEMENTS or child.attrib.get("id") in _SAID:
+        if not isinstance(child.tag, str) or _local(child.tag) not in _ELEMENTS or child.attrib.get("id") in _OUTSIDE:
             element.remove(child)
         else:
             _clean(child, figure, colours)

@@ -12,7 +12,6 @@ order. So a process killed at any moment leaves a partial folder without a manif
 checkpoints), a partial folder with one (complete: it only has to be renamed), or the finished artifact.
 """
 
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -33,10 +32,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.files.digests import is_intact, sealed
+from helpsteer_assets.files.digests import file_sha256, is_intact, listing, sealed
 from helpsteer_assets.files.durable import checked_name, sync, write_atomically
 from helpsteer_assets.files.os_errors import readable_library_errors, readable_os_errors
-from helpsteer_assets.store.locks import exclusive_lock, lock_if_free
+from helpsteer_assets.store.locks import HeldLock, exclusive_lock, lock_if_free
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -44,18 +43,19 @@ if TYPE_CHECKING:
 ALL = "all"
 """The partition folder of an unpartitioned asset."""
 FOLDER = re.compile(r"(?P<fingerprint>[0-9a-f]{32})(?P<state>|\.partial|\.damaged-\d+)")
-"""Name of an artifact's folder, and what state it is in; finished without one."""
+"""Name of an artifact's folder; the state of a finished one is empty."""
 MANIFEST = "manifest.json"
 CHECKPOINTS = "checkpoints"
-"""Folder in a partial artifact that outlives an interruption; gone from the finished artifact."""
+"""Folder of a partial artifact that survives an interruption; a finished artifact has none."""
 SCRATCH = "tmp"
-"""Folder in a partial artifact for temporary files; emptied before each attempt, gone from the finished artifact."""
+"""Folder of a partial artifact for temporary files, empty before each attempt; a finished artifact has none."""
 SCHEMA_VERSION = 2
-"""2: the manifest holds `environment`, and its own digest, which version 1 does without."""
+"""Version 2 added `environment` and the manifest's own digest."""
+
+ArtifactName = tuple[str, str, str]
+"""Asset, partition and fingerprint."""
 
 _PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "duckdb", "dagster", "helpsteer_assets")
-_RACY_SECONDS = 0.1
-_digests: dict[tuple[int, int, int, int, int], str] = {}
 
 logger = logging.getLogger(__name__)
 
@@ -86,11 +86,13 @@ class Artifact:
 
 
 class _DamagedError(Exception):
-    """Why a folder is no artifact."""
+    """A folder is no artifact; the message says why."""
 
 
 class ArtifactStore:
-    """Artifacts of a home, found by what determined them. One writer per artifact; any number of readers.
+    """Artifacts of a home, found by the fingerprint of all that determines them.
+
+    An artifact has one writer at a time, and any number of readers.
 
     An asset's partition is its weight (`0.1`), or `ALL`. Every method raises HelpsteerError for a name that cannot be
     a folder's, for a file system that refuses (full, read-only), and for a manifest of a newer version of this package.
@@ -111,7 +113,7 @@ class ArtifactStore:
         return None if artifact is None or any(_size_problems(folder, artifact.manifest)) else artifact
 
     def verify(self, artifact: Artifact) -> list[str]:
-        """What is wrong with the artifact's files by size and sha256, one line per file; empty if nothing is.
+        """The files whose size or sha256 differs from the manifest, a line for each; empty if all are right.
 
         A file that this process has hashed before, and whose size and times are unchanged, is not hashed again. Files
         that the manifest does not list are no damage.
@@ -126,7 +128,7 @@ class ArtifactStore:
         if not problems:
             return artifact
         with lock_if_free(self.lock(asset, partition, fingerprint)) as free:
-            # Under another's lock it is being dealt with, and may already be whole again: leave it alone.
+            # If another process holds the lock, it repairs the artifact, which may be whole again already.
             return self._get_locked(asset, partition, fingerprint) if free else None
 
     def partial(self, asset: str, partition: str, fingerprint: str) -> Path:
@@ -154,22 +156,21 @@ class ArtifactStore:
         what it kept in `checkpoints/` in an interrupted attempt; all else of that attempt has been removed. If it
         raises, the partial folder stays.
         """
-        json.dumps(manifest, allow_nan=False)  # A manifest that cannot be written must not cost a training first.
+        json.dumps(manifest, allow_nan=False)  # to fail before a training, and not after it
         label = f"{asset} {partition}" if partition != ALL else asset
         with exclusive_lock(
             self.lock(asset, partition, fingerprint),
             lambda holder: on_wait(f"{holder}, which is making {label} ({fingerprint})"),
-        ) as lease:
-            found = self._get_locked(asset, partition, fingerprint) or self._adopt(asset, partition, fingerprint)
-            if found is not None:
-                return found, True
+        ) as lock:
+            name = (asset, partition, fingerprint)
+            if (artifact := self._get_locked(*name) or self._adopt(*name, lock)) is not None:
+                return artifact, True
             partial = self.partial(asset, partition, fingerprint)
             resumed = self._prepare(partial)
             started = time.monotonic()
             with readable_library_errors(partial):
                 metrics = compute(partial)
             _require_finite(metrics, label)
-            lease.check()
             complete = {
                 **manifest,
                 "schema_version": SCHEMA_VERSION,
@@ -187,40 +188,11 @@ class ArtifactStore:
                 "environment": environment(),
             }
             with readable_os_errors("write", partial):
-                complete["files"] = _listing(partial)
+                complete["files"] = listing(partial, _results(partial))
+                lock.check()
                 text = json.dumps(sealed(complete), indent=2, allow_nan=False) + "\n"
                 write_atomically(partial / MANIFEST, text)
-            return self._finish(asset, partition, fingerprint, json.loads(text)), False
-
-    def contribute(
-        self,
-        asset: str,
-        partition: str,
-        fingerprint: str,
-        part: str,
-        *,
-        compute: Callable[[Path], None],
-        on_wait: Callable[[str], None],
-    ) -> bool:
-        """Does a part of an artifact's work before it is built; returns whether there was something to do.
-
-        `compute` gets the partial folder, and keeps what it made in its `checkpoints/`, where `build` goes on from it.
-        Parts of other names may be worked on at the same time; one process works on one part.
-        """
-        lock = self.lock(asset, partition, f"{fingerprint}.{part}")
-        with exclusive_lock(lock, lambda holder: on_wait(f"{holder}, which is making {part} of {asset}")) as lease:
-            if self.find(asset, partition, fingerprint) is not None:
-                return False
-            partial = self.partial(asset, partition, fingerprint)
-            try:
-                with readable_library_errors(partial):
-                    compute(partial)
-            except (HelpsteerError, OSError):
-                # Another run may have built the whole meanwhile, and removed the folder.
-                if self.find(asset, partition, fingerprint) is None:
-                    raise
-            lease.check()
-            return True
+            return self._finish(asset, partition, fingerprint, json.loads(text), lock), False
 
     def _prepare(self, partial: Path) -> bool:
         """Readies the partial folder for an attempt; True if it holds checkpoints of an earlier one."""
@@ -236,7 +208,7 @@ class ArtifactStore:
                     _remove(path)
             return checkpoints.is_dir() and any(checkpoints.iterdir())
 
-    def _adopt(self, asset: str, partition: str, fingerprint: str) -> Artifact | None:
+    def _adopt(self, asset: str, partition: str, fingerprint: str, lock: HeldLock) -> Artifact | None:
         """Finishes a partial folder that was complete when its maker died; None if there is none."""
         partial = self.partial(asset, partition, fingerprint)
         try:
@@ -245,14 +217,16 @@ class ArtifactStore:
         except _DamagedError as error:
             artifact, problems = None, [str(error)]
         if problems:
-            # Its checkpoints may be half removed: nothing to resume from.
+            # Its checkpoints may be half removed, so nothing can be resumed from them.
             logger.warning("%s is damaged and made anew: %s", partial, "; ".join(problems))
             with readable_os_errors("remove", partial):
                 shutil.rmtree(partial)
             return None
-        return None if artifact is None else self._finish(asset, partition, fingerprint, artifact.manifest)
+        return None if artifact is None else self._finish(asset, partition, fingerprint, artifact.manifest, lock)
 
-    def _finish(self, asset: str, partition: str, fingerprint: str, manifest: dict[str, Any]) -> Artifact:
+    def _finish(
+        self, asset: str, partition: str, fingerprint: str, manifest: dict[str, Any], lock: HeldLock
+    ) -> Artifact:
         partial = self.partial(asset, partition, fingerprint)
         folder = self._folder(asset, partition, fingerprint)
         with readable_os_errors("write", partial):
@@ -262,6 +236,7 @@ class ArtifactStore:
                 for name in names:
                     sync(Path(root, name))
                 sync(Path(root))
+            lock.check()
             partial.rename(folder)
             sync(folder.parent)
         return Artifact(asset, partition, fingerprint, folder, manifest)
@@ -280,7 +255,7 @@ class ArtifactStore:
         return None
 
     def inspect(self, asset: str, partition: str, fingerprint: str) -> tuple[Artifact | None, list[str]]:
-        """The finished artifact as its manifest tells it, and what is wrong with it; changes nothing."""
+        """The finished artifact by its manifest, and the problems of its files; changes nothing."""
         folder = self._folder(asset, partition, fingerprint)
         try:
             artifact = self._read(folder, asset, partition, fingerprint)
@@ -291,7 +266,7 @@ class ArtifactStore:
         return artifact, self.verify(artifact) if artifact is not None else []
 
     def _read(self, folder: Path, asset: str, partition: str, fingerprint: str) -> Artifact | None:
-        """The artifact as its manifest tells it, None where there is no manifest; raises _DamagedError."""
+        """The artifact by its manifest; None where there is no manifest. Raises _DamagedError."""
         path = folder / MANIFEST
         with readable_os_errors("read", path):
             try:
@@ -323,7 +298,7 @@ class ArtifactStore:
         return self.artifacts / self._name(asset, partition, fingerprint)
 
     def lock(self, asset: str, partition: str, fingerprint: str) -> Path:
-        """The lock that whoever makes the artifact holds."""
+        """The lock that the process which makes the artifact holds."""
         return self.locks / self._name(asset, partition, f"{fingerprint}.lock")
 
     @staticmethod
@@ -340,14 +315,10 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _listing(partial: Path) -> dict[str, dict[str, int | str]]:
-    """Size and sha256 of every result file in the partial folder, by its path relative to it."""
+def _results(partial: Path) -> list[str]:
+    """The result files in the partial folder, by path relative to it."""
     paths = (path.relative_to(partial) for path in sorted(partial.rglob("*")) if path.is_file())
-    return {
-        path.as_posix(): {"bytes": (partial / path).stat().st_size, "sha256": _sha256(partial / path)}
-        for path in paths
-        if path.parts[0] not in (CHECKPOINTS, SCRATCH)
-    }
+    return [path.as_posix() for path in paths if path.parts[0] not in (CHECKPOINTS, SCRATCH)]
 
 
 def _require_finite(metrics: Any, label: str, key: str = "") -> None:
@@ -375,57 +346,42 @@ def _size_problems(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
 def _digest_problems(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
     for name, entry in manifest["files"].items():
         with readable_os_errors("read", folder / name):
-            digest = _sha256(folder / name)
+            digest = file_sha256(folder / name)
         if digest != entry["sha256"]:
             yield f"{name} has sha256 {digest[:16]}... instead of {entry['sha256'][:16]}..."
 
 
-def _sha256(path: Path) -> str:
-    """The file's sha256, remembered by inode, size and times: renaming the folder does not forget it."""
-    with path.open("rb") as file:
-        before = os.fstat(file.fileno())
-        key = (before.st_dev, before.st_ino, before.st_size, before.st_mtime_ns, before.st_ctime_ns)
-        if key in _digests:
-            return _digests[key]
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        # A file written a moment ago can change again within the same tick of the file system's clock, unseen by its
-        # times: such a digest is not remembered.
-        if time.time() - max(before.st_mtime, before.st_ctime) > _RACY_SECONDS:
-            _digests[key] = digest
-        return digest
-
-
 def environment() -> dict[str, Any]:
-    """What besides settings, inputs, code and versions can change the last bits of a result on this machine."""
-    found: dict[str, Any] = {"processor": _processor(), "cores": os.cpu_count(), "device": "cpu"}
+    """Properties of this machine that can change the last bits of a result: processor, cores, device, threads."""
+    described: dict[str, Any] = {"processor": _processor(), "cores": os.cpu_count(), "device": "cpu"}
     torch = sys.modules.get("torch")
     if torch is not None:  # an asset that computes with it has imported it
-        found |= {"threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability()}
+        described |= {"threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability()}
         if torch.cuda.is_initialized():
-            found |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    return found
+            described |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return described
 
 
 @cache
 def _processor() -> str:
     try:
-        described = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        described = ""
-    names = [line.partition(":")[2].strip() for line in described.splitlines() if line.startswith("model name")]
+        text = ""
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
 
 @cache
 def versions() -> dict[str, str | None]:
-    """Of Python and of the packages that results depend on; None for one that is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    """The versions of Python and of the packages that results depend on; None for one that is not installed."""
+    installed: dict[str, str | None] = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+            installed[package] = None
+    return installed
 
 
 @cache

@@ -29,14 +29,14 @@ def home_path() -> Path:
         str(home).encode()
     except UnicodeEncodeError:
         raise HelpsteerError(f"the home {home} is not valid Unicode; set HELPSTEER_HOME to another folder") from None
-    if found := [character for character in "?%\\" if character in str(home)]:
+    if characters := [character for character in "?%\\" if character in str(home)]:
         raise HelpsteerError(
-            f"the home {home} has {' and '.join(found)} in its path, which databases read as something else; set "
+            f"the home {home} has {' and '.join(characters)} in its path, which databases read as something else; set "
             "HELPSTEER_HOME to another folder"
         )
     return home
 
 
 def digest_cache(home: Path) -> Path | None:
-    """The file that remembers digests of local sources; None where there is no home, which looking does not make."""
+    """The file that remembers digests of local sources; None where there is no home, so that none is made."""
     return home / "cache" / "digests.json" if home.is_dir() else None

@@ -21,7 +21,7 @@ class Column:
 
     @property
     def sql(self) -> str:
-        """What a SELECT says to get this column, by name and type."""
+        """The column in a SELECT, with its name and type."""
         return f"CAST({self.expression or f'data.{identifier(self.name)}'} AS {self.type}) AS {identifier(self.name)}"
 
 
@@ -31,7 +31,7 @@ class Table:
 
     name: str
     comment: str
-    """What a row is; published as COMMENT ON TABLE."""
+    """Meaning of a row; published as COMMENT ON TABLE."""
     assets: tuple[str, ...]
     """The assets whose Parquet files fill it."""
     key: tuple[str, ...]
@@ -304,7 +304,7 @@ TABLES: dict[str, Table] = {table.name: table for table in (*DECLARED, MATERIALI
 
 
 def definition(table: Table) -> Iterator[str]:
-    """SQL that makes the table with its comments."""
+    """The SQL statements that make the table and its comments."""
     name = identifier(table.name)
     yield f"CREATE TABLE {name} ({', '.join(f'{identifier(c.name)} {c.type}' for c in table.columns)})"
     yield f"COMMENT ON TABLE {name} IS {literal(table.comment)}"
@@ -313,10 +313,10 @@ def definition(table: Table) -> Iterator[str]:
 
 
 def identifier(name: str) -> str:
-    """A name, quoted for SQL."""
+    """The name, quoted for SQL."""
     return '"' + name.replace('"', '""') + '"'
 
 
 def literal(text: str) -> str:
-    """A text, quoted for SQL."""
+    """The text as a string of SQL."""
     return "'" + text.replace("'", "''") + "'"

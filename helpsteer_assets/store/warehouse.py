@@ -2,13 +2,13 @@
 
     <home>/warehouse/registry/<experiment>/<asset>/<partition or "all">.json   the latest materialization of each
     <home>/warehouse/helpsteer.duckdb                                          published from all of them
-    <home>/warehouse/published.json                                            what the published file was made from
+    <home>/warehouse/published.json                                            digests of the registry and of that file
 
 DuckDB lets one process write a file, and whoever has it open in a shell holds that lock. So nobody ever writes to the
 published file: the truth is the registry and the Parquet files it names, and publishing builds a new database beside
 the old one and renames it over it. A reader keeps the file it opened, sees whole partitions only, and blocks nobody.
-The price is that each publication writes all tables anew; publishers that waited for one another's lock and find their
-record already published do nothing.
+The price is that each publication writes all tables anew. A publisher that had to wait for another, and whose record
+that one has published, does nothing.
 """
 
 import hashlib
@@ -60,8 +60,8 @@ _ENTRY = {
 """What `Column.expression` finds in `entry`: the registry entry's fields."""
 _SCHEMA_VERSION = 1
 _STORAGE = {"storage_compatibility_version": "v1.4.0"}
-"""DuckDB 2 writes by default what no DuckDB 1 opens, and people's shells and tools are older than our pin. Before 1.4
-the format does not tell whose write-ahead log lies beside a file: another file's would be applied unnoticed."""
+"""DuckDB 1 cannot open the default format of DuckDB 2, and people's shells and tools are older than our pin. A format
+before 1.4 does not tell which file a write-ahead log belongs to: one of another file would be applied unnoticed."""
 _ENTRY_TYPES = {
     "fingerprint": str,
     "path": str,
@@ -71,9 +71,9 @@ _ENTRY_TYPES = {
     "table": str | None,
     "parquet": str | None,
 }
-"""What a registry entry holds, besides its version and what its place says too."""
+"""Fields of a registry entry; its version, experiment, asset and partition are checked separately."""
 _DAMAGED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
-"""What reading a damaged registry entry raises."""
+"""Errors that reading a damaged registry entry raises."""
 _READER = {
     "python_enable_replacements": False,
     "autoinstall_known_extensions": False,
@@ -173,11 +173,10 @@ class Warehouse:
                 logger.warning("%s", problem)
             marker = self.folder / "published.json"
             touched = any(self.folder.glob(f"{self.path.name}.wal*"))
-            found = _read_json(marker)
-            known = found if isinstance(found, dict) else {}
-            is_current = known.get("registry") == state and not touched and self.path.exists()
-            # By its content: a disk that changed some of it has not changed the file's times.
-            if is_current and known.get("database") == file_sha256(self.path):
+            published = _read_json(marker)
+            is_current = published.get("registry") == state and not touched and self.path.exists()
+            # Its content is compared: a failing disk changes it and not the file's times.
+            if is_current and published.get("database") == file_sha256(self.path):
                 return self.path
             # Only a publisher that died leaves files of this name while we hold the lock.
             for leftover in self.folder.glob(".publish-*"):
@@ -190,14 +189,14 @@ class Warehouse:
             except duckdb.Error as error:
                 raise HelpsteerError(f"cannot publish {self.path}: {error}") from error
             sync(new)
-            published = {"registry": state, "database": file_sha256(new)}
+            digests = {"registry": state, "database": file_sha256(new)}
             # A write-ahead log beside the published file is that of a person who opened it for writing. It does not
             # fit the new file, which could not be opened beside it.
             for log in self.folder.glob(f"{self.path.name}.wal*"):
                 log.unlink(missing_ok=True)
             new.replace(self.path)
             sync(self.folder)
-            write_atomically(marker, json.dumps(published))
+            write_atomically(marker, json.dumps(digests))
             shutil.rmtree(building)
         return self.path
 
@@ -219,10 +218,10 @@ class Warehouse:
             return _run(self._connect(folder), sql, self.path)
 
     def read(self, table: str, experiment: str | None = None) -> "pa.Table":
-        """A published table as Arrow, its rows in the order of their key: of one experiment, or (None) of all.
+        """A published table as Arrow, its rows in the order of their key; `experiment` None gives those of all.
 
-        As free of locks as `query`, and without its limit on rows. Raises HelpsteerError for a table that does not
-        exist, where nothing is published yet, and where the database is damaged.
+        Needs no lock, and has no limit on rows. Raises HelpsteerError for a table that does not exist, where nothing
+        is published yet, and where the database is damaged.
         """
         if table not in TABLES:
             raise HelpsteerError(f"there is no table {table!r}; there are {', '.join(TABLES)}")
@@ -242,8 +241,8 @@ class Warehouse:
         try:
             return _open_reader(self.path, folder)
         except duckdb.Error:
-            # Someone holds it open for writing, or wrote to it before the last publication and left a write-ahead log
-            # that fits no more. Neither concerns a copy of the file under another name.
+            # Somebody has it open for writing, or left a write-ahead log that does not fit the file that was published
+            # since. A copy of the file under another name opens all the same.
             with readable_os_errors("copy", self.path):
                 copy = shutil.copyfile(self.path, folder / self.path.name)
             try:
@@ -252,7 +251,7 @@ class Warehouse:
                 raise HelpsteerError(_cannot_be_read(self.path, error)) from error
 
     def entries(self) -> tuple[list[dict[str, Any]], list[str]]:
-        """Every latest materialization that was recorded, its paths absolute; and why others cannot be read."""
+        """Every latest materialization that was recorded, with absolute paths; and why others cannot be read."""
         with readable_os_errors("read", self.registry):
             entries, unreadable, _ = self._read_registry()
         return entries, unreadable
@@ -261,7 +260,7 @@ class Warehouse:
         """How the published tables differ from what the registry and its Parquet files say: one line each.
 
         Every row is compared, so that all of the database is read. Changes nothing, and works in a home that cannot
-        be written to. The path in `materializations` is that of the home where it was published, and not compared.
+        be written to. The column `path` is not compared: a home can be moved after it was published.
         """
         with _temporary_folder() as folder, readable_os_errors("read", self.folder):
             entries, _, state = self._read_registry()
@@ -269,15 +268,15 @@ class Warehouse:
                 return [f"{self.path} does not exist; the next `helpsteer run` publishes it"] if entries else []
             expected, published = folder / "expected.duckdb", folder / "published.duckdb"
             shutil.copyfile(self.path, published)
-            found = _build(expected, entries)
+            differences = _build(expected, entries)
             try:
-                found += _compare(expected, published, folder)
+                differences += _compare(expected, published, folder)
             except duckdb.Error as error:
-                return [*found, _cannot_be_read(self.path, error)]
+                return [*differences, _cannot_be_read(self.path, error)]
             marker = _read_json(self.folder / "published.json")
-        if found and not (isinstance(marker, dict) and marker.get("registry") == state):
-            found.append(f"{self.path} was published before the registry's last change, or the home was copied")
-        return found
+        if differences and marker.get("registry") != state:
+            differences.append(f"{self.path} was published before the registry's last change, or the home was copied")
+        return differences
 
     def _entry_file(self, experiment: str, asset: str, partition: str) -> Path:
         folder = self.registry / checked_name("experiment", experiment) / checked_name("asset", asset)
@@ -314,7 +313,7 @@ class Warehouse:
                 ) from error
 
     def _read_registry(self) -> tuple[list[dict[str, Any]], list[str], str]:
-        """All readable entries, paths absolute; why others are not; a digest of all that the tables are made from."""
+        """All readable entries, with absolute paths; why others cannot be read; a digest of all that tables need."""
         digest = hashlib.sha256(repr((_SCHEMA_VERSION, TABLES, duckdb.__version__, str(self.home))).encode())
         entries, unreadable = [], []
         for file in sorted(self.registry.glob("*/*/*.json")):
@@ -337,9 +336,9 @@ class Warehouse:
 
 
 def _read_entry(content: bytes, file: Path) -> dict[str, Any]:
-    """A registry entry from the content of its file; one of `_DAMAGED` where it is none.
+    """The registry entry that a file holds. Raises one of `_DAMAGED` for content that is no entry.
 
-    Raises HelpsteerError for an entry of a newer version, whose rows must not go missing from the tables.
+    Raises HelpsteerError for an entry of a newer version: its rows must not go missing from the tables.
     """
     entry = json.loads(content)
     version = entry["schema_version"]
@@ -364,7 +363,7 @@ def _read_entry(content: bytes, file: Path) -> dict[str, Any]:
 
 
 def _identity(path: Path) -> list[int] | None:
-    """Differs once a file's content does, and survives renaming; None for a missing file."""
+    """Inode, size and time: they differ if the content does, and survive a rename. None for a missing file."""
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -373,7 +372,7 @@ def _identity(path: Path) -> list[int] | None:
 
 
 def _build(path: Path, entries: list[dict[str, Any]]) -> list[str]:
-    """Writes a new database with all tables, their comments and the entries' rows; returns why some are left out."""
+    """Writes a new database: all tables, their comments and the entries' rows. Returns why rows are left out."""
     left_out = []
     with duckdb.connect(path, config=_STORAGE) as connection:
         connection.execute("SET enable_progress_bar = false")  # see modpo/tables.py
@@ -398,7 +397,7 @@ def _build(path: Path, entries: list[dict[str, Any]]) -> list[str]:
 
 
 def _insert(connection: duckdb.DuckDBPyConnection, entry: dict[str, Any]) -> None:
-    """Inserts an entry's rows and its own."""
+    """Inserts the rows of an entry's Parquet file, and the row of `materializations`."""
     parameters = _parameters(entry)
     if entry["table"] is not None:
         table = TABLES[entry["table"]]
@@ -409,7 +408,7 @@ def _insert(connection: duckdb.DuckDBPyConnection, entry: dict[str, Any]) -> Non
 
 
 def _is_about_data(error: duckdb.Error, entry: dict[str, Any]) -> bool:
-    """Whether a Parquet file is to blame for the error, and not the place the new database is written to."""
+    """Whether the Parquet file caused the error, and not the place that the new database is written to."""
     about_place = isinstance(error, duckdb.OperationalError | duckdb.InternalError | duckdb.FatalException)
     return not about_place or (entry["parquet"] is not None and _parameters(entry)["parquet"] in str(error))
 
@@ -418,7 +417,7 @@ def _compare(expected: Path, published: Path, folder: Path) -> list[str]:
     """How the tables of two databases differ, and where the published ones have a row twice."""
     from helpsteer_assets.modpo.data.tables import database
 
-    found = []
+    differences = []
     with database(folder) as connection:
         for name, path in (("expected", expected), ("published", published)):
             connection.execute(f"ATTACH {literal(str(path))} AS {name} (READ_ONLY)")
@@ -439,17 +438,19 @@ def _compare(expected: Path, published: Path, folder: Path) -> list[str]:
                 )
             )
             if alien or missing:
-                found.append(f"table {table.name}: {alien} rows are in no artifact, {missing} of artifacts are missing")
+                differences.append(
+                    f"table {table.name}: {alien} rows are in no artifact, {missing} of artifacts are missing"
+                )
             if doubled:
-                found.append(f"table {table.name}: {doubled} rows are there twice, by {', '.join(table.key)}")
-    return found
+                differences.append(f"table {table.name}: {doubled} rows are there twice, by {', '.join(table.key)}")
+    return differences
 
 
 _ENTRY_ROW = f"(SELECT {', '.join(f'CAST(${name} AS {kind}) AS {name}' for name, kind in _ENTRY.items())}) AS entry"
 
 
 def _select(table: Table) -> str:
-    """The rows of the Parquet file `$parquet`, by name, with what the entry adds."""
+    """A SELECT of the rows of the Parquet file `$parquet`, by name, with the columns that the entry adds."""
     columns = ", ".join(column.sql for column in table.columns)
     # Without hive_partitioning = false, a folder named `a=b` above the file would become a column.
     return f"SELECT {columns} FROM read_parquet($parquet, hive_partitioning = false) AS data CROSS JOIN {_ENTRY_ROW}"
@@ -476,7 +477,7 @@ def _open_reader(path: Path, folder: Path) -> duckdb.DuckDBPyConnection:
     """A database for SQL from a person: no files, no network, no extensions, no Python variables, bounded memory."""
     connection = duckdb.connect(path, read_only=True, config=_READER)
     try:
-        # In this order. As options of the connection their order would be DuckDB's, which then refuses some.
+        # As options of the connection DuckDB would set them in an order of its own, and refuse some.
         connection.execute(
             f"SET memory_limit = '{QUERY_MEMORY}'; SET temp_directory = {literal(str(folder))}; "
             f"SET max_temp_directory_size = '{QUERY_SPILL}'; "
@@ -489,7 +490,7 @@ def _open_reader(path: Path, folder: Path) -> duckdb.DuckDBPyConnection:
 
 
 def _run(connection: duckdb.DuckDBPyConnection, sql: str, path: Path) -> tuple[list[str], list[tuple[Any, ...]]]:
-    """Runs SQL in a thread of its own, for in the main thread DuckDB would not always hear Ctrl-C."""
+    """Runs SQL in a thread of its own: in the main thread DuckDB does not always stop on Ctrl-C."""
     outcome: list[tuple[list[str], list[tuple[Any, ...]]] | Exception] = []
 
     def work() -> None:
@@ -526,7 +527,7 @@ def _fetch(connection: duckdb.DuckDBPyConnection, sql: str) -> tuple[list[str], 
 
 
 def _explained(error: duckdb.Error, path: Path) -> str:
-    """DuckDB's message, with what it means here where that is not what it says."""
+    """DuckDB's message, and the reason in our words where its own mislead."""
     message = str(error)
     if "read-only mode" in message:
         return f"the warehouse is read-only: it is published from the artifacts and never written to ({message})"
@@ -549,8 +550,10 @@ def _cannot_be_read(path: Path, error: duckdb.Error) -> str:
     )
 
 
-def _read_json(path: Path) -> object:
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in the file; empty where there is none that can be read."""
     try:
-        return json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except (OSError, ValueError):
-        return None
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -6,14 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 
 import helpsteer_assets as hs
-from helpsteer_assets.commands.export import require_finished
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.store.artifacts import ArtifactStore
 from helpsteer_assets.store.tables import TABLES
 from helpsteer_assets.store.warehouse import Warehouse
 from helpsteer_assets_tests.assets.conftest import Finished
@@ -25,13 +22,6 @@ def here(quick: Finished, monkeypatch: pytest.MonkeyPatch) -> Finished:
     monkeypatch.setenv("HELPSTEER_EXPERIMENT", str(quick.home.parent / "quick.yaml"))
     monkeypatch.setenv("HELPSTEER_HOME", str(quick.home))
     return quick
-
-
-def responses(finished: Finished, asset: str, partition: str) -> pa.Table:
-    ((*_, fingerprint),) = require_finished(finished.experiment, finished.home, [(asset, partition)])
-    artifact = ArtifactStore(finished.home).find(asset, partition, fingerprint)
-    assert artifact is not None
-    return pq.read_table(artifact.file("generations.parquet"))
 
 
 def test_importing_the_package_imports_nothing_else() -> None:
@@ -47,7 +37,8 @@ def test_importing_the_package_imports_nothing_else() -> None:
 def test_a_table_is_loaded_as_arrow_and_makes_a_data_frame(here: Finished) -> None:
     scores = hs.load_table("scores")
     assert isinstance(scores, pa.Table)
-    assert scores.column_names == [column.name for column in TABLES["scores"].columns]
+    for name, table in TABLES.items():
+        assert hs.load_table(name).column_names == [column.name for column in table.columns]
     _, rows = Warehouse(here.home).query(
         "SELECT * FROM scores WHERE experiment = 'quick' ORDER BY policy, w, prompt_id"
     )
@@ -56,35 +47,26 @@ def test_a_table_is_loaded_as_arrow_and_makes_a_data_frame(here: Finished) -> No
     assert len(frame) == 3 * 8 and frame.groupby("w")["helpfulness"].mean().between(0, 4).all()
 
 
-@pytest.mark.parametrize("name", sorted(TABLES))
-def test_every_table_can_be_loaded(here: Finished, name: str) -> None:
-    assert hs.load_table(name).column_names == [column.name for column in TABLES[name].columns]
-
-
 def test_a_table_holds_one_experiment_or_all(copied: Callable[..., Finished], tmp_path: Path) -> None:
     other = copied(name="other")
     assert other.run(weights=["0.1"]), other.announced
     path = tmp_path / "other.yaml"
-    counts = [
-        set(hs.load_table("scores", experiment=path, home=other.home)["experiment"].to_pylist()),
-        set(
-            hs.load_table("scores", experiment=path, home=str(other.home), all_experiments=True)[
-                "experiment"
-            ].to_pylist()
-        ),
-        hs.load_table("scores", experiment="demo", home=other.home).num_rows,
-    ]
-    assert counts == [{"other"}, {"quick", "other"}, 0]
+    one = hs.load_table("scores", experiment=path, home=other.home)
+    both = hs.load_table("scores", experiment=path, home=str(other.home), all_experiments=True)
+    assert set(one["experiment"].to_pylist()) == {"other"}
+    assert set(both["experiment"].to_pylist()) == {"quick", "other"}
+    assert hs.load_table("scores", experiment="demo", home=other.home).num_rows == 0
 
 
-@pytest.mark.parametrize(
-    ("w", "asset", "partition"), [("0.1", "generations", "0.1"), ("sft", "sft_generations", "all")]
-)
-def test_a_policy_answers_as_in_the_evaluation(here: Finished, w: str, asset: str, partition: str) -> None:
+@pytest.mark.parametrize("w", ["0.1", "sft"])
+def test_a_policy_answers_as_in_the_evaluation(here: Finished, w: str) -> None:
     policy = hs.load_policy(w)
-    table = responses(here, asset, partition)
-    assert policy.generate(table["prompt"].to_pylist()) == table["response"].to_pylist()
-    assert policy.w == (None if w == "sft" else w) and policy.generate([]) == []
+    rows = [row for row in hs.load_table("generations").to_pylist() if row["w"] == policy.w]
+    assert policy.w == (None if w == "sft" else w)
+    in_order = here.artifact("evaluation_prompts").table("prompts.parquet")["prompt_id"].to_pylist()
+    rows.sort(key=lambda row: in_order.index(row["prompt_id"]))
+    assert policy.generate([row["prompt"] for row in rows]) == [row["response"] for row in rows]
+    assert policy.generate([]) == []
     assert not any(
         isinstance(module, torch.nn.Module) and hasattr(module, "lora_A") for module in policy.model.modules()
     )
@@ -95,18 +77,17 @@ def test_a_weight_is_named_as_a_number_too(here: Finished) -> None:
 
 
 def test_mistakes_are_said_in_words(here: Finished, tmp_path: Path) -> None:
-    with pytest.raises(HelpsteerError, match=r"there is no table 'score'; there are .*scores"):
-        hs.load_table("score")
-    with pytest.raises(HelpsteerError, match="nothing materialized yet; run `helpsteer run`"):
-        hs.load_table("scores", home=tmp_path / "nowhere")
-    with pytest.raises(HelpsteerError, match="did you mean `demo`"):
-        hs.load_table("scores", experiment="dmo")
-    with pytest.raises(HelpsteerError, match=r"w=0.4 is not in the grid of experiment quick \(there are sft, w=0.1"):
-        hs.load_policy(0.4)
-    with pytest.raises(HelpsteerError, match=r"sft_model of experiment quick is not there.*`helpsteer run`"):
-        hs.load_policy("0.1", home=tmp_path / "nowhere")
-    with pytest.raises(HelpsteerError, match="a list of prompts"):
-        hs.load_policy("sft").generate("How do I fold a shirt?")
-    assert not (tmp_path / "nowhere").exists(), "looking makes no home"
+    nowhere = tmp_path / "nowhere"
+    for mistake, message in (
+        (lambda: hs.load_table("score"), r"there is no table 'score'; there are .*scores"),
+        (lambda: hs.load_table("scores", home=nowhere), "nothing materialized yet; run `helpsteer run`"),
+        (lambda: hs.load_table("scores", experiment="dmo"), "did you mean `demo`"),
+        (lambda: hs.load_policy(0.4), r"w=0.4 is not in the grid of experiment quick \(there are sft, w=0.1"),
+        (lambda: hs.load_policy("0.1", home=nowhere), r"sft_model of experiment quick is not there.*`helpsteer run`"),
+        (lambda: hs.load_policy("sft").generate("How do I fold a shirt?"), "a list of prompts"),
+    ):
+        with pytest.raises(HelpsteerError, match=message):
+            mistake()
+    assert not nowhere.exists(), "looking makes no home"
     with pytest.raises(AttributeError, match="no attribute 'load_tabel'"):
         hs.load_tabel  # noqa: B018

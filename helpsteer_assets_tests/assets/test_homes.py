@@ -9,17 +9,16 @@ import dagster as dg
 import pytest
 from click.testing import CliRunner
 
-from helpsteer_assets.assets.graph import Fingerprint, fingerprints
-from helpsteer_assets.assets.status import label, status
+from helpsteer_assets.assets.graph import fingerprints
+from helpsteer_assets.assets.status import status
 from helpsteer_assets.cli import main
 from helpsteer_assets.commands.gc import delete_garbage, find_garbage
-from helpsteer_assets.commands.run import run_experiment
 from helpsteer_assets.commands.verify import verify
+from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.execution.dagster_home import dagster_home
 from helpsteer_assets.experiment.settings import Experiment
 from helpsteer_assets.store.artifacts import ArtifactStore
 from helpsteer_assets.store.tables import TABLES
-from helpsteer_assets.store.uses import ArtifactName, in_use
 from helpsteer_assets.store.warehouse import Warehouse
 from helpsteer_assets_tests.assets.conftest import Finished, write_experiment
 from helpsteer_assets_tests.assets.test_graph_fingerprints import POLICIES
@@ -30,15 +29,7 @@ Copied = Callable[..., Finished]
 
 def folders(experiment: Experiment, home: Path) -> set[Path]:
     present = fingerprints(experiment).values()
-    return {home / "artifacts" / found.asset / found.partition / found.value for found in present}
-
-
-def artifact_name(found: Fingerprint) -> ArtifactName:
-    return found.asset, found.partition, found.value
-
-
-def input_names(found: Fingerprint) -> set[ArtifactName]:
-    return {(asset, p, value) for asset, partitions in found.inputs.items() for p, value in partitions.items()}
+    return {home / "artifacts" / each.asset / each.partition / each.value for each in present}
 
 
 def states(finished: Finished) -> set[str]:
@@ -58,16 +49,7 @@ def test_cleaning_up_after_a_change_leaves_the_last_results_whole(
 ) -> None:
     before, changed = copied(), copied(objective={"beta": 0.3})
     home = changed.home
-    used: dict[str, set[ArtifactName]] = {}
-
-    def announce(message: str) -> None:
-        if message.endswith(": computing"):
-            used[message.removesuffix(": computing")] = in_use(home)
-
-    assert run_experiment(changed.experiment, home, announce=announce)
-    present = {label(f.asset, f.partition): f for f in fingerprints(changed.experiment).values() if f.asset in POLICIES}
-    assert used == {name: {artifact_name(f), *input_names(f)} for name, f in present.items()}
-    assert in_use(home) == set()
+    assert changed.run()
     published, dagster = tables(home), contents(home / "dagster")
     monkeypatch.setenv("HELPSTEER_EXPERIMENT", "demo")
     monkeypatch.setenv("HELPSTEER_HOME", str(home))
@@ -87,44 +69,27 @@ def test_cleaning_up_after_a_change_leaves_the_last_results_whole(
     assert find_garbage(home, []).garbage == []
 
 
-def test_a_run_goes_on_while_others_clean_up_and_what_a_killed_one_began_waits_for_it(
+def test_during_a_run_nothing_is_removed_and_what_a_killed_one_began_waits_for_the_next(
     copied: Copied, tmp_path: Path
 ) -> None:
-    before, changed = copied(), copied(objective={"beta": 0.3})
+    changed = copied(objective={"beta": 0.3})
     home, file = changed.home, write_experiment(tmp_path, objective={"beta": 0.3})
     command = [sys.executable, "-c", "from helpsteer_assets.cli import entry; entry()"]
     command += ["-e", str(file), "--home", str(home), "run"]
-
-    def start() -> subprocess.Popen[str]:
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-    with start() as run:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
         assert run.stdout is not None
         for line in run.stdout:
             if line.startswith("modpo_models w=0.1: computing"):
+                with pytest.raises(HelpsteerError, match=rf"process {run.pid} on \S+ \(modpo_models w=0\.1, since"):
+                    delete_garbage(home, [], older_than=0)
                 run.kill()
-    begun = ArtifactStore(home).partial(
-        "modpo_models", "0.1", fingerprints(changed.experiment)["modpo_models", "0.1"].value
-    )
+    value = fingerprints(changed.experiment)["modpo_models", "0.1"].value
+    begun = ArtifactStore(home).partial("modpo_models", "0.1", value)
     assert begun.is_dir()
-    assert begun not in {item.path for item in find_garbage(home, [changed.experiment], older_than=0).garbage}
-    assert begun not in {item.path for item in find_garbage(home, []).garbage}
-    assert begun in {item.path for item in find_garbage(home, [], older_than=0).garbage}
-
-    removed = set()
-    with start() as run:
-        assert run.stdout is not None
-        said = []
-        for line in run.stdout:
-            said.append(line)
-            # Nobody names the experiment: its own uses and latest materializations have to keep what it needs.
-            removed |= {item.path for item in delete_garbage(home, [], older_than=0).garbage}
-    assert run.returncode == 0, said
-    assert states(changed) == {"complete"}
-    delete_garbage(home, [], older_than=0)
-    assert set(home.glob("artifacts/*/*/*")) == folders(changed.experiment, home)
-    assert removed & folders(before.experiment, home)
-    assert not removed & folders(changed.experiment, home)
+    delete_garbage(home, [changed.experiment], older_than=0)
+    assert begun.is_dir()
+    assert changed.run() and states(changed) == {"complete"}
+    assert list((home / "locks" / "running").iterdir()) == []
 
 
 def test_a_home_that_was_moved_and_is_reached_by_a_link_goes_on_as_it_was(copied: Copied, tmp_path: Path) -> None:

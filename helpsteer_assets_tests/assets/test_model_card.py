@@ -1,8 +1,9 @@
-from typing import ClassVar
+"""Both model cards: what the hub reads in them, and what they tell a reader."""
+
+from typing import Any
 
 import pytest
-import yaml
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard
 
 from helpsteer_assets.assets.model_card import BaseModel, export_card, model_card, role_in_words
 from helpsteer_assets.experiment.reading import load_experiment
@@ -19,199 +20,136 @@ RESULT = TrainingResult(
         {"step": 40, "loss": 0.6, "eval_loss": 0.7, "eval_accuracy": 0.55},
     ],
 )
+LLAMA = BaseModel("meta-llama/Llama-2-7b-hf", "llama2")
+SCORE: dict[str, Any] = {"measure": "helpfulness", "n": 300, "mean": 2.5, "ci_low": 2.41, "ci_high": 2.59}
+SCORE |= {"delta": -0.2, "delta_low": -0.3, "delta_high": -0.1}
 
 
-def changed(experiment: Experiment, **sections: dict) -> Experiment:
-    data = experiment.model_dump()
-    for name, changes in sections.items():
-        data[name] |= changes
+def changed(name: str = "helpsteer", **sections: dict[str, Any]) -> Experiment:
+    data = load_experiment(name).model_dump()
+    for section, changes in sections.items():
+        data[section] |= changes
     return Experiment.model_validate(data)
 
 
-@pytest.fixture(scope="module")
-def helpsteer() -> Experiment:
-    return load_experiment("helpsteer")
+HELPSTEER = changed()
+PENALTY = changed(
+    "demo", objective={"margin": "length_penalty", "margin_role": None, "margin_beta": None, "penalty": 0.01}
+)
 
 
-@pytest.fixture(scope="module")
-def length_penalty() -> Experiment:
-    objective = {"margin": "length_penalty", "margin_role": None, "margin_beta": None, "penalty": 0.01}
-    return changed(load_experiment("demo"), objective=objective)
+def adapter_card(experiment: Experiment, w: str | None = "0.2", result: TrainingResult = RESULT) -> str:
+    return model_card(experiment, result, w=w, base="/home/sft/model", fingerprint="f00d")
 
 
-class TestPolicy:
-    @pytest.fixture
-    def card(self, helpsteer) -> str:
-        return model_card(
-            helpsteer, RESULT, w="0.2", base="/home/artifacts/sft_model/all/abc/model", fingerprint="f00d"
-        )
+def exported_card(experiment: Experiment, base: BaseModel = LLAMA, **changes: Any) -> str:
+    facts: dict[str, Any] = {"w": "0.2", "merged": True, "scores": [SCORE], "fingerprint": "f00d"}
+    facts |= {"prompt_template": None, "transformers_version": "5.23.0"}
+    return export_card(experiment, base, **(facts | changes))
 
-    def test_names_the_fingerprint(self, card):
-        assert "fingerprint f00d" in card
 
-    def test_names_base_data_and_licence_where_the_hub_reads_them(self, card):
-        front = yaml.safe_load(card.split("---")[1])
-        assert front["base_model"] == "meta-llama/Llama-2-7b-hf"
-        assert front["datasets"] == ["nvidia/HelpSteer"]
-        assert "license" not in front  # the data's, not the adapter's
-        assert "Licence of the data: cc-by-4.0" in card
-        assert front["library_name"] == "peft"
+@pytest.mark.parametrize(
+    ("experiment", "w", "words"),
+    [
+        (HELPSTEER, "0.1", "w=0.1: 0.9 of the weight discourages verbosity, 0.1 is on helpfulness"),
+        (changed(objective={"margin_role": "reward"}), "0.1", "w=0.1: 0.9 of the weight encourages verbosity"),
+        (PENALTY, "0.3", "w=0.3: 0.7 of the weight encourages shorter responses"),
+        (HELPSTEER, "1", "w=1: all of the weight is on helpfulness (plain DPO)"),
+    ],
+)
+def test_a_weight_is_told_in_words(experiment: Experiment, w: str, words: str) -> None:
+    assert role_in_words(experiment, w).startswith(words)
+    for card in (adapter_card(experiment, w), exported_card(experiment, w=w)):
+        assert f"# MODPO policy, w = {w}\n" in card and words in card
 
-    def test_says_the_role_in_words(self, card, helpsteer):
-        assert role_in_words(helpsteer, "0.2") in card
-        assert "0.8 of the weight discourages verbosity" in card
 
-    def test_says_objective_data_and_how_training_went(self, card, helpsteer):
-        assert "# MODPO policy, w = 0.2" in card
-        assert "multi-objective direct preference optimization" in card
+def test_both_cards_tell_objective_origin_and_licences() -> None:
+    for card in (adapter_card(HELPSTEER), exported_card(HELPSTEER)):
         assert "beta 0.1, margin_beta 0.1" in card
-        assert f"nvidia/HelpSteer at revision {helpsteer.data.revision}" in card
-        assert "Licence of the data: cc-by-4.0" in card
-        assert "Precision: bf16; LoRA r=16" in card
-
-    def test_gives_loss_and_accuracy_of_the_step_that_was_kept(self, card):
-        assert "40 steps, kept those up to step 20, loss on held-out train prompts 0.6123, accuracy there 0.71" in card
-
-    def test_shows_how_to_load_it(self, card):
-        assert 'AutoModelForCausalLM.from_pretrained("/home/artifacts/sft_model/all/abc/model")' in card
-        assert "PeftModel.from_pretrained(model" in card
-
-
-@pytest.mark.parametrize(("role", "verb"), [("cost", "discourages"), ("reward", "encourages")])
-def test_role_in_words_says_which_way_the_margin_pulls(helpsteer, role, verb):
-    assert f"0.9 of the weight {verb} verbosity" in role_in_words(
-        changed(helpsteer, objective={"margin_role": role}), "0.1"
-    )
-
-
-def test_role_in_words_of_a_length_penalty(length_penalty):
-    assert "shorter responses" in role_in_words(length_penalty, "0.3")
-
-
-def test_card_of_a_length_penalty_names_the_penalty(length_penalty):
-    assert "beta 0.2, penalty 0.01" in model_card(length_penalty, RESULT, w="0.3", base="model", fingerprint="f00d")
-
-
-def test_card_of_the_margin_adapter_says_that_it_is_a_reward_model(helpsteer):
-    card = model_card(helpsteer, RESULT, w=None, base="model", fingerprint="f00d")
-    assert "# Margin adapter for verbosity" in card
-    assert "LoRA trained by DPO (beta 0.1) on pairs that differ in verbosity" in card
-    assert "not meant to generate" in card
-
-
-def test_card_of_an_unknown_data_set_leaves_the_licence_to_its_owner(helpsteer):
-    card = model_card(
-        changed(helpsteer, data={"source": "someone/Ratings"}), RESULT, w="0.2", base="model", fingerprint="f00d"
-    )
-    assert "license" not in yaml.safe_load(card.split("---")[1])
-    assert "see the data's owner" in card
-
-
-def test_card_without_held_out_prompts_gives_no_loss(helpsteer):
-    result = TrainingResult(steps=4, best_step=4, best_loss=None, resumed_from=None, history=[{"step": 4, "loss": 1.0}])
-    assert "4 steps, kept those up to step 4\n" in model_card(
-        helpsteer, result, w="0.2", base="model", fingerprint="f00d"
-    )
-
-
-def test_card_tells_whether_the_base_model_was_fine_tuned(helpsteer):
-    assert "fine-tuned to the SFT model" in model_card(helpsteer, RESULT, w="0.2", base="model", fingerprint="f00d")
-    plain = changed(helpsteer, sft={"enabled": False})
-    assert "fine-tuned" not in model_card(plain, RESULT, w="0.2", base="model", fingerprint="f00d")
-
-
-def test_card_of_the_embedded_data_names_no_data_set_of_the_hub():
-    front = yaml.safe_load(
-        model_card(load_experiment("demo"), RESULT, w="0.1", base="model", fingerprint="f00d").split("---")[1]
-    )
-    assert "datasets" not in front
-    assert "license" not in front
-
-
-class TestExport:
-    LLAMA = BaseModel("meta-llama/Llama-2-7b-hf", "llama2")
-    SCORES: ClassVar[list[dict]] = [
-        {
-            "measure": "helpfulness",
-            "n": 300,
-            "mean": 2.5,
-            "ci_low": 2.41,
-            "ci_high": 2.59,
-            "delta": -0.2,
-            "delta_low": -0.3,
-            "delta_high": -0.1,
-        }
-    ]
-
-    def card(self, experiment: Experiment, base: BaseModel = LLAMA, **changes) -> str:
-        known = {"w": "0.2", "merged": True, "scores": self.SCORES, "fingerprint": "f00d", "prompt_template": None}
-        return export_card(experiment, base, **(known | changes), transformers_version="5.23.0")
-
-    def front(self, *arguments, **changes) -> dict:
-        return yaml.safe_load(self.card(*arguments, **changes).split("---")[1])
-
-    def test_the_hub_reads_base_data_licence_and_library(self, helpsteer):
-        front = {
-            "license": "llama2",
-            "base_model": "meta-llama/Llama-2-7b-hf",
-            "base_model_relation": "finetune",
-            "library_name": "transformers",
-            "pipeline_tag": "text-generation",
-            "tags": ["modpo", "dpo", "lora", "alignment"],
-            "datasets": ["nvidia/HelpSteer"],
-        }
-        assert self.front(helpsteer) == front
-        data = ModelCardData(**self.front(helpsteer, merged=False))
-        assert (data.library_name, data.base_model_relation) == ("peft", "adapter")
-        assert "modpo" not in self.front(helpsteer, w=None)["tags"]
-
-    def test_unknown_origins_are_left_out_where_the_hub_reads_them(self):
-        front = self.front(load_experiment("smollm2"), BaseModel(None, None))
-        assert not {"license", "base_model", "datasets"} & front.keys()
-
-    def test_licences_are_named_and_helpsteer_is_attributed(self, helpsteer):
-        card = self.card(helpsteer)
-        assert "Made from meta-llama/Llama-2-7b-hf: llama2. Llama 2 is licensed under the LLAMA 2 Community" in card
+        assert f"- Base model: {LLAMA.id} at revision {HELPSTEER.model.revision}\n" in card
+        assert f"- Data: nvidia/HelpSteer at revision {HELPSTEER.data.revision}\n" in card
+        assert "seed 42, precision bf16, LoRA r=16 alpha=32; fingerprint f00d" in card
+        assert f"Made from {LLAMA.id}: llama2. Llama 2 is licensed under the LLAMA 2 Community License" in card
         assert "https://huggingface.co/datasets/nvidia/HelpSteer) by NVIDIA (Wang et al., HelpSteer:" in card
         assert "https://creativecommons.org/licenses/by/4.0/" in card and "Changed:" in card
+    assert "beta 0.2, penalty 0.01" in adapter_card(PENALTY)
 
-    def test_other_data_is_left_to_its_owner_and_no_path_is_named(self, helpsteer):
-        local = changed(
-            helpsteer,
-            data={"source": "/home/alice/ratings", "revision": None},
-            model={"base": "/home/alice/model", "revision": None},
-        )
-        card = self.card(local, BaseModel(None, None))
-        assert "alice" not in card
-        assert "Made from a local model: its own licence holds" in card
-        assert "Trained on local data: its terms may bind" in card
 
-    def test_scores_stand_there_with_intervals_or_their_absence_does(self, helpsteer):
-        card = self.card(helpsteer)
-        assert "| helpfulness | 2.5 [2.41, 2.59] | -0.2 [-0.3, -0.1] |" in card and "300 held-out prompts" in card
-        sft = [self.SCORES[0] | {"delta": None, "delta_low": None, "delta_high": None}]
-        assert "| helpfulness | 2.5 [2.41, 2.59] |  |" in self.card(helpsteer, w=None, scores=sft)
-        assert "Not scored" in self.card(helpsteer, scores=[])
+def test_the_hub_reads_base_licence_library_and_data() -> None:
+    data = ModelCard(exported_card(HELPSTEER)).data.to_dict()
+    assert data == {
+        "license": "llama2",
+        "base_model": LLAMA.id,
+        "base_model_relation": "finetune",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["modpo", "dpo", "lora", "alignment"],
+        "datasets": ["nvidia/HelpSteer"],
+    }
+    for card in (adapter_card(HELPSTEER), exported_card(HELPSTEER, merged=False)):
+        adapter = {"base_model_relation": "adapter", "library_name": "peft"}
+        assert ModelCard(card).data.to_dict() == data | adapter
+    assert ModelCard(exported_card(HELPSTEER, w=None)).data.tags == ["sft", "alignment"]
 
-    def test_the_settings_that_no_file_can_hold_are_said(self, helpsteer):
-        card = self.card(helpsteer)
-        assert "greedy (vLLM reads no such setting from the file: ask it for `temperature=0`)" in card
-        assert f"the last {helpsteer.generation.max_prompt_length} tokens" in card
-        sampled = changed(helpsteer, generation={"do_sample": True, "temperature": 0.7, "no_repeat_ngram_size": 3})
-        assert "sampled at temperature 0.7, top_p 1.0, no_repeat_ngram_size 3, at most" in self.card(sampled)
 
-    def test_prompts_without_a_chat_template_are_put_into_the_plain_one(self, helpsteer):
-        card = self.card(helpsteer, prompt_template="Q: {prompt}\n")
-        assert r"""tokenizer('Q: {prompt}\n'.format(prompt="..."), return_tensors="pt")""" in card
-        assert "there is no chat template" in card and "apply_chat_template" not in card
+def test_a_card_in_the_home_tells_how_the_training_went_and_how_to_load_the_adapter() -> None:
+    card = adapter_card(HELPSTEER)
+    assert (
+        "- Training: 40 steps; the weights of step 20 were kept, loss on held-out train prompts 0.6123, accuracy there "
+        "0.71\n"
+    ) in card
+    assert 'AutoModelForCausalLM.from_pretrained("/home/sft/model"' in card
+    assert 'PeftModel.from_pretrained(base, "<this folder>")\n```' in card
+    unjudged = TrainingResult(steps=4, best_step=4, best_loss=None, resumed_from=None, history=[{"step": 4}])
+    assert "- Training: 4 steps; the weights of step 4 were kept\n" in adapter_card(HELPSTEER, result=unjudged)
 
-    @pytest.mark.parametrize(("r", "rank"), [(4, 8), (16, 16), (20, 32)])
-    def test_vllm_gets_a_rank_that_it_has_kernels_for(self, helpsteer, r, rank):
-        card = self.card(changed(helpsteer, lora={"r": r}), merged=False)
-        assert f"--enable-lora --max-lora-rank {rank} --lora-modules w0.2=<this folder>" in card
-        assert "--enable-lora" not in self.card(helpsteer)
 
-    def test_a_length_penalty_and_a_base_that_was_not_fine_tuned_are_said(self, length_penalty):
-        assert "penalty 0.01. w=0.3: 0.7 of the weight encourages shorter" in self.card(length_penalty, w="0.3")
-        plain = changed(length_penalty, sft={"enabled": False})
-        assert "The base model, as it is: the reference policy" in self.card(plain, w=None)
+def test_the_margin_adapter_is_called_a_reward_model() -> None:
+    card = adapter_card(HELPSTEER, w=None)
+    assert "# Margin adapter for verbosity\n" in card
+    assert (
+        "LoRA trained by DPO (beta 0.1) on pairs that differ in verbosity" in card and "not meant to generate" in card
+    )
+
+
+def test_an_sft_model_that_was_not_trained_is_called_the_base_model() -> None:
+    assert "The base model fine-tuned on the preferred responses" in exported_card(HELPSTEER, w=None)
+    plain = exported_card(changed(sft={"enabled": False}), w=None)
+    assert "The base model, as it is: the reference policy" in plain and ", as it is\n" in plain
+
+
+def test_local_sources_are_named_without_their_path_and_nothing_is_guessed_of_them() -> None:
+    source = {"source": "/home/alice/ratings", "revision": None}
+    local = changed(data=source, model={"base": "/home/alice/model", "revision": None})
+    card = exported_card(local, BaseModel(None, None))
+    assert "alice" not in card
+    assert "Made from a local model: its own licence holds." in card
+    assert "Trained on local data: its terms may bind these weights." in card
+    assert not {"license", "base_model", "base_model_relation", "datasets"} & ModelCard(card).data.to_dict().keys()
+
+
+def test_scores_stand_in_an_exported_card_with_intervals_or_their_absence_does() -> None:
+    card = exported_card(HELPSTEER, scores=[SCORE, SCORE | {"measure": "verbosity", "delta": None}])
+    rows = ["| helpfulness | 2.5 [2.41, 2.59] | -0.2 [-0.3, -0.1] |", "| verbosity | 2.5 [2.41, 2.59] |  |", ""]
+    assert "\n".join([*rows, "Over 300 held-out prompts"]) in card
+    assert "Not scored" in exported_card(HELPSTEER, scores=[])
+
+
+def test_generation_settings_are_told() -> None:
+    card = exported_card(HELPSTEER)
+    assert "greedy (vLLM reads no such setting from the file: ask it for `temperature=0`), at most 2560 new" in card
+    assert "the last 1536 tokens were kept" in card
+    sampled = changed(generation={"do_sample": True, "temperature": 0.7, "no_repeat_ngram_size": 3})
+    assert "sampled at temperature 0.7, top_p 1.0, no_repeat_ngram_size 3, at most" in exported_card(sampled)
+
+
+def test_the_snippet_uses_the_plain_template_where_there_is_no_chat_template() -> None:
+    card = exported_card(HELPSTEER, prompt_template="Q: {prompt}\n")
+    assert r"""tokenizer('Q: {prompt}\n'.format(prompt="..."), return_tensors="pt")""" in card
+    assert "there is no chat template" in card and "apply_chat_template" not in card
+
+
+@pytest.mark.parametrize(("r", "rank"), [(4, 8), (16, 16), (20, 32)])
+def test_vllm_gets_a_rank_that_it_has_kernels_for(r: int, rank: int) -> None:
+    card = exported_card(changed(lora={"r": r}), merged=False)
+    assert f"--enable-lora --max-lora-rank {rank} --lora-modules w0.2=<this folder>" in card

@@ -152,6 +152,7 @@ def _plot(name: str, labels: list[str], levels: list[float]) -> dict[str, str]:
             "y_low": -level / 3 - 0.1,
             "y_high": -level / 3 + 0.1,
             "on_front": label != "SFT",
+            "front_probability": level,
             "is_sft": label == "SFT",
         }
         for label, level in zip(labels, levels, strict=True)

@@ -114,8 +114,8 @@ def held_at_a_checkpoint(ui: HomeUi, asset: str, weight: str) -> Iterator[None]:
     fingerprint = ui.fingerprint(asset, weight)
     checkpoints = ArtifactStore(ui.home).partial(asset, weight, fingerprint) / CHECKPOINTS
     wait(lambda: checkpoint_progress(checkpoints), "a checkpoint")
-    lease = ui.home / "locks" / asset / weight / f"{fingerprint}.lease"
-    process = int(json.loads(lease.read_text(encoding="utf-8"))["process"])
+    lock = ui.home / "locks" / asset / weight / f"{fingerprint}.lock"
+    process = int(json.loads(lock.read_text(encoding="utf-8"))["process"])
     os.kill(process, signal.SIGSTOP)
     try:
         yield

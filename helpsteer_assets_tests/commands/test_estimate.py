@@ -1,150 +1,190 @@
-"""What an experiment will cost, stage by stage: what is shared, what each weight takes, and what the texts come to."""
+"""The estimate of an experiment's cost: FLOPs by torch's own counter, tokens of the pairs, rates of finished runs."""
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
 
-from helpsteer_assets.assets.graph import stages
-from helpsteer_assets.commands.cost import Tokens
-from helpsteer_assets.commands.estimate import Texts, estimate, measure_texts, total
+from helpsteer_assets.commands.estimate import Pairs, Work, estimate, measured_rates, product_rate
 from helpsteer_assets.embedded.generator import build_rows
-from helpsteer_assets.experiment.settings import Experiment
+from helpsteer_assets.experiment.settings import Experiment, LoraSettings
 from helpsteer_assets.modpo.data.pairs import build_pairs, unique_responses
 from helpsteer_assets.modpo.data.ratings import rows_to_ratings
-from helpsteer_assets.modpo.generation.responses import SHARE_OF_PROMPTS
-from helpsteer_assets.modpo.models.loading import ModelSize
+from helpsteer_assets.modpo.models.loading import model_size
+from helpsteer_assets.store.artifacts import ALL, ArtifactStore
 from helpsteer_assets_tests.assets.test_graph_fingerprints import LENGTH_PENALTY, experiment
-from helpsteer_assets_tests.commands.test_cost import MACHINE, SIZE
 
 PROMPT, RESPONSE = 10, 20
 """Tokens of every prompt and response."""
+LENGTHS = np.array([[PROMPT, RESPONSE]] * 5)
+ASKED = np.array([PROMPT] * 8)
+MODEL_BYTES = 10_000
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pairs]:
     folder = tmp_path_factory.mktemp("pairs")
     rows_to_ratings(build_rows(60, 10), folder / "ratings.parquet")
+    made = {}
     for name, attribute in (("preference", "helpfulness"), ("margin", "verbosity")):
-        build_pairs(folder / "ratings.parquet", attribute, 0.1, folder / f"{name}.parquet")
-    return {name: folder / f"{name}.parquet" for name in ("preference", "margin")}
+        file = folder / f"{name}.parquet"
+        made[name] = Pairs(file, build_pairs(folder / "ratings.parquet", attribute, 0.1, file))
+    return made
 
 
-def lengths_of(pairs: dict[str, Path]) -> pa.Table:
-    ids = unique_responses(*pairs.values())["response_id"]
-    return pa.table(
-        {"response_id": ids, "prompt_tokens": [PROMPT] * len(ids), "response_tokens": [RESPONSE] * len(ids)}
-    )
-
-
-def texts_of(found: Experiment, pairs: dict[str, Path], lengths: pa.Table | None = None) -> Texts:
+def works_of(pairs: dict[str, Pairs], found: Experiment, weights_per_token: int = 1) -> dict[str, Work]:
     margin = pairs["margin"] if found.has_margin_adapter else None
-    measured = lengths_of(pairs) if lengths is None else lengths
-    return measure_texts(found, pairs["preference"], margin, measured, [PROMPT] * 8)
+    return estimate(found, weights_per_token, pairs["preference"], margin, LENGTHS, ASKED)
 
 
-@pytest.fixture(scope="module")
-def texts(pairs: dict[str, Path]) -> Texts:
-    return texts_of(experiment(), pairs)
+def counted(work: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
 
 
-def seconds(found: Experiment, texts: Texts, size: ModelSize = SIZE) -> dict[str, float]:
-    return {name: work.seconds(MACHINE) for name, work in estimate(found, size, texts, 1024).items()}
+def test_flops_are_those_that_torch_counts(
+    model: PreTrainedModel, tiny_model_path: Path, pairs: dict[str, Pairs]
+) -> None:
+    tokens = torch.randint(3, 250, (2, 40))
+    embedded = model.get_input_embeddings()(tokens).detach().requires_grad_()
+    model.requires_grad_(False)  # as under a LoRA: the backward pass goes through, and the weights get no gradient
+    forward = counted(lambda: model(tokens)) / tokens.numel()
+    both_ways = counted(lambda: model(inputs_embeds=embedded).logits.sum().backward()) / tokens.numel()
+    works = works_of(pairs, experiment(), model_size(tiny_model_path, LoraSettings()).weights_per_token)
+    scoring, training = works["reference_log_probs"], works["modpo_models"]
+    held_out = unique_responses(pairs["preference"].file, splits=("selection",))
+    evaluated = 2 * (len(set(held_out["prompt_id"].to_pylist())) * PROMPT + len(held_out) * RESPONSE)
+    trained = 2 * 8 * (PROMPT + 2 * RESPONSE)
+
+    assert scoring.flops == pytest.approx(forward * scoring.tokens, rel=0.02)
+    assert training.tokens == trained + evaluated, "two steps of eight pairs, and an evaluation after each"
+    assert training.flops == pytest.approx(both_ways * trained + forward * evaluated, rel=0.02)
 
 
-def test_texts_are_counted_as_the_stages_read_them(pairs: dict[str, Path], texts: Texts) -> None:
-    table = pq.read_table(pairs["preference"])
-    train = table.filter(pa.compute.equal(table["split"], "train"))
-    selected = unique_responses(pairs["preference"], splits=["selection"])
-    both = unique_responses(*pairs.values())
-    prompts, responses = len(set(both["prompt_id"].to_pylist())), len(both)
+def test_each_stage_reads_its_texts_as_often_as_it_will(pairs: dict[str, Pairs]) -> None:
+    both = unique_responses(*(each.file for each in pairs.values()))
+    works = works_of(pairs, experiment({"evaluation.kl_samples": 3}))
+    prompts = len(set(both["prompt_id"].to_pylist()))
+    answered = len(ASKED) * (PROMPT + RESPONSE)
 
-    assert texts.preference.train_pairs == len(train)
-    assert texts.preference.pair.read == pytest.approx(PROMPT + 2 * RESPONSE)
-    assert texts.preference.pair.predicted == pytest.approx(2 * RESPONSE)
-    assert texts.preference.selection.responses == len(selected)
-    assert texts.both.read == prompts * PROMPT + responses * RESPONSE
-    assert texts.both.attended == prompts * 55 + responses * (PROMPT * RESPONSE + 210)
-    assert texts.chosen_train == len(set(train["chosen_id"].to_pylist())) == len(texts.chosen)
-
-
-def test_lengths_that_were_not_measured_count_as_the_mean(pairs: dict[str, Path], texts: Texts) -> None:
-    some = texts_of(experiment(), pairs, lengths_of(pairs).slice(0, 7))
-
-    assert vars(some.both) == pytest.approx(vars(texts.both))
-    assert vars(some.preference.pair) == pytest.approx(vars(texts.preference.pair))
+    assert works["reference_log_probs"].tokens == prompts * PROMPT + len(both) * RESPONSE
+    assert works["generations"].tokens == answered and works["sft_scores"].tokens == 2 * answered
+    assert works["scores"].tokens == 3 * answered, "the policy, the SFT model and the margin adapter"
+    assert works["kl_to_sft"].tokens == 3 * 3 * answered
+    assert {name for name, work in works.items() if work.each_weight} == {
+        "modpo_models",
+        "generations",
+        "scores",
+        "kl_to_sft",
+    }
 
 
-def test_texts_are_cut_as_the_stages_cut_them(pairs: dict[str, Path]) -> None:
-    limits = {"model.max_length": 16, "model.max_prompt_length": 4, "generation.max_new_tokens": 5}
-    cut = texts_of(experiment({**limits, "generation.max_prompt_length": 6}), pairs)
-
-    assert cut.preference.pair == Tokens(*map(pytest.approx, (4 + 24, 24, 10 + 2 * (48 + 78), 2)))
-    assert set(cut.chosen) == {(4, 12)} and set(cut.asked) == {6} and set(cut.answers) == {5}
+def test_stages_that_an_experiment_lacks_cost_nothing(pairs: dict[str, Pairs]) -> None:
+    assert {"margin_adapter", "margin_rewards", "sft_scores"}.isdisjoint(works_of(pairs, experiment(**LENGTH_PENALTY)))
+    short = works_of(pairs, experiment({"sft.enabled": False, "evaluation.kl_samples": 0}))
+    assert {"sft_model", "kl_to_sft"}.isdisjoint(short)
 
 
-@given(weights=st.lists(st.integers(1, 99), min_size=1, max_size=20, unique=True))
-def test_only_what_each_weight_takes_grows_with_the_weights(texts: Texts, weights: list[int]) -> None:
-    found = experiment({"objective.weights": [w / 100 for w in weights]})
-    works, one = estimate(found, SIZE, texts, 1024), estimate(experiment(), SIZE, texts, 1024)
-    shared, all_of_it = total(found, works, weights=0), total(found, works)
+def test_texts_are_cut_as_the_stages_cut_them(pairs: dict[str, Pairs]) -> None:
+    limits = {"model.max_length": 16, "model.max_prompt_length": 4, "generation.max_prompt_length": 6}
+    works = works_of(pairs, experiment({**limits, "generation.max_new_tokens": 5}))
+    both = unique_responses(*(each.file for each in pairs.values()))
 
-    assert works == one
-    assert all_of_it.flops - shared.flops == pytest.approx(
-        len(weights) * (total(found, works, weights=1).flops - shared.flops)
-    )
-
-
-def test_every_stage_that_computes_with_the_model_is_there(texts: Texts) -> None:
-    without = {"helpsteer_ratings", "preference_pairs", "margin_pairs", "evaluation_prompts"}
-    without |= {"score_summary", "tradeoff", "tradeoff_report"}
-
-    assert list(seconds(experiment(), texts)) == [name for name in stages(experiment()) if name not in without]
-    assert all(value > 0 for value in seconds(experiment(), texts).values())
-
-
-def test_a_length_penalty_has_no_margin_adapter_to_pay_for(pairs: dict[str, Path], texts: Texts) -> None:
-    short = experiment(**LENGTH_PENALTY)
-    found, other = seconds(short, texts_of(short, pairs)), seconds(experiment(), texts)
-
-    assert not {"margin_adapter", "margin_adapter_quality"} & set(found)
-    assert found["margin_rewards"] < other["margin_rewards"] and found["scores"] < other["scores"]
-    assert found["modpo_models"] == pytest.approx(other["modpo_models"])
+    assert works["generations"].tokens == len(ASKED) * (6 + 5)
+    assert works["reference_log_probs"].tokens == len(set(both["prompt_id"].to_pylist())) * 4 + len(both) * 12
 
 
 @pytest.mark.parametrize(
     ("changes", "dearer"),
     [
-        ({"modpo.steps": 9}, {"modpo_models"}),
-        ({"modpo.accumulation": 2}, {"modpo_models"}),
-        ({"modpo.gradient_checkpointing": True}, {"modpo_models"}),
-        ({"margin_adapter.batch_size": 32}, {"margin_adapter"}),
-        ({"sft.steps": 5}, {"sft_model"}),
-        ({"generation.do_sample": True}, {"sft_generations", "generations"}),
-        ({"evaluation.kl_samples": 3}, {"kl_to_sft"}),
+        ({"modpo.steps": 9}, "modpo_models"),
+        ({"modpo.accumulation": 2}, "modpo_models"),
+        ({"modpo.gradient_checkpointing": True}, "modpo_models"),
+        ({"margin_adapter.batch_size": 32}, "margin_adapter"),
+        ({"evaluation.kl_samples": 7}, "kl_to_sft"),
     ],
 )
-def test_a_setting_makes_its_stages_dearer_and_no_others(
-    texts: Texts, changes: dict[str, Any], dearer: set[str]
-) -> None:
-    before, after = seconds(experiment(), texts), seconds(experiment(changes), texts)
+def test_a_setting_makes_its_own_stage_dearer(pairs: dict[str, Pairs], changes: dict[str, Any], dearer: str) -> None:
+    before, after = works_of(pairs, experiment()), works_of(pairs, experiment(changes))
 
-    assert {name for name in before if after[name] > before[name]} == dearer
-    assert {name for name in before if after[name] != before[name]} == dearer
+    assert [name for name in before if after[name].flops > before[name].flops] == [dearer]
+    assert [name for name in before if after[name] != before[name]] == [dearer]
 
 
-def test_without_sft_or_samples_nothing_is_computed_for_them(texts: Texts) -> None:
-    found = experiment({"sft.enabled": False, "evaluation.kl_samples": 0})
-    works = estimate(found, SIZE, texts, 1024)
-
-    assert works["sft_model"].flops == 0 and "kl_to_sft" not in works
+# Rates
 
 
-def test_prompts_are_decoded_in_the_shares_that_generation_makes() -> None:
-    from helpsteer_assets.commands import estimate as module
+class Home:
+    """A home with artifacts whose manifests hold what the stages write there."""
 
-    assert module._DECODED_TOGETHER == SHARE_OF_PROMPTS
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def finish(self, asset: str, fingerprint: str, resumed: bool = False, **manifest: Any) -> float:
+        """Finish a stage; its duration in seconds."""
+        store, number = ArtifactStore(self.folder), f"{fingerprint:0>32}"
+        if resumed:
+            (store.partial(asset, ALL, number) / "checkpoints").mkdir(parents=True)
+            (store.partial(asset, ALL, number) / "checkpoints" / "rows.jsonl").write_text("{}")
+
+        def compute(folder: Path) -> dict[str, Any]:
+            (folder / "model").mkdir()
+            (folder / "model" / "model.safetensors").write_bytes(bytes(manifest.get("bytes", MODEL_BYTES)))
+            time.sleep(0.02)
+            return manifest.get("metrics", {})
+
+        content = {"settings": manifest.get("settings", {}), "inputs": {}}
+        if base := manifest.get("base"):
+            content["inputs"] = {"sft_model": {ALL: f"{base:0>32}"}}
+        artifact, _ = store.build(asset, ALL, number, manifest=content, compute=compute, on_wait=print)
+        return artifact.manifest["duration_s"]
+
+    def rates(self, device: str = "cpu") -> dict[str, float]:
+        works = {
+            "reference_log_probs": Work(rows=10, tokens=100, flops=5000),
+            "margin_adapter": Work(rows=10, tokens=100, flops=7000),
+            "modpo_models": Work(rows=10, tokens=100, flops=7000),
+            "margin_rewards": Work(rows=10, tokens=100, flops=5000),
+        }
+        return measured_rates(self.folder, works, MODEL_BYTES, device)
+
+
+def test_a_finished_stage_gives_the_rate_of_the_next(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    assert home.rates() == {}
+    home.finish("sft_model", "a")
+    scored = home.finish("reference_log_probs", "1", base="a", metrics={"responses": 40})
+    trained = home.finish(
+        "modpo_models",
+        "2",
+        base="a",
+        metrics={"steps": 3},
+        settings={"modpo.batch_size": 4, "modpo.accumulation": 2},
+    )
+
+    assert home.rates() == pytest.approx(
+        {"reference_log_probs": 500 * 40 / scored, "modpo_models": 700 * 3 * 4 * 2 / trained}
+    )
+    assert home.rates("NVIDIA H100") == {}, "it ran on another device"
+
+
+def test_a_stage_that_was_resumed_or_did_other_work_gives_no_rate(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    home.finish("sft_model", "a")
+    home.finish("sft_model", "b", bytes=2 * MODEL_BYTES)
+    home.finish("reference_log_probs", "1", base="a", metrics={"responses": 40}, resumed=True)
+    home.finish("reference_log_probs", "2", base="b", metrics={"responses": 40})
+    home.finish("margin_rewards", "3", base="a", metrics={"responses": 40})  # of a length penalty: no margin adapter
+    assert home.rates() == {}
+
+
+def test_a_matrix_product_is_measured_in_both_precisions() -> None:
+    for precision in ("fp32", "bf16"):
+        assert 1e7 < product_rate(torch.device("cpu"), precision) < 1e14

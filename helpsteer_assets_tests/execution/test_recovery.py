@@ -74,7 +74,7 @@ def test_locks_of_the_dead_are_removed_and_those_of_the_living_stay(
             die()
 
     run_to_its_death(live_and_die)
-    locks = tmp_path / "locks" / "runs"
+    locks = tmp_path / "locks" / "running"
     assert len(list(locks.glob("*.lock"))) == 1
     with alive(tmp_path) as tags, recovering(instance, tmp_path, tags, print):
         assert [path.stem for path in locks.glob("*.lock")] == [tags[PROCESS_TAG]]

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import dagster as dg
-import pyarrow.parquet as pq
 import pytest
 
 from helpsteer_assets.assets.graph import fingerprints
@@ -30,7 +29,6 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(2400)]
 
 WEIGHTS = ["0.1", "0.5", "0.9"]
 MODEL = "modpo_models"
-SHARDS = [f"generations.generations_shard_{number}_of_2" for number in (1, 2)]
 
 
 @dataclass
@@ -59,7 +57,7 @@ class Story:
 def story(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     folder = tmp_path_factory.mktemp("backfill")
     changes = {"modpo": {"steps": 24, "evaluate_every": 8}, "objective": {"weights": [float(w) for w in WEIGHTS]}}
-    path = write_experiment(folder, run={"threads": 1, "device": "cpu"}, evaluation={"shards": 2}, **changes)
+    path = write_experiment(folder, run={"threads": 1, "device": "cpu"}, **changes)
     experiment = load_experiment(str(path))
     # What comes before the weights, by this machine alone.
     before = " or ".join(f'key:"{name}"' for name in phases(experiment)["prepare"])
@@ -126,7 +124,7 @@ def test_every_weight_has_its_scores(story: Story) -> None:
 
 @pytest.mark.parametrize("node", ["head", "second", "third"])
 def test_every_node_got_work(story: Story, cluster: Cluster, node: str) -> None:
-    models = {MODEL, *SHARDS, "kl_to_sft", "scores"}
+    models = {MODEL, "generations", "kl_to_sft", "scores"}
     assert models & {job.metadata["dagster/op"] for job in cluster.steps(story.nodes[node])}
 
 
@@ -140,26 +138,6 @@ def test_the_training_of_a_killed_node_ends_in_the_identical_adapter(story: Stor
     assert straight.manifest["metrics"]["resumed_from"] is None
     name = "adapter/adapter_model.safetensors"
     assert resumed.file(name).read_bytes() == straight.file(name).read_bytes()
-
-
-def test_shards_are_jobs_of_their_own_that_make_the_rows_of_one_step(story: Story, cluster: Cluster) -> None:
-    ran = [job.metadata["dagster/op"] for job in cluster.client.list_jobs() if "dagster/op" in job.metadata]
-    assert {shard: ran.count(shard) for shard in SHARDS} == dict.fromkeys(SHARDS, len(WEIGHTS))
-    weight = story.killed_node
-    evaluation = story.experiment.evaluation.model_copy(update={"shards": 1})
-    in_one = story.experiment.model_copy(update={"evaluation": evaluation})
-    assert run_experiment(
-        in_one,
-        story.undisturbed,
-        select='key:"modpo_models" or key:"generations"',
-        weights=[weight],
-        announce=lambda _: None,
-    )
-    rows = [
-        pq.read_table(story.artifact(weight, home, "generations").file("generations.parquet"))
-        for home in (story.deployment.home, story.undisturbed)
-    ]
-    assert rows[0].equals(rows[1])
 
 
 def test_the_training_of_a_run_whose_process_died_is_not_begun_again(story: Story) -> None:

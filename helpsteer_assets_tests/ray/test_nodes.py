@@ -13,9 +13,18 @@ from dagster_postgres import DagsterPostgresStorage
 from dagster_postgres.utils import pg_url_from_config
 
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.execution.ray_cluster import HOME_TOKEN, Node, _installed, forwarded_variables, judge
+from helpsteer_assets.execution.ray_cluster import (
+    HOME_TOKEN,
+    Node,
+    _describe_node,
+    _installed,
+    forwarded_variables,
+    judge,
+)
 from helpsteer_assets.execution.ray_executor import ray_step_executor
+from helpsteer_assets.execution.recovery import PROCESS_TAG, alive
 from helpsteer_assets.experiment.settings import RunSettings
+from helpsteer_assets.store.locks import process_lock
 from helpsteer_assets_tests.assets.conftest import write_experiment
 from helpsteer_assets_tests.ray.conftest import DEPLOY, Cluster, Deployment, wait
 
@@ -105,6 +114,18 @@ def test_other_versions_and_a_missing_dagster_are_problems(tmp_path: Path) -> No
     assert len(problems) == 2
     assert problems[0].startswith("node odd has no `dagster` on its PATH")
     assert problems[1].startswith(f"node odd has torch 1.0, and this machine {_installed()['torch']}")
+
+
+def test_a_node_that_can_take_the_locks_of_others_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HELPSTEER_HOME", str(tmp_path))
+    with alive(tmp_path) as tags:
+        monkeypatch.setenv(HOME_TOKEN, tags[PROCESS_TAG])
+        fit = _describe_node()
+        assert fit["sees_home"] and fit["locks_reach"]
+    process_lock(tmp_path, tags[PROCESS_TAG]).touch()  # as from a machine that its locks do not reach
+    unfit = Node("odd", 1, 3, **_describe_node() | {"dagster": "dagster"})
+    problems, _ = judge([unfit], RunSettings(), tmp_path, limited(tmp_path, 3))
+    assert len(problems) == 1 and problems[0].startswith("node odd can take a lock that this machine holds")
 
 
 @pytest.fixture(scope="module")

@@ -101,34 +101,19 @@ def test_nothing_is_fetched(html: str) -> None:
     assert not re.search(r"url\((?!#)|@import", html)
 
 
-def test_hostile_text_makes_no_element_and_stays_readable(hostile: str) -> None:
+def test_hostile_text_makes_no_element_and_comes_back_as_it_was(hostile: str) -> None:
     page = Page(hostile)
     assert sum(tag == "script" for tag, _ in page.elements) == 2
     assert not any(tag in ("img", "b") and attributes for tag, attributes in page.elements)
     assert sum(SCRIPT in text for text in page.text) >= 6
-
-
-def test_prompts_and_responses_come_back_as_they_were(hostile: str) -> None:
-    read = json.loads(Page(hostile).scripts[0])
+    payload = page.scripts[0]
+    assert not re.search("[<>&\u2028\u2029\x00-\x1f\ud800-\udfff]", payload), "it would end the script element"
+    read = json.loads(payload, parse_constant=pytest.fail)
     assert {prompt[0]: prompt[1] for prompt in read["prompts"]} == HOSTILE
     assert [response[0] for response in read["prompts"][0][3]] == [HOSTILE["script"]] * 4
-
-
-def test_data_hold_nothing_that_ends_a_script_or_cannot_be_written(hostile: str) -> None:
-    payload = Page(hostile).scripts[0]
-    assert not re.search("[<>&\u2028\u2029\x00-\x1f\ud800-\udfff]", payload)
+    assert read["prompts"][0][3][0][5] == [None] * 5, "NaN and missing scores"
+    assert "nan" not in " ".join(page.text).lower().split()
     hostile.encode("utf-8")
-
-
-def test_nan_and_null_are_dashes_and_no_json_is_invalid(hostile: str) -> None:
-    payload = Page(hostile).scripts[0]
-
-    def refuse(name: str) -> None:
-        raise AssertionError(name)
-
-    read = json.loads(payload, parse_constant=refuse)
-    assert read["prompts"][0][3][0][5] == [None] * 5
-    assert "nan" not in " ".join(Page(hostile).text).lower().split()
 
 
 def test_scores_of_a_response_stand_in_the_order_of_the_measures(html: str) -> None:
@@ -140,12 +125,6 @@ def test_scores_of_a_response_stand_in_the_order_of_the_measures(html: str) -> N
 
 def test_the_same_input_gives_the_same_bytes(html: str) -> None:
     assert render(report_data()).encode() == html.encode()
-
-
-def test_300_prompts_and_7_policies_stay_below_10_megabytes() -> None:
-    html = render(report_data(prompts=300, weights=("0.1", "0.2", "0.3", "0.5", "0.7", "0.9"), words=600))
-    assert 3_000_000 < len(html.encode()) < 10_000_000
-    assert html.count("Question 17: how?") == 1
 
 
 @pytest.mark.parametrize("empty", ["prompts", "plots", "tables", "headlines", "notes", "facts", "measures"])
@@ -178,32 +157,23 @@ def test_numbers_of_a_measure_have_the_same_decimals_and_shares_are_percentages(
     assert by_column[4] == ["0.0%", "1.0%", "5.0%", "9.0%"]
 
 
-def test_numbers_of_a_table_column_are_written_alike_and_policies_have_their_colour() -> None:
-    rows = [["w=0.5", 0.61234, 3, -1200.0, 0.0], ["other", 0.7, math.nan, 5, None]]
+def test_numbers_of_a_table_column_have_the_same_decimals_and_policies_have_their_colour() -> None:
+    rows = [["w=0.5", 0.61234, 3, -1200.0, (-0.02, "-0.02 [-0.11, 0.08]")], ["other", 0.7, math.nan, 5, None]]
     table = {"title": "t", "caption": "c", "columns": ["policy", "a", "b", "c", "d"], "rows": rows}
     html = render(report_data() | {"tables": [table]})
     shown = html[html.index('id="tables"') : html.index('id="browser"')]
     assert '<span class="policy p2">' in shown and "<td>other</td>" in shown
-    cells = re.findall(r'<td class="number" data-value="([^"]*)">([^<]*)</td>', shown)
-    assert cells == [
+    assert re.findall(r'<td class="number" data-value="([^"]*)">([^<]*)</td>', shown) == [
         ("0.61234", "0.612"),
         ("3", "3"),
         ("-1200.0", "\u22121200"),
-        ("0.0", "0"),
+        ("-0.02", "\u22120.02 [\u22120.11, 0.08]"),
         ("0.7", "0.700"),
         ("", "\u2013"),
         ("5", "5"),
         ("", "\u2013"),
     ]
-    assert shown.count('class="number"') == 4 + len(cells)
-
-
-def test_a_number_with_a_text_of_its_own_is_sorted_by_the_number() -> None:
-    rows = [["a", (-0.02, "-0.02 [-0.11, 0.08]")], ["b", (1.0, "100%")], ["c", None]]
-    html = render(report_data() | {"tables": [{"title": "t", "caption": "c", "columns": ["x", "y"], "rows": rows}]})
-    cells = re.findall(r'<td class="number" data-value="([^"]*)">([^<]*)</td>', html[html.index('id="tables"') :])
-    assert cells == [("-0.02", "\u22120.02 [\u22120.11, 0.08]"), ("1.0", "100%"), ("", "\u2013")]
-    assert 'class="sort number">y<' in html
+    assert shown.count('class="sort number"') == 4
 
 
 def test_figures_take_the_colours_of_the_page_and_names_of_their_own(html: str) -> None:
@@ -218,7 +188,8 @@ def test_figures_take_the_colours_of_the_page_and_names_of_their_own(html: str) 
         assert f'<title id="{name}-title">Figure {name}</title>' in svg
         drawing = svg[svg.index("</desc>") :]
         assert "A title of its own" not in svg and "A note." not in drawing
-        assert f"What {name} shows. {' '.join(['A note.'] * 16)}</figcaption>" in html
+        note = f"In brackets: the share of resamples in which the policy is on the front. {' '.join(['A note.'] * 16)}"
+        assert f"What {name} shows. {note}</figcaption>" in html
         assert re.findall(r'aria-label="([^:]+): rated helpfulness: ', svg) == ["SFT", "w=0.1", "w=0.5", "w=0.9"]
 
 

@@ -1,9 +1,11 @@
 """The artifact store: reuse, resume, damage, one writer per artifact."""
 
 import errno
+import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 
 from helpsteer_assets.errors import HelpsteerError
+from helpsteer_assets.files import digests
 from helpsteer_assets.store import artifacts
 from helpsteer_assets.store.artifacts import ALL, Artifact, ArtifactStore
 from helpsteer_assets.store.locks import exclusive_lock
@@ -203,13 +206,14 @@ def test_a_file_that_no_manifest_lists_is_no_damage(store: ArtifactStore) -> Non
 
 
 def test_an_unchanged_file_is_hashed_once_per_process(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digests, "_SETTLED_NS", 100_000_000)
     artifact, _ = make(store)
     time.sleep(0.15)
     assert store.verify(artifact) == []
     hashed: list[str] = []
-    file_digest = artifacts.hashlib.file_digest
+    file_digest = hashlib.file_digest
     monkeypatch.setattr(
-        artifacts.hashlib, "file_digest", lambda file, name: (hashed.append(file.name), file_digest(file, name))[1]
+        hashlib, "file_digest", lambda file, name: (hashed.append(file.name), file_digest(file, name))[1]
     )
 
     assert store.verify(artifact) == []
@@ -444,6 +448,21 @@ def test_a_killed_process_frees_its_artifact_and_a_waiting_one_takes_it_up(store
     killed.join(60)
     artifact = store.get(*NAME)
     assert artifact is not None
+    assert artifact.manifest["resumed"] is True
+
+
+def test_a_writer_that_lost_its_lock_does_not_finish_the_artifact(store: ArtifactStore) -> None:
+    def compute(partial: Path) -> dict[str, Any]:
+        (partial / "checkpoints").mkdir()
+        (partial / "checkpoints" / "step-1").write_text("kept")
+        shutil.rmtree(store.locks)
+        return write_results(partial)
+
+    with pytest.raises(HelpsteerError, match=r"was removed or replaced while this process held that lock"):
+        make(store, compute)
+    assert store.find(*NAME) is None
+    assert (store.partial(*NAME) / "checkpoints" / "step-1").read_text() == "kept"
+    artifact, _ = make(store)
     assert artifact.manifest["resumed"] is True
 
 

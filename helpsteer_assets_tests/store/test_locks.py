@@ -1,12 +1,17 @@
-"""Locks: one holder at a time, a dead one is recovered, a living one is never robbed."""
+"""Locks: one holder at a time, a dead one's is free at once, a living one's never; who uses a home, and who waits."""
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
+import re
+import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
@@ -14,10 +19,16 @@ import pytest
 
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.store import locks
-from helpsteer_assets.store.locks import exclusive_lock, lock_if_free
+from helpsteer_assets.store.locks import (
+    exclusive_lock,
+    home_alone,
+    home_in_use,
+    lock_if_free,
+    process_lock,
+    remove_locks_of_dead_processes,
+)
 
 FORK = multiprocessing.get_context("fork")
-ELSEWHERE = {"process": 7, "host": "node2", "machine": "node2 m", "boot": "another boot", "token": "t", "beat": 3}
 
 
 @pytest.fixture
@@ -25,49 +36,52 @@ def lock(tmp_path: Path) -> Path:
     return tmp_path / "locks" / "a.lock"
 
 
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A lease that dies in a second instead of a minute."""
-    monkeypatch.setattr(locks, "LEASE_SECONDS", 1.0)
-    monkeypatch.setattr(locks, "BEAT_SECONDS", 0.1)
-    yield
+def enter(block: Callable[[], AbstractContextManager[object]], entered: Event, leave: Event) -> None:
+    with block():
+        entered.set()
+        leave.wait(60)
 
 
-def leave(lock: Path, **holder: object) -> Path:
-    lease = lock.with_suffix(".lease")
-    lease.parent.mkdir(exist_ok=True)
-    lease.write_text(json.dumps(ELSEWHERE | holder))
-    return lease
-
-
-def hold(lock: Path, holds: Event, until: Event) -> None:
-    with exclusive_lock(lock):
-        holds.set()
-        until.wait(60)
-
-
-def holder_of(lock: Path) -> tuple[multiprocessing.Process, Event]:
-    holds, until = FORK.Event(), FORK.Event()
-    process = FORK.Process(target=hold, args=(lock, holds, until))
+@contextmanager
+def inside(block: Callable[[], AbstractContextManager[object]]) -> Iterator[tuple[int, Event]]:
+    """Another process is in the block until the event is set, or its process killed."""
+    entered, leave = FORK.Event(), FORK.Event()
+    process = FORK.Process(target=enter, args=(block, entered, leave))
     process.start()
-    assert holds.wait(60)
-    return process, until
-
-
-def test_who_holds_it_is_told_to_who_waits_and_nothing_is_left_but_the_lock_file(lock: Path) -> None:
-    process, until = holder_of(lock)
-    told: list[str] = []
-    threading.Timer(0.3, until.set).start()
-    with exclusive_lock(lock, told.append) as lease:
-        lease.check()
-        with lock_if_free(lock) as free:
-            assert not free
+    assert entered.wait(60) and process.pid is not None
+    yield process.pid, leave
+    if process.is_alive():  # to wake a killed one would wait for ever
+        leave.set()
     process.join(60)
-    assert told == [f"waiting for process {process.pid} on {os.uname().nodename}"]
+    assert process.exitcode in (0, -signal.SIGKILL)
+
+
+def kill(pid: int) -> None:
+    """Kill the process, and wait until the kernel has closed its files; it stays a zombie for its parent."""
+    os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+# Exclusive locks
+
+
+def test_a_waiting_process_is_told_who_holds_the_lock(lock: Path) -> None:
+    told: list[str] = []
+    with inside(lambda: exclusive_lock(lock)) as (pid, leave):
+        threading.Timer(0.3, leave.set).start()
+        with exclusive_lock(lock, told.append):
+            assert leave.is_set()
+    assert told == [f"waiting for process {pid} on {os.uname().nodename}"]
     assert [path.name for path in lock.parent.iterdir()] == ["a.lock"]
 
 
-def test_one_holder_at_a_time(lock: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [FORK.Process, threading.Thread])
+def test_one_process_or_thread_holds_a_lock_at_a_time(
+    lock: Path, tmp_path: Path, kind: Callable[..., multiprocessing.Process | threading.Thread]
+) -> None:
     counter = tmp_path / "counter"
     counter.write_text("0")
 
@@ -78,151 +92,121 @@ def test_one_holder_at_a_time(lock: Path, tmp_path: Path) -> None:
                 time.sleep(0.001)
                 counter.write_text(str(value + 1))
 
-    processes = [FORK.Process(target=count) for _ in range(4)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
+    workers = [kind(target=count) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
     assert counter.read_text() == "80"
 
 
-def test_a_dead_process_s_lock_is_free_at_once(lock: Path) -> None:
-    process, _ = holder_of(lock)
-    os.kill(process.pid or 0, signal.SIGKILL)
-    process.join(60)
-    assert lock.with_suffix(".lease").exists()
-    with lock_if_free(lock) as free:
-        assert free
+def test_the_lock_of_a_stopped_process_is_held_and_that_of_a_killed_one_is_free_at_once(lock: Path) -> None:
+    with inside(lambda: exclusive_lock(lock)) as (pid, _):
+        os.kill(pid, signal.SIGSTOP)
+        with lock_if_free(lock) as free:
+            assert not free
+        kill(pid)
+        with lock_if_free(lock) as free:
+            assert free
 
 
-def test_a_stopped_process_keeps_its_lock_whatever_its_lease(lock: Path, impatient: None) -> None:
-    process, until = holder_of(lock)
-    os.kill(process.pid or 0, signal.SIGSTOP)
-    try:
-        for _ in range(3):
-            time.sleep(0.5)
-            with lock_if_free(lock) as free:
-                assert not free
-    finally:
-        os.kill(process.pid or 0, signal.SIGCONT)
-        until.set()
-        process.join(60)
-    assert process.exitcode == 0
-
-
-def test_letting_go_amid_a_sign_of_life_is_no_loss(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locks, "BEAT_SECONDS", 0.0)
-    for _ in range(300):
-        with exclusive_lock(lock) as lease:
-            pass
-        assert not lease.lost
-        assert not lease.path.exists()
-
-
-def test_a_silent_holder_on_another_machine_is_taken_for_dead(lock: Path, impatient: None) -> None:
-    leave(lock)
-    told: list[str] = []
-    with exclusive_lock(lock, told.append) as lease:
-        lease.check()
-    assert told == ["waiting for process 7 on node2, which is taken to be dead if it stays silent for 1 s"]
-    assert not lock.with_suffix(".lease").exists()
-
-
-def test_a_living_holder_on_another_machine_is_waited_for(lock: Path, impatient: None) -> None:
-    lease = leave(lock)
-    let_go = threading.Event()
-
-    def live() -> None:
-        for beat in range(30):
-            lease.write_text(json.dumps(ELSEWHERE | {"beat": beat}))
-            time.sleep(0.1)
-        let_go.set()
-        lease.unlink()
-
-    threading.Thread(target=live).start()
-    with lock_if_free(lock) as free:
-        assert not free
+def test_a_forked_child_does_not_keep_the_lock(lock: Path) -> None:
     with exclusive_lock(lock):
-        assert let_go.is_set()
-
-
-def test_clocks_decide_nothing(lock: Path, impatient: None) -> None:
-    lease = leave(lock)
-    stop = threading.Event()
-
-    def live() -> None:
-        beat = 0
-        while not stop.wait(0.1):
-            beat += 1
-            lease.write_text(json.dumps(ELSEWHERE | {"beat": beat}))
-            os.utime(lease, (0, 0))
-
-    thread = threading.Thread(target=live)
-    thread.start()
-    with lock_if_free(lock) as free:
-        assert not free
-    stop.set()
-    thread.join()
-    os.utime(lease, (2**32, 2**32))  # Silent now, with a time in the far future.
+        child = FORK.Process(target=time.sleep, args=(60,))
+        child.start()
     with lock_if_free(lock) as free:
         assert free
+    child.kill()
+    child.join()
 
 
-def test_a_lease_from_before_a_restart_of_this_machine_is_dead_at_once(
-    lock: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_lock_whose_file_was_removed_or_replaced_is_noticed(lock: Path) -> None:
+    with exclusive_lock(lock) as held:
+        held.check()
+        shutil.rmtree(lock.parent)
+        with pytest.raises(HelpsteerError, match=rf"{lock} was removed or replaced .*run the same command again"):
+            held.check()
+        with exclusive_lock(lock):  # by another path of execution, which nothing keeps out now
+            with pytest.raises(HelpsteerError, match="nothing was finished"):
+                held.check()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_refused_in_words(
+    lock: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    monkeypatch.setattr(locks, "_machine", lambda: {"machine": "here 1234", "boot": "today"})
-    leave(lock, host="here", machine="here 1234", boot="yesterday")
-    monkeypatch.setattr(locks, "_is_silent", lambda lease: pytest.fail("watched"))
-    with lock_if_free(lock) as free:
-        assert free
+    def refuse(file: object, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    words = rf"cannot lock {lock}: .*no working locks \({os.strerror(number)}\).* set HELPSTEER_HOME to a folder"
+    with pytest.raises(HelpsteerError, match=words):
+        exclusive_lock(lock).__enter__()
+    with pytest.raises(HelpsteerError, match="no working locks"):
+        home_in_use(lock.parent, "training").__enter__()
 
 
-def test_who_was_taken_over_is_interrupted_and_told(lock: Path, impatient: None) -> None:
-    # Ignored where tests run in the background.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    with pytest.raises(HelpsteerError, match=r"another machine has taken over the work on a, .*suspended"):
-        with exclusive_lock(lock) as lease:
-            leave(lock)
-            deadline = time.monotonic() + 60
-            while time.monotonic() < deadline:
-                time.sleep(0.05)
-            pytest.fail("not interrupted")
-    signal.signal(signal.SIGINT, before)
-    assert time.monotonic() < deadline, "not interrupted"
-    assert lease.lost
-    assert json.loads(lock.with_suffix(".lease").read_text()) == ELSEWHERE, (
-        "the new holder's lease is not ours to remove"
-    )
+def test_a_file_system_that_locks_a_file_twice_is_refused_in_words(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "_working_devices", set())
+    monkeypatch.setattr(fcntl, "flock", lambda file, operation: None)
+    with pytest.raises(HelpsteerError, match=r"no working locks \(a file that is locked can be locked a second time\)"):
+        exclusive_lock(lock).__enter__()
 
 
-def test_a_lease_is_looked_at_when_it_matters(lock: Path) -> None:
-    with exclusive_lock(lock) as lease:
-        leave(lock)
-        with pytest.raises(HelpsteerError, match="nothing was written"):
-            lease.check()
+def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    (tmp_path / "home").write_text("")
+    with pytest.raises(HelpsteerError, match=rf"cannot lock {tmp_path / 'home'}"):
+        exclusive_lock(tmp_path / "home" / "locks" / "a.lock").__enter__()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"process": 1}', "\0\0"])
-def test_a_damaged_lease_is_watched_and_then_taken(lock: Path, impatient: None, content: str) -> None:
-    lease = leave(lock)
-    lease.write_text(content)
-    with lock_if_free(lock) as free:
-        assert free
+# The lock of a home
 
 
-def test_without_kernel_locks_the_lease_alone_keeps_others_out(
-    lock: Path, impatient: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(descriptor: int, operation: int) -> None:
-        raise OSError(95, "Operation not supported")
+def test_a_home_in_use_is_refused_to_who_wants_it_alone_at_once_and_in_words(tmp_path: Path) -> None:
+    with inside(lambda: home_in_use(tmp_path, "modpo_models w=0.1")) as (pid, _):
+        words = rf"^the home {tmp_path} is in use: .*process {pid} on \S+ \(modpo_models w=0.1, since 2\d\d\d-.*UTC\)"
+        with home_in_use(tmp_path, "any number of others"), pytest.raises(HelpsteerError, match=words) as refused:
+            home_alone(tmp_path).__enter__()
+        assert "any number of others" in str(refused.value)
+    with home_alone(tmp_path):
+        assert list((tmp_path / "locks" / "running").iterdir()) == []
 
-    monkeypatch.setattr(locks.fcntl, "flock", refuse)
-    process, until = holder_of(lock)
-    with lock_if_free(lock) as free:
-        assert not free
-    threading.Timer(0.5, until.set).start()
-    with exclusive_lock(lock) as lease:
-        lease.check()
-    process.join(60)
-    assert process.exitcode == 0
+
+def test_who_wants_to_use_a_home_waits_for_its_cleaning_and_is_told(tmp_path: Path) -> None:
+    told: list[str] = []
+    with inside(lambda: home_alone(tmp_path)) as (_, leave):
+        with pytest.raises(HelpsteerError, match="is in use: another `gc --delete`"):
+            home_alone(tmp_path).__enter__()
+        threading.Timer(0.3, leave.set).start()
+        with home_in_use(tmp_path, "training", told.append):
+            assert leave.is_set()
+    assert told == [f"waiting for the removal of files from the home {tmp_path}"]
+
+
+def test_a_killed_process_uses_nothing_and_its_lock_is_removed_while_those_of_the_living_stay(tmp_path: Path) -> None:
+    with inside(lambda: home_in_use(tmp_path, "training")) as (pid, _):
+        kill(pid)
+        with home_in_use(tmp_path, "living") as name:
+            remove_locks_of_dead_processes(tmp_path)
+            assert list((tmp_path / "locks" / "running").iterdir()) == [process_lock(tmp_path, name)]
+            assert json.loads(process_lock(tmp_path, name).read_text())["doing"] == "living"
+    with home_alone(tmp_path):
+        pass
+
+
+def test_a_forked_child_does_not_keep_the_home_in_use(tmp_path: Path) -> None:
+    with home_in_use(tmp_path, "training"):
+        child = FORK.Process(target=time.sleep, args=(60,))
+        child.start()
+    with home_alone(tmp_path):
+        pass
+    child.kill()
+    child.join()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "\0"])
+def test_a_holder_whose_words_cannot_be_read_is_another_process(tmp_path: Path, content: str) -> None:
+    with home_in_use(tmp_path, "training") as name:
+        process_lock(tmp_path, name).write_text(content)
+        with pytest.raises(HelpsteerError, match=re.escape(f"{tmp_path} is in use: another process. ")):
+            home_alone(tmp_path).__enter__()

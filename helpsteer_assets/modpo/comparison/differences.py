@@ -1,8 +1,8 @@
-"""What each weight gains and loses against the SFT model, in numbers that hold for all weights at once, and in words.
+"""Differences of each weight to the SFT model, in numbers that hold for all weights at once, and in sentences.
 
-Several weights are compared, so one of them would look different by chance more often than 1 time in 20. Intervals and
-p-values are therefore simultaneous over the weights, within each measure; over measures nothing is adjusted. A
-difference whose interval holds 0 is "not shown", never "none".
+When several weights are compared, one of them looks different by chance more often than 1 time in 20. So intervals and
+p-values are simultaneous over the weights of each measure; nothing is adjusted for the number of measures. A difference
+whose interval contains 0 is called "not shown", never "none".
 """
 
 import math
@@ -10,38 +10,36 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from helpsteer_assets.modpo.comparison.bootstrap import LEVEL, bootstrap_means, simultaneous_interval
+from helpsteer_assets.modpo.comparison.bootstrap import LEVEL, bootstrap_means, column_means, simultaneous_interval
 from helpsteer_assets.modpo.comparison.fronts import FrontUncertainty
-from helpsteer_assets.modpo.comparison.scores import PolicyScores, reference_and_weights, score_table
+from helpsteer_assets.modpo.comparison.scores import PolicyScores, policy_label, reference_and_weights, score_table
 
 Verdict = Literal["higher", "lower", "undecided"]
 
 
 @dataclass(frozen=True)
 class Measure:
-    """How words speak of a measure.
-
-    `title` stands in sentences ("rated helpfulness"). `unit` is "tokens", "nats", "words", "share" (a number from 0 to
-    1, shown in percentage points), "0 to 4" (shown in points) or "" (none). `better` says which way is better, None
-    where neither is. `comparatives` name responses for which it is higher or lower ("longer", "shorter"); without them
-    the measure itself is called higher or lower. `to_sft` marks a distance to SFT (KL), which is told as a value, for
-    SFT's own is 0.
-    """
+    """A measure of the responses, as sentences speak of it."""
 
     name: str
     title: str
+    """Its name in sentences, such as "rated helpfulness"."""
     unit: str = ""
+    """Such as "tokens"; a "share" (0 to 1) is shown in percentage points, "0 to 4" in points. Empty: none."""
     better: Literal["higher", "lower"] | None = None
+    """The better side; None where neither is better."""
     comparatives: tuple[str, str] | None = None
+    """Words for responses that have more and less of it ("longer", "shorter"); None: "higher" and "lower"."""
     to_sft: bool = False
+    """Whether it is a distance to SFT, such as KL. SFT's own is 0, so it is told as a value and not as a difference."""
 
 
 @dataclass(frozen=True)
 class Difference:
     """Mean of a measure under weight `w` minus the SFT model's on the same prompts, in the measure's unit.
 
-    `low` and `high` are the ends of a 95% interval, `p_value` tests against no difference; both hold for all weights
-    compared. `verdict` says on which side of 0 the whole interval lies.
+    `low` and `high` are the ends of a 95% interval, and `p_value` tests against no difference; both hold for all the
+    compared weights at once. `verdict` is the side of 0 on which the whole interval lies.
     """
 
     w: str
@@ -64,28 +62,27 @@ def differences_to_sft(
     """Paired differences of every weight to the SFT model, with `simultaneous_interval`s over the weights per measure.
 
     `policies` are the SFT model's scores and those of the weights, on the same prompts. A difference that is the same
-    on every prompt has an interval of no width; it is decided only where that many prompts cannot agree by chance
-    (p-value up to 0.05, see `simultaneous_interval`). Raises HelpsteerError without the SFT model, else as
-    `score_table`.
+    on every prompt has an interval of no width; it is decided only if its p-value is at most 0.05, because a few
+    prompts can agree by chance. Raises HelpsteerError without the SFT model, and as `score_table` does.
     """
     reference, compared = reference_and_weights(policies)
     table = score_table([reference, *compared], measures)
-    found: dict[str, dict[str, Difference]] = {scores.w or "": {} for scores in compared}
-    if not found:
-        return found
+    differences: dict[str, dict[str, Difference]] = {scores.w or "": {} for scores in compared}
+    if not differences:
+        return {}
     changes = table[:, 1:] - table[:, :1]
     rows = len(changes)
     for m, measure in enumerate(measures):
         column = changes[:, :, m]
-        mean = column[0] + (column - column[0]).mean(axis=0)
+        mean = column_means(column)
         ends = simultaneous_interval(mean, bootstrap_means(column, samples, seed), rows)
-        for i, w in enumerate(found):
+        for i, w in enumerate(differences):
             low, high, p_value = (float(end[i]) for end in ends)
             verdict: Verdict = "higher" if low > 0 else "lower" if high < 0 else "undecided"
             if p_value > 1 - LEVEL and low == high:
                 verdict = "undecided"
-            found[w][measure] = Difference(w, measure, rows, float(mean[i]), low, high, p_value, verdict)
-    return found
+            differences[w][measure] = Difference(w, measure, rows, float(mean[i]), low, high, p_value, verdict)
+    return differences
 
 
 def statements(differences: Differences, measures: Sequence[Measure]) -> dict[str, list[str]]:
@@ -118,7 +115,7 @@ def _side(verdict: Verdict, measure: Measure) -> str:
 
 
 def _amount(difference: Difference, measure: Measure) -> str:
-    """`31 tokens [24, 38]`: the size of a difference whose side the words beside it name."""
+    """The size of a difference without its sign, such as `31 tokens [24, 38]`: the words beside it name the side."""
     ends = (difference.low, difference.high) if difference.mean > 0 else (-difference.high, -difference.low)
     return with_interval(abs(difference.mean), *ends, measure)
 
@@ -135,16 +132,16 @@ def _undecided(difference: Difference, measure: Measure) -> str:
 
 
 def with_interval(mean: float, low: float, high: float, measure: Measure) -> str:
-    """`31.2 tokens [24.0, 38.1]`, in the words of the measure's unit."""
+    """A mean with its interval and the measure's unit, such as `31.2 tokens [24.0, 38.1]`."""
     width = high - low
-    # An end that lies beyond 0 must not be rounded to 0.
+    # Where the interval excludes 0, no end may be rounded to 0.
     nearest = min(abs(low), abs(high)) if low * high > 0 else width
     numbers = [number(value, min(width, 10 * nearest) if width else 0, measure) for value in (mean, low, high)]
     return f"{numbers[0]}{_unit(measure)} [{numbers[1]}, {numbers[2]}]"
 
 
 def number(value: float, width: float, measure: Measure) -> str:
-    """`value` with the decimals that two digits of an interval's `width` have; three digits where it has no width."""
+    """`value` with the decimals that show two digits of the interval's `width`; three digits where it has no width."""
     scale = 100 if measure.unit == "share" else 1
     if not width:
         return f"{value * scale:.3g}"
@@ -165,30 +162,34 @@ def headlines(
     others: Sequence[Measure] = (),
     front: FrontUncertainty | None = None,
 ) -> list[str]:
-    """The most important statements, as whole sentences: what moves where, which w to look at, how sure the front is.
+    """The most important results as sentences: what moves at which w, which w to look at, how sure the front is.
 
-    `preference` and `margin` are the two axes, each with its `better`; `others` (length, say) are told after them.
-    Without a rater there is no `preference` (None), and nothing is said about what a weight costs in it.
-    `front` holds SFT first, then the weights as in `differences`. A weight is recommended for reading, not proven best:
-    the sentences name the estimates that lead and what is shown about them.
+    Args:
+        differences: of all weights; see `differences_to_sft`.
+        preference: the horizontal axis; None where no rater measured it, and then nothing is said about its costs.
+        margin: the vertical axis.
+        others: measures that are told after the axes, such as the length.
+        front: the front of the SFT model and then the weights, in the order of `differences`.
+
+    The sentences call no weight the best: they name the best estimates and what is shown about them.
     """
     if not differences:
         return ["There is no weight to compare with SFT."]
     measures = [margin, *others] if preference is None else [preference, margin, *others]
-    found = [_movement(differences, measure) for measure in measures]
+    sentences = [_movement(differences, measure) for measure in measures]
     if preference is not None:
-        found.append(_both(differences, preference, margin))
-        found += [_best(differences, preference, margin), _best(differences, margin, preference)]
+        sentences.append(_both(differences, preference, margin))
+        sentences += [_best(differences, preference, margin), _best(differences, margin, preference)]
     if front is not None:
-        found.append(_front(front, ["SFT", *(f"w={w}" for w in differences)]))
+        sentences.append(_front(front, [policy_label(w) for w in (None, *differences)]))
     if front is not None and preference is not None:
-        found.append(_area(front, preference, margin))
-    return found
+        sentences.append(_area(front, preference, margin))
+    return sentences
 
 
 def listed(weights: Sequence[str]) -> str:
-    """`w=0.1, w=0.3 and w=0.5`."""
-    names = [f"w={w}" for w in weights]
+    """Weights in a sentence: `w=0.1, w=0.3 and w=0.5`."""
+    names = [policy_label(w) for w in weights]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
@@ -214,8 +215,8 @@ def _movement(differences: Differences, measure: Measure) -> str:
     if undecided:
         parts.append(f"not shown to differ at {listed(undecided)}")
     # "Responses are not shown to differ" would say more than was measured.
-    told = measure.comparatives and len(undecided) < len(differences)
-    subject = "responses are" if told else f"{measure.title} is"
+    decided = measure.comparatives and len(undecided) < len(differences)
+    subject = "responses are" if decided else f"{measure.title} is"
     return f"Against SFT, {subject} {'; '.join(parts)}."
 
 
@@ -239,9 +240,9 @@ def _both(differences: Differences, one: Measure, other: Measure) -> str:
 
 
 def _best(differences: Differences, kept: Measure, gained: Measure) -> str:
-    """Of the weights that are not shown to be worse in `kept`, the one with the best estimate of `gained`.
+    """The weight with the best estimate of `gained` among those that are not shown to be worse in `kept`.
 
-    SFT is not worse than itself, so where its own estimate is the better one, that is said.
+    Where SFT's own estimate is the better one, that is said.
     """
     candidates = [w for w, own in differences.items() if own[kept.name].verdict != _worse(kept)]
     if not candidates:
@@ -278,7 +279,7 @@ def _front(front: FrontUncertainty, labels: Sequence[str]) -> str:
 
 
 def _percent(share: float) -> str:
-    """A share in percent that says 0% and 100% only where it is."""
+    """A share in percent, 0% and 100% only where it is exactly that."""
     if 0 < share < 0.01:
         return "below 1%"
     return "above 99%" if 0.99 < share < 1 else f"{share:.0%}"

@@ -1,6 +1,6 @@
 """The Pareto front of the policies, how sure it is, and how a measure moves with w.
 
-Pure, seeded functions. Uncertainty comes from resampling prompts, as in `statistics`.
+Pure, seeded functions. Uncertainty comes from resampling prompts, as in `bootstrap`.
 """
 
 import math
@@ -15,46 +15,30 @@ from helpsteer_assets.modpo.comparison.bootstrap import (
     Floats,
     Interval,
     bootstrap_means,
+    column_means,
     percentile_interval,
     rank_correlation,
 )
 
 
-def _checked_points(points: ArrayLike) -> Floats:
-    table = np.asarray(points, dtype=np.float64).reshape(-1, 2)
-    if not np.isfinite(table).all():
-        raise ValueError("a point has a coordinate that is NaN or infinite")
-    return table
-
-
-def pareto_front(points: ArrayLike, larger_is_better: tuple[bool, bool]) -> NDArray[np.bool_]:
-    """Which of `points` [N, 2] no other point dominates: [N].
+def _undominated(points: Floats) -> NDArray[np.bool_]:
+    """Whether no other of the points [..., P, 2], both axes maximised, dominates each: [..., P].
 
     A point dominates another if it is at least as good on both axes and better on one, so equal points both stay.
     """
-    return _undominated(_checked_points(points) * np.where(larger_is_better, 1.0, -1.0))
-
-
-def _undominated(points: Floats) -> NDArray[np.bool_]:
-    """Which points of `points` [..., P, 2], both axes maximised, no other point of their set dominates: [..., P]."""
     one, other = points[..., :, None, :], points[..., None, :, :]
     return ~((one >= other).all(axis=-1) & (one > other).any(axis=-1)).any(axis=-2)
 
 
-def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
-    """Area that `points` [N, 2] dominate above `reference` [2], both axes maximised; in the product of their units.
-
-    Zitzler and Thiele, "Multiobjective Evolutionary Algorithms: A Comparative Case Study and the Strength Pareto
-    Approach", 1999. A point that is not above the reference on both axes adds nothing.
-    """
-    return float(_areas(_checked_points(points) - _checked_points(reference)))
-
-
 def _areas(points: Floats) -> Floats:
-    """Area that each set of `points` [..., P, 2] dominates above the origin: [...]."""
+    """Hypervolume of each set of `points` [..., P, 2] above the origin, both axes maximised: [...].
+
+    The area that the points dominate (Zitzler and Thiele, "Multiobjective Evolutionary Algorithms: A Comparative Case
+    Study and the Strength Pareto Approach", 1999). A point that is not above the origin on both axes adds nothing.
+    """
     extent = np.maximum(points, 0.0)
     order = np.argsort(-extent[..., 0], axis=-1, kind="stable")
-    # From right to left, each point adds a slab of its width above what stands already.
+    # From right to left, each point adds a rectangle of its width above the highest one so far.
     width, height = (np.take_along_axis(extent[..., axis], order, axis=-1) for axis in (0, 1))
     return (width * np.diff(np.maximum.accumulate(height, axis=-1), axis=-1, prepend=0.0)).sum(axis=-1)
 
@@ -63,14 +47,16 @@ def _areas(points: Floats) -> Floats:
 class FrontUncertainty:
     """The front of P policies and how sure it is.
 
-    `on_front` [P] is the front of the means. `probability` [P] is the share of resamples in which a policy is on the
-    front: how often as many other prompts would show it there, not the probability that it belongs there.
-    `hypervolume` is the area above the reference, in the product of the axes' units, with its 95% interval.
+    `probability` estimates how often another set of as many prompts would show a policy on the front. It is not the
+    probability that the policy belongs there.
     """
 
     on_front: NDArray[np.bool_]
+    """[P] The front of the means."""
     probability: Floats
+    """[P] Share of resamples in which a policy is on the front."""
     hypervolume: Interval
+    """Area above the reference, in the product of the axes' units, with its 95% interval."""
 
 
 def front_with_uncertainty(
@@ -87,16 +73,15 @@ def front_with_uncertainty(
     points stay on the front together. The reference of the hypervolume is the mean of policy `reference_index` (SFT)
     on the same prompts, so only paired differences count.
 
-    The hypervolume is a maximum over noisy points: its expectation lies above the true area, and that of resamples
-    lies higher still, so a percentile interval can miss the truth from above. Where no policy is truly above the
-    reference (an area of 0, the least possible) the bootstrap does not even converge to the right spread (Andrews,
-    "Inconsistency of the Bootstrap when a Parameter is on the Boundary of the Parameter Space", 2000), and an estimate
-    of 0 makes the basic interval end at 0. So each end is the more cautious one of the basic and the percentile
-    interval (Davison and Hinkley, "Bootstrap Methods and their Application", 1997, section 5.2), not below 0: the
-    basic interval's lower end takes the bias off, the percentile interval's upper end keeps room above. In
-    simulations with 40 and 120 prompts, one to six policies, apart, tied and at an area of 0, it held the truth 93 to
-    100% of the time, the percentile interval 37 to 100%. A lower end above 0 says that some policy is better than the
-    reference on both axes.
+    The hypervolume is a maximum over noisy points: its expectation lies above the true area, and that of resamples is
+    higher still, so a percentile interval can lie wholly above the truth. Where no policy is truly above the reference
+    (the area is 0, the least possible) the bootstrap does not even converge to the right spread (Andrews,
+    "Inconsistency of the Bootstrap when a Parameter is on the Boundary of the Parameter Space", 2000), and the basic
+    interval of an estimate of 0 ends at 0. So each end is the more cautious one of the basic and the percentile
+    interval (Davison and Hinkley, "Bootstrap Methods and their Application", 1997, section 5.2), and not below 0. In
+    simulations with 40 and 120 prompts and one to six policies, apart, tied and at an area of 0, this interval
+    contained the truth 93 to 100% of the time, the percentile interval 37 to 100%. A lower end above 0 says that some
+    policy is better than the reference on both axes.
 
     Raises ValueError where the shapes differ, there are no rows, or a value is NaN or infinite.
     """
@@ -119,29 +104,29 @@ def front_with_uncertainty(
 
 
 _DIGITS = 12
-"""Decimals of the largest value in which two means are equal: what lies beyond is rounding, not quality."""
+"""Two means are equal if they agree in so many decimals, relative to the largest value; the rest is rounding."""
 
 
 @dataclass(frozen=True)
 class Monotonicity:
     """How one measure moves with w.
 
-    `rank_correlation` is Spearman's, of w and the means; NaN where it is undefined. `slope` is that of the
-    least-squares line, in units of the measure per unit of w. Both with 95% percentile intervals.
-    `share_of_resamples_monotone` counts the resamples in which every step of w moves the mean strictly in the slope's
-    direction.
+    Intervals are 95% percentile intervals.
     """
 
     rank_correlation: Interval
+    """Spearman's, of w and the means; NaN where it is undefined."""
     slope: Interval
+    """Slope of the least-squares line, in units of the measure per unit of w."""
     share_of_resamples_monotone: float
+    """Share of resamples in which every step of w moves the mean strictly in the slope's direction."""
 
 
 def monotonicity(weights: Sequence[float], table: ArrayLike, samples: int, seed: int) -> Monotonicity:
     """How the means of `table` [N, W], one row per prompt and one column per weight, move with `weights` [W].
 
-    Noise only breaks an order that the means show, so the interval of a rank correlation of 1 reaches down from 1: it
-    says how firmly the prompts hold that order. A resample in which all means are equal counts as rank correlation 0.
+    Noise can only break an order that the means show, so the interval of a rank correlation of 1 reaches down from 1
+    and tells how firm that order is. A resample in which all means are equal counts as rank correlation 0.
     Raises ValueError with fewer than two weights or equal ones, without rows, or where a value is NaN or infinite.
     """
     values, w = np.asarray(table, dtype=np.float64), np.asarray(weights, dtype=np.float64)
@@ -152,7 +137,7 @@ def monotonicity(weights: Sequence[float], table: ArrayLike, samples: int, seed:
     order = np.argsort(w)
     w, values = w[order], values[:, order]
     resampled = bootstrap_means(values, samples, seed)
-    mean = values[0] + (values - values[0]).mean(axis=0)
+    mean = column_means(values)
     line = (w - w.mean()) / ((w - w.mean()) ** 2).sum()
     slope = float((mean - mean[0]) @ line)
     # The slope of differences to the first weight: a constant measure then has a slope of 0 exactly.
@@ -185,12 +170,16 @@ def margin_follows_weight(
     """Does the margin reward move with w in the direction that the role asks for?
 
     More weight on the preference leaves less for the margin m = `margin_sign` * margin_reward, so m should fall as w
-    rises: margin_reward rises under `cost` (-1) and falls under `reward` and a length penalty (+1). `rows` are
-    `summarize`'s; `ends` is margin_reward at the largest w minus at the smallest, paired by prompt.
+    rises: margin_reward rises under `cost` (-1) and falls under `reward` and a length penalty (+1).
 
-    Keys: verdict (True if the rank correlation of w and margin_reward and the whole interval of `ends` point the
-    right way; None with fewer than two weights), rank_correlation (NaN where undefined), expected (`rises` or
-    `falls`), weights, mean_margin_reward, n (prompts), ends_mean, ends_low, ends_high, sentence.
+    Args:
+        rows: of `summarize`.
+        ends: margin_reward at the largest w minus that at the smallest, paired by prompt.
+        margin_sign: the sign of the role.
+
+    Keys of the result: verdict (True if the rank correlation of w and margin_reward and the whole interval of `ends`
+    point the right way; None with fewer than two weights), rank_correlation (NaN where undefined), expected (`rises`
+    or `falls`), weights, mean_margin_reward, n (prompts), ends_mean, ends_low, ends_high, sentence.
     """
     measured = sorted(
         (float(row["w"]), row["w"], float(row["mean"]), int(row["n"]))

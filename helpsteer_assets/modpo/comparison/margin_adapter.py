@@ -1,4 +1,4 @@
-"""What the margin adapter's reward measures, and whether it is good enough to train on."""
+"""Does the margin adapter rank pairs right, is it good enough to train on, and does it measure more than length?"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,13 +15,14 @@ from helpsteer_assets.modpo.comparison.bootstrap import (
     bootstrap_means,
     percentile_interval,
 )
-from helpsteer_assets.modpo.comparison.length import _FEWEST_PROMPTS, _about_equal
+from helpsteer_assets.modpo.comparison.length import FEWEST_PROMPTS, about_equal
 
 _BINS = ("much shorter", "shorter", "about equal", "longer", "much longer")
-"""Chosen against rejected: much shorter than half, much longer than twice; about equal as CLOSE_LENGTHS says."""
-
+"""Length of the chosen response beside the rejected one. Much shorter: less than half; much longer: more than twice;
+about equal: see `about_equal`."""
 
 _CORRELATION_OF_A_RULER = 0.9
+"""From this rank correlation with length on, a reward is taken to follow length."""
 
 
 def margin_adapter_quality(
@@ -32,18 +33,19 @@ def margin_adapter_quality(
     rejected_log_ratio: ArrayLike,
     prompt_ids: Sequence[str],
     *,
-    samples: int = 2000,
-    seed: int = 0,
+    samples: int,
+    seed: int,
 ) -> dict[str, Any]:
     """Does the margin adapter measure its attribute, or length? All arrays [N], one entry per validation pair.
 
     Log-ratios are log p_adapter - log p_sft in nats, unscaled; lengths in tokens; `rating_gap` is the chosen minus the
-    rejected rating. A pair counts as right where the chosen log-ratio is the larger, half where they are equal.
+    rejected rating. A pair counts as right where the chosen log-ratio is the larger, and as half right where they are
+    equal.
 
-    A share is {n (pairs), prompts, mean, low, high}: a 95% percentile interval resampling prompts with all their
-    pairs, null without pairs. Where all pairs are right (or all wrong), no resample differs, and the interval is that
-    of Clopper and Pearson, 1934, with the prompts as trials. A correlation is {value, low, high}, null where undefined.
-    Intervals are pointwise. JSON-able keys:
+    A share is {n (pairs), prompts, mean, low, high} with a 95% percentile interval that resamples prompts with all
+    their pairs; its numbers are null without pairs. Where all pairs are right (or all wrong) no resample differs, and
+    the interval is that of Clopper and Pearson, 1934, with the prompts as trials. A correlation is {value, low, high},
+    null where undefined. Intervals are pointwise. JSON-able keys:
 
     n, prompts: pairs and prompts
     accuracy: share of pairs ranked right
@@ -53,19 +55,19 @@ def margin_adapter_quality(
     pearson, spearman: correlations of log-ratio and tokens over the distinct responses (two of one prompt with the same
         length and log-ratio count once); the resamples of `spearman` keep the ranks of the whole sample
     longer_wins: accuracy of the rule "the longer response is the chosen one" on the same pairs (equal length: half)
-    length_rule: "longer" or "shorter": which of the two the adapter prefers more often
-    length_rule_right, length_rule_wrong: its accuracy where preferring by that rule alone would be right, or wrong
+    length_rule: "longer" or "shorter", the one that the adapter prefers more often
+    length_rule_right, length_rule_wrong: accuracy over the pairs in which the length rule is right, or wrong
     gain_over_length: accuracy minus that of the length rule on the same pairs
     gain_at_equal_length: the same over pairs of about equal length
-    only_length: False if one of these shows that it tells more than length: length_rule_wrong above 1/2, or a gain
-        above 0 where its accuracy is above 1/2, over all pairs or over those of about equal length. Else True if it
-        does what a ruler does: right where the rule is right (above 1/2), and wrong where the rule is wrong (below 1/2)
-        or at a rank correlation with length of 0.9 or more either way. None if neither is shown, or with fewer than 10
-        prompts. Above and below speak of the whole interval.
+    only_length: False if the adapter is shown to measure more than length, by one of these: length_rule_wrong above
+        1/2, or a gain above 0 together with an accuracy above 1/2, over all pairs or over those of about equal length.
+        Else True if it is shown to follow length: length_rule_right above 1/2, and either length_rule_wrong below 1/2
+        or a rank correlation with length of at least 0.9 in size. None if neither is shown, or with fewer than 10
+        prompts. "Above" and "below" mean the whole interval.
     sentence: the verdict in words, with its numbers
 
-    A noisy measure of length is right less often than the length rule or less often than chance, whichever way the
-    rule points, which is why both together show more than length.
+    A gain alone proves little: a noisy measure of length can do better than the length rule where that rule does worse
+    than chance, but then its own accuracy is below 1/2.
 
     Raises HelpsteerError where a number is NaN or infinite.
     """
@@ -73,13 +75,8 @@ def margin_adapter_quality(
     gap, chosen, rejected, chosen_reward, rejected_reward = (np.asarray(c, dtype=np.float64) for c in columns)
     if any(values.shape != (len(prompt_ids),) for values in (gap, chosen, rejected, chosen_reward, rejected_reward)):
         raise ValueError("margin_adapter_quality wants one entry per pair in each of its arrays")
-    bad = int((~np.isfinite(gap + chosen + rejected + chosen_reward + rejected_reward)).sum())
-    if bad:
-        raise HelpsteerError(
-            f"the log-ratio or length of {bad} of {len(gap)} validation pairs is NaN or infinite: the margin adapter "
-            "is broken; train it with a lower margin_adapter.learning_rate, or in fp32"
-        )
-    # By the ids' names, so that no result depends on the order of pairs.
+    _require_finite(gap + chosen + rejected + chosen_reward + rejected_reward, "log-ratio or length")
+    # Numbered by sorted id, so that no result depends on the order of pairs.
     member = np.unique(np.array(prompt_ids, dtype=str), return_inverse=True)[1]
     right = _wins(chosen_reward - rejected_reward)
     longer_wins = _wins(chosen - rejected)
@@ -89,11 +86,11 @@ def margin_adapter_quality(
     rule = "longer" if not unequal.any() or prefers_longer[unequal].mean() >= 0.5 else "shorter"
     rule_right = longer_wins if rule == "longer" else 1 - longer_wins
     everything = np.ones(len(gap), dtype=bool)
-    equal = _about_equal(chosen, rejected)
+    equal = about_equal(chosen, rejected)
     much_shorter, much_longer = 2 * chosen < rejected, chosen > 2 * rejected
     shorter, longer = ~chosen_longer & ~equal & ~much_shorter, chosen_longer & ~equal & ~much_longer
     gaps = np.unique(gap)
-    asked = {
+    shares = {
         "accuracy": (right, everything),
         "prefers_longer": (prefers_longer, unequal),
         "longer_wins": (longer_wins, everything),
@@ -105,8 +102,8 @@ def margin_adapter_quality(
         "gain_at_equal_length": (right - rule_right, equal),
     }
     masks = [*(gap == g for g in gaps), much_shorter, shorter, equal, longer, much_longer]
-    found = _ratios([*asked.values(), *gains.values(), *((right, mask) for mask in masks)], member, samples, seed)
-    by_part = [_share(ratio) for ratio in found[len(asked) + len(gains) :]]
+    ratios = _ratios([*shares.values(), *gains.values(), *((right, mask) for mask in masks)], member, samples, seed)
+    by_part = [_share(ratio) for ratio in ratios[len(shares) + len(gains) :]]
     responses = np.unique(
         np.concatenate(
             [np.stack([member, chosen, chosen_reward], 1), np.stack([member, rejected, rejected_reward], 1)]
@@ -117,8 +114,8 @@ def margin_adapter_quality(
     result = {
         "n": len(gap),
         "prompts": len(np.unique(member)),
-        **{name: _share(ratio) for name, ratio in zip(asked, found, strict=False)},
-        **{name: ratio for name, ratio in zip(gains, found[len(asked) :], strict=False)},
+        **{name: _share(ratio) for name, ratio in zip(shares, ratios, strict=False)},
+        **{name: ratio for name, ratio in zip(gains, ratios[len(shares) :], strict=False)},
         "by_rating_gap": [{"rating_gap": int(g)} | share for g, share in zip(gaps, by_part, strict=False)],
         "by_length": [{"chosen_is": b} | share for b, share in zip(_BINS, by_part[len(gaps) :], strict=True)],
         "pearson": _correlation(rewards, tokens, owner, samples, seed),
@@ -129,6 +126,15 @@ def margin_adapter_quality(
     return result | {"only_length": only_length, "sentence": _quality_sentence(result, only_length)}
 
 
+def _require_finite(values: Floats, what: str) -> None:
+    bad = int((~np.isfinite(values)).sum())
+    if bad:
+        raise HelpsteerError(
+            f"the {what} of {bad} of {len(values)} validation pairs is NaN or infinite: the margin adapter is broken; "
+            "train it with a lower margin_adapter.learning_rate, or in fp32"
+        )
+
+
 def _wins(differences: Floats) -> Floats:
     return (differences > 0) + 0.5 * (differences == 0)
 
@@ -137,35 +143,35 @@ _Ratio = dict[str, Any]
 
 
 def _ratios(
-    asked: Sequence[tuple[Floats, NDArray[np.bool_]]], member: NDArray[np.intp], samples: int, seed: int
+    masked: Sequence[tuple[Floats, NDArray[np.bool_]]], member: NDArray[np.intp], samples: int, seed: int
 ) -> list[_Ratio]:
-    """Mean of each `values[mask]`, both [N], with its interval, resampling the clusters that `member` [N] numbers."""
+    """Mean of each `values[mask]`, both [N], with its interval; `member` [N] is the number of a pair's prompt."""
     if not len(member):
-        return [{"n": 0, "prompts": 0, "mean": None, "low": None, "high": None} for _ in asked]
-    means = [float(values[mask].mean()) if mask.any() else 0.0 for values, mask in asked]
-    # The mean over pairs is a ratio: what the drawn prompts' pairs add up to, over how many they are.
-    sums = [np.bincount(member, (values - mean) * mask) for (values, mask), mean in zip(asked, means, strict=True)]
-    sizes = [np.bincount(member, mask.astype(float)) for _, mask in asked]
+        return [{"n": 0, "prompts": 0, "mean": None, "low": None, "high": None} for _ in masked]
+    means = [float(values[mask].mean()) if mask.any() else 0.0 for values, mask in masked]
+    # The mean over pairs is a ratio: the sum over the pairs of the drawn prompts, divided by their number.
+    sums = [np.bincount(member, (values - mean) * mask) for (values, mask), mean in zip(masked, means, strict=True)]
+    sizes = [np.bincount(member, mask.astype(float)) for _, mask in masked]
     drawn = bootstrap_means(np.stack([*sums, *sizes], axis=1), samples, seed)
-    found = []
-    for i, (_, mask) in enumerate(asked):
-        present = drawn[:, len(asked) + i] > 0
+    ratios = []
+    for i, (_, mask) in enumerate(masked):
+        present = drawn[:, len(masked) + i] > 0
         low, high = None, None
         if mask.any():
-            deviations = drawn[present, i] / drawn[present, len(asked) + i]
+            deviations = drawn[present, i] / drawn[present, len(masked) + i]
             low, high = (means[i] + float(d) for d in np.quantile(deviations, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
         prompts = int((sizes[i] > 0).sum())
-        found.append(
+        ratios.append(
             {"n": int(mask.sum()), "prompts": prompts, "mean": means[i] if prompts else None, "low": low, "high": high}
         )
-    return found
+    return ratios
 
 
 def _share(ratio: _Ratio) -> _Ratio:
-    """A ratio of 0 or 1 with the interval of Clopper and Pearson in place of that of resamples that cannot differ."""
+    """A share with its interval; the one of exactly 0 or 1, whose resamples cannot differ, is Clopper and Pearson's."""
     if ratio["mean"] is None:
         return ratio
-    ratio = ratio | {"low": max(ratio["low"], 0.0), "high": min(ratio["high"], 1.0)}  # but for rounding they are
+    ratio = ratio | {"low": max(ratio["low"], 0.0), "high": min(ratio["high"], 1.0)}  # outside by rounding only
     if ratio["mean"] == 1:
         return ratio | {"low": ((1 - LEVEL) / 2) ** (1 / ratio["prompts"])}
     if ratio["mean"] == 0:
@@ -174,7 +180,7 @@ def _share(ratio: _Ratio) -> _Ratio:
 
 
 def _correlation(a: Floats, b: Floats, member: NDArray[np.intp], samples: int, seed: int) -> dict[str, float | None]:
-    """Pearson's correlation of `a` [N] and `b` [N] and its percentile interval, resampling the clusters of `member`."""
+    """Pearson's correlation of `a` [N] and `b` [N] and its percentile interval, by resamples as in `_ratios`."""
     if len(a) == 0 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return {"value": None, "low": None, "high": None}
     u, v = (a - a.mean()) / a.std(), (b - b.mean()) / b.std()
@@ -195,7 +201,7 @@ def _only_length(result: dict[str, Any]) -> bool | None:
     def above(ratio: _Ratio, chance: float) -> bool:
         return ratio["low"] is not None and ratio["low"] > chance
 
-    if result["prompts"] < _FEWEST_PROMPTS:
+    if result["prompts"] < FEWEST_PROMPTS:
         return None
     at_equal_length = next(share for share in result["by_length"] if share["chosen_is"] == "about equal")
     if (
@@ -210,17 +216,17 @@ def _only_length(result: dict[str, Any]) -> bool | None:
 
 
 def _quality_sentence(result: dict[str, Any], only_length: bool | None) -> str:
-    if result["prompts"] < _FEWEST_PROMPTS:
+    if result["prompts"] < FEWEST_PROMPTS:
         return (
             f"{result['n']} validation pairs of {result['prompts']} prompts are too few to say whether the margin "
             "adapter measures more than length."
         )
 
     def share(key: str) -> str:
-        found = result[key]
-        if found["mean"] is None:
+        ratio = result[key]
+        if ratio["mean"] is None:
             return "none, for there is no such pair"
-        return f"{found['mean']:.0%} [{found['low']:.0%}, {found['high']:.0%}] of {found['n']} pairs"
+        return f"{ratio['mean']:.0%} [{ratio['low']:.0%}, {ratio['high']:.0%}] of {ratio['n']} pairs"
 
     rule = result["length_rule"]
     rank = result["spearman"]["value"]
@@ -244,34 +250,32 @@ def _points(ratio: _Ratio) -> str:
     return f"{100 * ratio['mean']:.0f} [{100 * ratio['low']:.0f}, {100 * ratio['high']:.0f}]"
 
 
-def sanity_metrics(margins: ArrayLike, samples: int, seed: int, groups: Sequence[str] | None = None) -> dict[str, Any]:
-    """Does the margin adapter prefer chosen over rejected? `margins` [N] are r(chosen) - r(rejected), in reward units.
+def sanity_metrics(margins: ArrayLike, groups: Sequence[str], samples: int, seed: int) -> dict[str, Any]:
+    """Does the margin adapter prefer chosen over rejected?
 
-    `groups` [N] are prompt ids: prompts are resampled with all their pairs. Without them every pair stands alone.
+    Args:
+        margins: [N] r(chosen) - r(rejected) of the pairs, in reward units.
+        groups: [N] the prompt of each pair: prompts are resampled with all their pairs.
+        samples: bootstrap resamples.
+        seed: seed of the bootstrap.
+
     Keys: n (pairs), groups, accuracy (share above 0, a tie counts half), accuracy_low, accuracy_high, mean_margin,
     margin_low, margin_high (95% intervals), margin_sd, ties. Without pairs n is 0 and the numbers are null.
     Raises HelpsteerError where a margin is NaN or infinite.
     """
     values = np.asarray(margins, dtype=np.float64)
-    if groups is not None and len(groups) != len(values):
-        raise ValueError(f"sanity_metrics got {len(values)} margins and {len(groups)} groups")
-    bad = int((~np.isfinite(values)).sum())
-    if bad:
-        raise HelpsteerError(
-            f"the margin of {bad} of {len(values)} validation pairs is NaN or infinite: the margin adapter is broken; "
-            "train it with a lower margin_adapter.learning_rate, or in fp32"
-        )
+    _require_finite(values, "margin")
     metrics: dict[str, Any] = dict.fromkeys(
         ("accuracy", "accuracy_low", "accuracy_high", "mean_margin", "margin_low", "margin_high", "margin_sd")
     )
     metrics |= {"n": len(values), "groups": 0, "ties": int((values == 0).sum())}
     if len(values) == 0:
         return metrics
-    won = (values > 0) + 0.5 * (values == 0)
-    member = np.arange(len(values)) if groups is None else np.unique(np.array(groups), return_inverse=True)[1]
+    won = _wins(values)
+    member = np.unique(np.array(groups), return_inverse=True)[1]
     sizes = np.bincount(member)
     accuracy, mean_margin = float(won.mean()), float(values.mean())
-    # A resample's mean over pairs is a ratio: what the drawn prompts' pairs add up to, over how many they are.
+    # The mean over pairs is a ratio, as in `_ratios`.
     sums = np.stack(
         [np.bincount(member, won - accuracy), np.bincount(member, values - mean_margin), sizes.astype(float)], axis=1
     )
@@ -290,7 +294,7 @@ def sanity_metrics(margins: ArrayLike, samples: int, seed: int, groups: Sequence
 
 
 def judge_margin_adapter(metrics: Mapping[str, Any], min_accuracy: float) -> list[str]:
-    """Why a margin adapter with these `sanity_metrics` must not be used, one sentence each; empty where it passes.
+    """Reasons why a margin adapter with these `sanity_metrics` must not be used, a sentence each; empty if it passes.
 
     It passes if there are validation pairs, more than `min_accuracy` of them are ranked right, and the 95% interval of
     the mean margin lies above 0.
@@ -318,7 +322,7 @@ def judge_margin_adapter(metrics: Mapping[str, Any], min_accuracy: float) -> lis
 
 
 WORST_FAILURES = 10
-"""Pairs that the report on a margin adapter shows: those it ranks most wrongly."""
+"""Number of the most wrongly ranked pairs that are shown."""
 
 
 def judge_pairs(
@@ -334,12 +338,12 @@ def judge_pairs(
         seed: seed of the bootstrap.
 
     Returns:
-        `sanity_metrics` of the differences r(chosen) - r(rejected), and the worst failures: prompt, chosen, rejected
-        and difference of the pairs that it ranks most wrongly.
+        `sanity_metrics` of r(chosen) - r(rejected), and the pairs that the adapter ranks most wrongly: margin, prompt,
+        chosen and rejected.
     """
     rows = pairs.select(["prompt_id", "prompt", "chosen_id", "rejected_id", "chosen", "rejected"]).to_pylist()
     differences = np.array([beta * (log_ratios[r["chosen_id"]] - log_ratios[r["rejected_id"]]) for r in rows])
-    metrics = sanity_metrics(differences, samples, seed, groups=[row["prompt_id"] for row in rows])
+    metrics = sanity_metrics(differences, [row["prompt_id"] for row in rows], samples, seed)
     failures = [
         {"margin": float(differences[i])} | {key: rows[i][key] for key in ("prompt", "chosen", "rejected")}
         for i in np.argsort(differences, kind="stable")[:WORST_FAILURES]

@@ -1,8 +1,8 @@
 """Figures of the training and of the trade-off.
 
-Every figure is a matplotlib Figure of its own: no pyplot, no global state, no display. matplotlib is imported where a
-figure is made, so that importing this module costs nothing. A policy has the same colour in every figure and in the
-report: `policy_colour` of its weight.
+Figures are made without pyplot, so they need no display and share no state. matplotlib is imported where a figure is
+made, so that importing this module is cheap. A policy has the same colour in every figure and in the report:
+`policy_colour` of its weight.
 """
 
 import base64
@@ -25,7 +25,7 @@ PAPER = "#ffffff"
 INK = "#1f2933"
 MUTED = "#7b8794"
 NOTE = "#52606d"
-"""Of small letters: MUTED is too faint for them."""
+"""For small letters, which would be too faint in MUTED."""
 GRID = "#e4e7eb"
 TRAIN = "#829ab1"
 HELD_OUT = "#d55e00"
@@ -33,17 +33,17 @@ HELD_OUT = "#d55e00"
 
 TITLE_ID = "figure-title"
 NOTE_ID = "figure-note"
-"""Ids in an SVG of the title and of the note below, so that a page can say them in letters of its own."""
+"""Ids of the title and of the note below in an SVG, so that a page can show them as text of its own."""
 
 _DETAILS = " | "
-"""Between the parts of a point's id, until `svg_bytes` makes attributes of them."""
+"""Separates the parts of a point's id, until `svg_bytes` makes attributes of them."""
 
 
 def policy_colour(w: str | None, dark: bool = False, text: bool = False) -> str:
     """The colour of the policy of weight `w` (None for the SFT model) as `#rrggbb`.
 
-    Viridis, which is even to the eye and to colour-blind readers, from dark (small w) to light; its ends are left out
-    where they are lost on white, or on a `dark` page. `text` gives the variant that can be read as letters.
+    Viridis, which is perceptually uniform also for colour-blind readers, from dark (small w) to light, without the ends
+    that cannot be seen on white, or on a `dark` page. `text` gives the variant with enough contrast for letters.
     """
     import matplotlib
     from matplotlib.colors import to_hex, to_rgb
@@ -58,12 +58,12 @@ def policy_colour(w: str | None, dark: bool = False, text: bool = False) -> str:
     return to_hex(colour)
 
 
-def png_bytes(figure: "Figure", dpi: int = 144) -> bytes:
-    """The figure as a PNG file of 256 colours, a third of the size of one of all colours."""
+def png_bytes(figure: "Figure") -> bytes:
+    """The figure as a PNG file of 256 colours, a third of the size of one with all colours."""
     from PIL import Image
 
     drawn, packed = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=dpi)
+    figure.savefig(drawn, format="png", dpi=144)
     Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(packed, format="png", optimize=True)
     return packed.getvalue()
 
@@ -71,8 +71,8 @@ def png_bytes(figure: "Figure", dpi: int = 144) -> bytes:
 def svg_bytes(figure: "Figure") -> bytes:
     """The figure as an SVG file; the same figure gives the same bytes.
 
-    Letters stay text: a file is a third of the size, and can be searched and read aloud. A policy's point is
-    `<g class="point" data-policy="w=0.3" data-details="...">` with a `<title>`, which browsers show on hovering.
+    Letters stay text, so that the file is a third of the size and can be searched and read aloud. A policy's point is
+    `<g class="point" data-policy="w=0.3" data-details="...">` with a `<title>`, which browsers show as a tooltip.
     """
     import matplotlib
 
@@ -89,12 +89,12 @@ def _point_group(found: re.Match[str]) -> str:
 
 
 def _name_point(artist: "Artist", label: str, *details: str) -> None:
-    """Tell `svg_bytes` what the `artist` shows: the policy's label and a line for each of its numbers."""
+    """Give the `artist` of a point the policy's label and its numbers, a line each, for `svg_bytes`."""
     artist.set_gid(_DETAILS.join(("point", label, *details)))
 
 
 def markdown_image(png: bytes, alt: str) -> str:
-    """A Markdown image that carries the PNG inside itself, as Dagster's metadata wants it."""
+    """A Markdown image that contains the PNG itself, as a data URL."""
     return f"![{alt}](data:image/png;base64,{base64.b64encode(png).decode('ascii')})"
 
 
@@ -165,7 +165,7 @@ def _interval_key() -> Any:
 
 
 def _number(value: float) -> str:
-    """Three significant digits, without an exponent where a reader would not expect one."""
+    """Three significant digits, and no exponent below ten million."""
     return f"{value:.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"
 
 
@@ -175,19 +175,18 @@ def _with_interval(point: Mapping[str, Any], axis: str) -> str:
 
 def _series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
     """Steps and values of the entries that have a finite `key`."""
-    found = [
+    entries = [
         (float(entry["step"]), float(entry[key]))
         for entry in history
         if entry.get(key) is not None and math.isfinite(entry[key])
     ]
-    return [step for step, _ in found], [value for _, value in found]
+    return [step for step, _ in entries], [value for _, value in entries]
 
 
 def loss_curve(history: Sequence[Mapping[str, Any]], title: str) -> "Figure":
     """Training and held-out loss against the step; the gradient norm in a second panel where it was logged.
 
-    An entry of `history` is `{step, loss?, eval_loss?, grad_norm?}`, as transformers' Trainer logs them; what an entry
-    lacks is skipped.
+    An entry of `history` is `{step, loss?, eval_loss?, grad_norm?}`, as transformers' Trainer logs them.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -226,10 +225,9 @@ def tradeoff_plot(
 ) -> "Figure":
     """The policies on the two axes of the trade-off, with their 95% intervals.
 
-    A point is `{label, w, x, x_low, x_high, y, y_low, y_high, on_front, is_sft}`, and `front_probability` where it is
-    known: the share of resamples in which the policy is on the front, written behind its label. w (a number or its
-    string, None for the SFT model) colours it from dark (small w) to light. Points on the Pareto front are filled and
-    joined by a line, the others are hollow, the SFT model is a diamond. `note` stands below the plot.
+    A point is `{label, w, x, x_low, x_high, y, y_low, y_high, on_front, front_probability, is_sft}`; front_probability,
+    the share of resamples in which the policy is on the front, is written behind its label. Points on the Pareto front
+    are filled and joined by a line, the others are hollow, the SFT model is a diamond. `note` goes below the plot.
     """
     figure = _figure(5.8, 4.7)
     axes = figure.subplots()
@@ -238,14 +236,10 @@ def tradeoff_plot(
         axes.plot(*zip(*front, strict=True), color=MUTED, linewidth=1.3, zorder=1.5)
     labels = []
     for point in points:
-        probability = point.get("front_probability")
-        details = [f"{x_label}: {_with_interval(point, 'x')}", f"{y_label}: {_with_interval(point, 'y')}"]
-        label = point["label"]
-        if probability is not None:
-            label = f"{label} ({_percent(probability)})"
-            details.append(f"on the front in {_percent(probability)} of resamples")
-        labels.append(label)
-        _draw_point(axes, point, point["on_front"], details)
+        share = percent(point["front_probability"])
+        labels.append(f"{point['label']} ({share})")
+        numbers = [f"{x_label}: {_with_interval(point, 'x')}", f"{y_label}: {_with_interval(point, 'y')}"]
+        _draw_point(axes, point, point["on_front"], [*numbers, f"on the front in {share} of resamples"])
     _plain_axes(axes)
     axes.margins(0.1)
     axes.set_xlabel(x_label, color=INK, fontsize=10, labelpad=6)
@@ -258,15 +252,13 @@ def tradeoff_plot(
     if any(p["is_sft"] for p in points):
         keys.append(_key("SFT model", "D", MUTED, filled=any(p["is_sft"] and p["on_front"] for p in points)))
     _legend(axes, [*keys, _interval_key()])
-    if any(p.get("front_probability") is not None for p in points):
-        note = f"In brackets: the share of resamples in which the policy is on the front. {note}".strip()
-    _note(figure, note)
+    _note(figure, f"In brackets: the share of resamples in which the policy is on the front. {note}".strip())
     _place_labels(figure, axes, points, labels, front)
     return figure
 
 
-def _percent(share: float) -> str:
-    """A share as a percentage that says 0 and 100 only where they are exact."""
+def percent(share: float) -> str:
+    """A share as a percentage, 0% and 100% only where it is exactly that."""
     if 0 < share < 0.01:
         return "<1%"
     return ">99%" if 0.99 < share < 1 else f"{share:.0%}"
@@ -288,6 +280,13 @@ def _draw_point(axes: "Axes", point: Mapping[str, Any], filled: bool, details: S
         alpha=0.55,
         zorder=2,
     )
+    _draw_marker(axes, x, y, point, filled, details)
+
+
+def _draw_marker(
+    axes: "Axes", x: float, y: float, point: Mapping[str, Any], filled: bool, details: Sequence[str]
+) -> None:
+    colour = policy_colour(point["w"])
     (marker,) = axes.plot(
         x,
         y,
@@ -303,12 +302,13 @@ def _draw_point(axes: "Axes", point: Mapping[str, Any], filled: bool, details: S
 
 
 def reward_against_kl_plot(points: Sequence[Mapping[str, Any]], y_label: str, title: str, note: str = "") -> "Figure":
-    """What a policy gains for how far it has moved from the SFT model, with 95% intervals.
+    """The reward of each policy against its distance from the SFT model, with 95% intervals.
 
     A point is `{label, w, x, x_low, x_high, y, y_low, y_high, is_sft}`; x is KL(policy || SFT) in nats per response,
-    0 for the SFT model. The axis is spaced by the square root of the KL, as Gao et al., "Scaling Laws for Reward Model
-    Overoptimization", 2023, plot it: Bai et al., "Training a Helpful and Harmless Assistant", 2022 (section 4.3) found
-    reward about linear in it. An estimate from samples can fall below 0; there the root is taken of its size.
+    0 for the SFT model. The axis is spaced by the square root of the KL, as in Gao et al., "Scaling Laws for Reward
+    Model Overoptimization", 2023: Bai et al., "Training a Helpful and Harmless Assistant", 2022 (section 4.3) found the
+    reward about linear in it. An estimate from samples can be negative; its square root is then that of its size,
+    negated.
     """
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -345,7 +345,7 @@ def reward_against_kl_plot(points: Sequence[Mapping[str, Any]], y_label: str, ti
 
 
 def _root_ticks(right: float, width: float) -> list[float]:
-    """0 and numbers of the series 1, 2, 5, 10, ... up to `right` squared, no denser than `width` lets labels be."""
+    """0 and numbers of the series 1, 2, 5, 10, ... up to `right` squared, with room for their labels on the `width`."""
     ticks = [0.0]
     for power in range(math.floor(math.log10(right**2)) - 3, math.ceil(math.log10(right**2)) + 1):
         for digit in (1, 2, 5):
@@ -367,31 +367,25 @@ def _signed_square(value: Any) -> Any:
     return np.sign(value) * np.square(value)
 
 
-def lengths_plot(
-    points: Sequence[Mapping[str, Any]], title: str, y_label: str = "response tokens", note: str = ""
-) -> "Figure":
-    """How long the responses of each policy are, beside the SFT model's level.
+def lengths_plot(points: Sequence[Mapping[str, Any]], title: str) -> "Figure":
+    """Response lengths of each policy in tokens, beside the SFT model's mean.
 
-    A point is `{label, w, mean, mean_low, mean_high, is_sft}` with the mean's 95% interval, and `quartiles` where they
-    are known: the 25th, 50th and 75th percentile over prompts, drawn as a bar with a line at the median. Policies stand
-    at even distances in the given order, whatever their weights.
+    A point is `{label, w, mean, mean_low, mean_high, quartiles, is_sft}` with the mean's 95% interval; quartiles are
+    the 25th, 50th and 75th percentile over prompts, drawn as a bar with a line at the median. Policies are evenly
+    spaced in the given order, whatever their weights.
     """
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     figure = _figure(5.8, 4.2)
     axes = figure.subplots()
-    spread = any(point.get("quartiles") is not None for point in points)
     for position, point in enumerate(points):
         colour, mean = policy_colour(point["w"]), float(point["mean"])
-        details = [f"mean {y_label}: {_with_interval(point, 'mean')}"]
         if point["is_sft"]:
             axes.axhline(mean, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1.5)
-        if point.get("quartiles") is not None:
-            low, median, high = (float(value) for value in point["quartiles"])
-            axes.bar(position, high - low, bottom=low, width=0.46, color=colour, alpha=0.22, linewidth=0, zorder=1.8)
-            axes.hlines(median, position - 0.23, position + 0.23, color=colour, linewidth=1.6, zorder=2)
-            details.append(f"half of the responses: {_number(low)} to {_number(high)}, median {_number(median)}")
+        low, median, high = (float(value) for value in point["quartiles"])
+        axes.bar(position, high - low, bottom=low, width=0.46, color=colour, alpha=0.22, linewidth=0, zorder=1.8)
+        axes.hlines(median, position - 0.23, position + 0.23, color=colour, linewidth=1.6, zorder=2)
         axes.errorbar(
             position,
             mean,
@@ -402,17 +396,11 @@ def lengths_plot(
             capsize=3.5,
             zorder=2.5,
         )
-        (marker,) = axes.plot(
-            position,
-            mean,
-            marker="D" if point["is_sft"] else "o",
-            markersize=8.5 if point["is_sft"] else 10,
-            markerfacecolor=colour,
-            markeredgecolor=PAPER,
-            linestyle="none",
-            zorder=3,
-        )
-        _name_point(marker, point["label"], *details)
+        details = [
+            f"mean response tokens: {_with_interval(point, 'mean')}",
+            f"half of the responses: {_number(low)} to {_number(high)}, median {_number(median)}",
+        ]
+        _draw_marker(axes, position, mean, point, True, details)
     _plain_axes(axes)
     axes.grid(visible=False, axis="x")
     axes.set_xticks(range(len(points)), [point["label"] for point in points])
@@ -420,16 +408,14 @@ def lengths_plot(
         axes.tick_params(axis="x", rotation=45)
     axes.set_xlim(-0.6, max(len(points), 1) - 0.4)
     axes.set_ylim(bottom=0)
-    axes.set_ylabel(y_label, color=INK, fontsize=10, labelpad=6)
+    axes.set_ylabel("response tokens", color=INK, fontsize=10, labelpad=6)
     _title(axes, title, pad=28)
     keys = [_key("mean", "o", policy_colour("0.5")), _interval_key()]
-    if spread:
-        keys.append(Patch(color=MUTED, alpha=0.3, linewidth=0, label="middle half"))
-        keys.append(Line2D([], [], color=MUTED, linewidth=1.6, label="median"))
+    keys.append(Patch(color=MUTED, alpha=0.3, linewidth=0, label="middle half"))
+    keys.append(Line2D([], [], color=MUTED, linewidth=1.6, label="median"))
     if any(point["is_sft"] for point in points):
         keys.append(Line2D([], [], color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label="SFT"))
     _legend(axes, keys)
-    _note(figure, note)
     return figure
 
 
@@ -440,17 +426,17 @@ def _place_labels(
     labels: Sequence[str],
     path: Sequence[tuple[float, float]],
 ) -> None:
-    """Write each point's label at the spot around it that covers least of what is drawn already.
+    """Write each point's label at the place around it that covers least of the drawing.
 
-    Labels never cover each other while there is room; one that had to go far from its point gets a line to it.
+    Labels do not cover each other while there is room; one that is far from its point gets a line to it.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.transforms import Bbox
 
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    canvas.draw()  # The first lays the figure out, the second settles it: only now do data have places on the page,
-    figure.set_layout_engine("none")  # and keep them.
+    canvas.draw()  # The layout is final only after the second drawing.
+    figure.set_layout_engine("none")
     place = axes.transData.transform
     frame = axes.get_window_extent()
     pixels = figure.dpi / 72
@@ -493,7 +479,7 @@ def _place_labels(
             cost = _covered(box, taken, frame) + 4 * pixels**2 * (distance - 9)
             centre = (x0 + width / 2, y0 + height / 2)
             if math.dist(centre, (x, y)) > min(math.dist(centre, spot) for spot in spots):
-                cost += 60 * pixels**2  # It would read as the label of a neighbour.
+                cost += 60 * pixels**2  # It would look like the label of a neighbour.
             if best is None or cost < best[0]:
                 best = (cost, distance, dx, dy, box)
         assert best is not None
@@ -515,7 +501,7 @@ def _place_labels(
 
 
 def _covered(box: "Bbox", taken: Sequence[tuple["Bbox", float]], frame: "Bbox") -> float:
-    """Weighted area in square pixels that a label's `box` covers of what is `taken` or lies outside the `frame`."""
+    """Weighted area in square pixels of a label's `box` that covers `taken` boxes or lies outside the `frame`."""
     outside = box.width * box.height
     inside_width = min(box.x1, frame.x1) - max(box.x0, frame.x0)
     inside_height = min(box.y1, frame.y1) - max(box.y0, frame.y0)

@@ -1,4 +1,4 @@
-"""Scores of policies on the same prompts, and their summary."""
+"""Scores of the policies on the same prompts, and their summary."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.comparison.bootstrap import (
     Floats,
     Interval,
-    _means,
     bootstrap_interval,
     bootstrap_means,
+    column_means,
     percentile_interval,
 )
 
@@ -31,8 +31,18 @@ class PolicyScores:
 
     @property
     def title(self) -> str:
-        """The policy as messages name it."""
+        """The policy's name in messages."""
         return self.policy if self.w is None else f"{self.policy} w={self.w}"
+
+    @property
+    def label(self) -> str:
+        """The policy's name in plots, tables and sentences."""
+        return policy_label(self.w)
+
+
+def policy_label(w: str | None) -> str:
+    """The name of the policy of weight `w` (None for the SFT model) in plots, tables and sentences."""
+    return "SFT" if w is None else f"w={w}"
 
 
 def _ordered(scores: PolicyScores) -> dict[str, Floats]:
@@ -47,7 +57,7 @@ def _ordered(scores: PolicyScores) -> dict[str, Floats]:
 
 
 def reference_and_weights(policies: Sequence[PolicyScores]) -> tuple[PolicyScores, list[PolicyScores]]:
-    """The SFT model's scores, and the others' by ascending weight. Raises HelpsteerError without the SFT model."""
+    """The SFT model's scores, and those of the weights, ascending. Raises HelpsteerError without the SFT model."""
     reference = next((scores for scores in policies if scores.w is None), None)
     if reference is None:
         raise HelpsteerError("there are no scores of the SFT model to compare with; materialize sft_scores")
@@ -55,9 +65,9 @@ def reference_and_weights(policies: Sequence[PolicyScores]) -> tuple[PolicyScore
 
 
 def score_table(policies: Sequence[PolicyScores], measures: Sequence[str]) -> Floats:
-    """The `measures` of all `policies` on the same prompts, in the order of the sorted prompt ids: [N, P, M].
+    """The `measures` of all `policies`: [prompts, policies, measures], prompts in the order of their sorted ids.
 
-    Raises HelpsteerError where the prompts differ, there are none, or a measure is missing or has gaps.
+    Raises HelpsteerError where the prompts differ or are none, or where a measure is missing or not finite.
     """
     for scores in policies:
         _require_same_prompts(scores, policies[0])
@@ -75,7 +85,7 @@ def _require_same_prompts(scores: PolicyScores, reference: PolicyScores) -> None
     for policy, ids in ((scores, own), (reference, wanted)):
         if len(ids) != len(policy.prompt_ids):
             raise HelpsteerError(
-                f"scores of {policy.title}: {len(policy.prompt_ids) - len(ids)} prompts stand there more than once; "
+                f"scores of {policy.title}: {len(policy.prompt_ids) - len(ids)} prompts occur more than once; "
                 "materialize its scores again"
             )
     if own != wanted:
@@ -104,12 +114,12 @@ def _require_measures(scores: PolicyScores, names: Sequence[str]) -> None:
 
 
 def summarize(policies: Sequence[PolicyScores], samples: int, seed: int) -> list[dict[str, Any]]:
-    """The rows of `score_summary`: every measure of every policy, with intervals, and paired against the SFT model.
+    """The rows of `score_summary`: every measure of every policy with its interval and its difference to SFT.
 
     Row: policy, w, measure, n (prompts), mean, sd (ddof 1, null for one prompt), ci_low, ci_high (95%, resampling
     prompts), delta (mean minus the SFT model's on the same prompts), delta_low, delta_high (null for the SFT model).
-    Raises HelpsteerError where the SFT model is missing, where policies were scored on different prompts (naming the
-    policy and how many are missing) or by different measures, and where a measure has gaps.
+    Raises HelpsteerError where the SFT model is missing, where policies were scored on different prompts or by
+    different measures, and where a measure is not finite.
     """
     reference, _ = reference_and_weights(policies)
     if not reference.prompt_ids:
@@ -127,7 +137,7 @@ def summarize(policies: Sequence[PolicyScores], samples: int, seed: int) -> list
         columns += [own[name] - sft[name] for name in measures]
     table = np.stack(columns, axis=1)
     low, high = percentile_interval(bootstrap_means(table, samples, seed))
-    mean = _means(table)
+    mean = column_means(table)
     prompts = len(table)
     sd = table.std(axis=0, ddof=1) if prompts > 1 else None
     rows = []
@@ -157,7 +167,7 @@ def summarize(policies: Sequence[PolicyScores], samples: int, seed: int) -> list
 def paired_difference(a: PolicyScores, b: PolicyScores, measure: str, samples: int, seed: int) -> Interval:
     """Mean of `measure` under `a` minus under `b` on the same prompts, with its 95% interval (resampling prompts).
 
-    Raises HelpsteerError where the prompts differ or the measure is missing or has gaps.
+    Raises HelpsteerError where the prompts differ, or where the measure is missing or not finite.
     """
     _require_same_prompts(a, b)
     _require_measures(a, [measure])

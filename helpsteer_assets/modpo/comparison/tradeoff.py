@@ -1,12 +1,12 @@
-"""What is gained and lost as w moves: the analysis behind the trade-off's numbers, sentences and plots.
+"""The trade-off as w moves: the analysis behind its numbers, sentences and plots.
 
-It brings the statistics together; each of them stands in `fronts`, `comparisons` and `diagnostics`.
+It only combines the statistics of `fronts`, `differences` and `length`.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import numpy as np
 
@@ -17,30 +17,54 @@ from helpsteer_assets.modpo.comparison.scores import PolicyScores, paired_differ
 from helpsteer_assets.modpo.comparison.text import REPETITION_LIMIT
 from helpsteer_assets.modpo.data.attributes import ATTRIBUTES, OVERALL
 
-if TYPE_CHECKING:
-    from helpsteer_assets.experiment.settings import Experiment
+
+@dataclass(frozen=True)
+class TradeoffSettings:
+    """How policies were trained, and their responses made and rated, as far as the comparison depends on it."""
+
+    preference: str
+    """Attribute on the horizontal axis."""
+    margin_attribute: str | None
+    """Attribute that the margin adapter learnt; None under a length penalty."""
+    margin_sign: Literal[-1, 1]
+    """The margin m is margin_sign * margin_reward."""
+    rating_unit: str
+    """Unit of the ratings, as in `Measure.unit`."""
+    sampled: bool
+    """Whether responses were sampled; else they are greedy."""
+    max_prompt_length: int
+    """Tokens after which a prompt is cut."""
+    max_new_tokens: int
+    """Tokens after which a response is cut."""
+    samples: int
+    """Bootstrap resamples behind every interval."""
+    seed: int
+    """Seed of the bootstrap."""
 
 
-def measures_of(experiment: "Experiment", names: Sequence[str]) -> dict[str, Measure]:
-    """How the experiment's measures called `names` are spoken of, in the order in which they matter."""
-    objective, data = experiment.objective, experiment.data
-    scale = "0 to 4" if experiment.evaluation.rater == "embedded" else ""
-    margin_attribute = [data.margin_attribute] if experiment.has_margin_adapter else []
-    rated = [data.preference_attribute, *margin_attribute, *ATTRIBUTES, OVERALL]
-    drawn = "sampled" if experiment.generation.do_sample else "greedy"
-    if objective.margin == "length_penalty":
+def measures_of(settings: TradeoffSettings, names: Sequence[str]) -> dict[str, Measure]:
+    """The measures called `names` as sentences speak of them, the most important first."""
+    attribute = settings.margin_attribute
+    drawn = "sampled" if settings.sampled else "greedy"
+    if attribute is None:
         margin, reward = "margin (fewer tokens)", "length penalty"
     else:
-        wanted = "less" if objective.margin_sign < 0 else "more"
-        margin, reward = f"margin (for {wanted} {data.margin_attribute})", "margin reward"
-    unwanted = margin_attribute if objective.margin_sign < 0 else []
+        wanted = "less" if settings.margin_sign < 0 else "more"
+        margin, reward = f"margin (for {wanted} {attribute})", "margin reward"
+    unwanted = attribute if settings.margin_sign < 0 else None
+    rated = dict.fromkeys(name for name in (settings.preference, attribute, *ATTRIBUTES, OVERALL) if name)
     known = [
         *(
-            Measure(name, f"rated {name}", "" if name == OVERALL else scale, "lower" if name in unwanted else "higher")
-            for name in dict.fromkeys(rated)
+            Measure(
+                name,
+                f"rated {name}",
+                "" if name == OVERALL else settings.rating_unit,
+                "lower" if name == unwanted else "higher",
+            )
+            for name in rated
         ),
         Measure("margin", margin, "", "higher"),
-        Measure("margin_reward", reward, "", "higher" if objective.margin_sign > 0 else "lower"),
+        Measure("margin_reward", reward, "", "higher" if settings.margin_sign > 0 else "lower"),
         Measure("response_tokens", "response length", "tokens", None, ("longer", "shorter")),
         Measure("response_words", "response length in words", "words"),
         Measure("kl_to_sft", "KL to SFT", "nats", "lower", to_sft=True),
@@ -53,8 +77,8 @@ def measures_of(experiment: "Experiment", names: Sequence[str]) -> dict[str, Mea
     return {measure.name: measure for measure in known if measure.name in names}
 
 
-def analyse(experiment: "Experiment", policies: Sequence[PolicyScores]) -> dict[str, Any]:
-    """The trade-off of an experiment as JSON-able numbers and sentences.
+def analyse(settings: TradeoffSettings, policies: Sequence[PolicyScores]) -> dict[str, Any]:
+    """The trade-off as JSON-able numbers and sentences.
 
     `policies` are the SFT model's scores and those of the weights, ascending, on the same prompts. Without ratings of
     the preference attribute, the horizontal axis is the distance from SFT: the KL divergence, or where that was not
@@ -65,10 +89,8 @@ def analyse(experiment: "Experiment", policies: Sequence[PolicyScores]) -> dict[
     movement (`monotonicity` by measure), differences (weight -> measure -> `Difference`), headlines, statements (weight
     -> sentences), equal_length (list of `EqualLength`).
     """
-    samples, seed = experiment.evaluation.bootstrap_samples, experiment.seed
-    preference = experiment.data.preference_attribute
-    names = list(policies[0].measures)
-    measures = measures_of(experiment, names)
+    samples, seed, preference = settings.samples, settings.seed, settings.preference
+    measures = measures_of(settings, list(policies[0].measures))
     measured = preference in measures
     x = preference if measured else "kl_to_sft" if "kl_to_sft" in measures else "log_ratio_to_sft"
     table = score_table(policies, [x, "margin"])
@@ -80,25 +102,25 @@ def analyse(experiment: "Experiment", policies: Sequence[PolicyScores]) -> dict[
     flaws = ("capped", "repetition", "empty")
     shown = [name for name in flaws if any(own[name].verdict != "undecided" for own in differences.values())]
     ends = paired_difference(weighted[-1], weighted[0], "margin_reward", samples, seed)
-    # A length penalty is the length; at equal length it cannot differ.
-    rewarded = ("margin_reward", experiment.data.margin_attribute) if experiment.has_margin_adapter else ()
-    beyond_length = [name for name in dict.fromkeys((preference, *rewarded)) if name in measures]
+    # A length penalty depends on the length alone: at equal length it cannot differ.
+    rewarded = () if settings.margin_attribute is None else ("margin_reward", settings.margin_attribute)
     equal_length = [
-        found for name in beyond_length for found in at_equal_length(policies, measures[name], samples, seed)
+        answer
+        for name in dict.fromkeys((preference, *rewarded))
+        if name in measures
+        for answer in at_equal_length(policies, measures[name], samples, seed)
     ]
     return {
         "axes": {"x": x, "y": "margin", "x_larger_is_better": measured},
         "preference_measured": measured,
         "note": "" if measured else f"No rater rates {preference}: preference quality is unmeasured.",
         "caveats": [
-            *caveats(experiment, policies),
+            *caveats(settings, policies),
             *(length_caveats(differences, equal_length, measures[preference]) if measured else []),
         ],
         "points": [
             {
-                "label": label_of(scores),
-                "w": scores.w,
-                "is_sft": scores.w is None,
+                **_named(scores),
                 "on_front": bool(front.on_front[i]),
                 "front_probability": float(front.probability[i]),
                 **_coordinates(rows, scores, x=x, y="margin"),
@@ -106,9 +128,9 @@ def analyse(experiment: "Experiment", policies: Sequence[PolicyScores]) -> dict[
             for i, scores in enumerate(policies)
         ],
         "hypervolume_above_sft": asdict(front.hypervolume),
-        "direction": _finite(margin_follows_weight(rows, ends, experiment.objective.margin_sign)),
+        "direction": _finite(margin_follows_weight(rows, ends, settings.margin_sign)),
         "movement": _movement(weighted, moving, samples, seed),
-        "differences": {w: {m: vars(found) for m, found in own.items()} for w, own in differences.items()},
+        "differences": {w: {m: vars(difference) for m, difference in own.items()} for w, own in differences.items()},
         "headlines": headlines(
             differences,
             measures[x] if measured else None,
@@ -117,55 +139,51 @@ def analyse(experiment: "Experiment", policies: Sequence[PolicyScores]) -> dict[
             front if measured else None,
         ),
         "statements": statements(differences, [measures[name] for name in (*moving, *shown)]),
-        "equal_length": [asdict(found) for found in equal_length],
+        "equal_length": [asdict(answer) for answer in equal_length],
     }
 
 
 FEW_PROMPTS = 50
-"""Below, a bootstrap over prompts gives intervals that are noticeably too narrow (see `simultaneous_interval`)."""
+"""With fewer prompts, bootstrap intervals are noticeably too narrow (see `simultaneous_interval`)."""
 _MANY = 0.05
+"""A larger share of cut responses or prompts is worth a caveat."""
 
 
-def caveats(experiment: "Experiment", policies: Sequence[PolicyScores]) -> list[str]:
-    """What in the responses and their number makes the comparison less than it looks, in sentences with what to do."""
-    found, limits = [], experiment.generation
+def caveats(settings: TradeoffSettings, policies: Sequence[PolicyScores]) -> list[str]:
+    """Flaws of the responses, and too few of them, that limit the comparison: sentences that say what to do."""
+    sentences = []
     prompts = len(policies[0].prompt_ids)
     if prompts < FEW_PROMPTS:
-        found.append(f"{prompts} prompts are few: intervals are too narrow for so few. Raise evaluation.prompts.")
+        sentences.append(f"{prompts} prompts are few: intervals are too narrow for so few. Raise evaluation.prompts.")
 
-    def told(shares: dict[str, float], least: float, sentence: str) -> None:
+    def check(measure: str, most: float, sentence: str, above: float = 0.0) -> None:
+        """Add the sentence if the measure exceeds `above` in more than a share `most` of a policy's responses."""
+        shares = {scores.label: float((scores.measures[measure] > above).mean()) for scores in policies}
         worst = max(shares, key=lambda label: shares[label])
-        if shares[worst] > least:
-            much = "below 1%" if shares[worst] < 0.01 else f"{shares[worst]:.0%}"
-            found.append(sentence.format(share=much, policy=worst))
+        if shares[worst] > most:
+            share = "below 1%" if shares[worst] < 0.01 else f"{shares[worst]:.0%}"
+            sentences.append(sentence.format(share=share, policy=worst))
 
-    def share(name: str, above: float = 0.0) -> dict[str, float]:
-        return {label_of(scores): float((scores.measures[name] > above).mean()) for scores in policies}
-
-    told(
-        share("capped"),
+    check(
+        "capped",
         _MANY,
-        f"Up to {{share}} of the responses ({{policy}}) are cut at {limits.max_new_tokens} tokens: lengths differ by "
+        f"Up to {{share}} of the responses ({{policy}}) are cut at {settings.max_new_tokens} tokens: lengths differ by "
         "more than is seen, and what is rated or rewarded is unfinished text. Raise generation.max_new_tokens.",
     )
-    told(
-        share("prompt_truncated"),
+    check(
+        "prompt_truncated",
         _MANY,
-        f"{{share}} of the prompts are cut to their last {limits.max_prompt_length} tokens. Raise "
+        f"{{share}} of the prompts are cut to their last {settings.max_prompt_length} tokens. Raise "
         "generation.max_prompt_length.",
     )
-    told(share("empty"), 0.0, "Up to {share} of the responses ({policy}) are empty.")
-    told(
-        share("repetition", REPETITION_LIMIT),
+    check("empty", 0.0, "Up to {share} of the responses ({policy}) are empty.")
+    check(
+        "repetition",
         0.01,
         "Up to {share} of the responses ({policy}) mostly repeat themselves. Read some in the response browser.",
+        above=REPETITION_LIMIT,
     )
-    return found
-
-
-def label_of(scores: PolicyScores) -> str:
-    """The policy as plots and tables name it."""
-    return "SFT" if scores.w is None else f"w={scores.w}"
+    return sentences
 
 
 def axis_label(measure: Measure) -> str:
@@ -180,10 +198,7 @@ def axis_label(measure: Measure) -> str:
 def points_on(policies: Sequence[PolicyScores], x: str, y: str, samples: int, seed: int) -> list[dict[str, Any]]:
     """The policies as points on two measures, with the ends of their 95% intervals."""
     rows = summarize(policies, samples, seed)
-    return [
-        {"label": label_of(scores), "w": scores.w, "is_sft": scores.w is None, **_coordinates(rows, scores, x=x, y=y)}
-        for scores in policies
-    ]
+    return [{**_named(scores), **_coordinates(rows, scores, x=x, y=y)} for scores in policies]
 
 
 def length_points(policies: Sequence[PolicyScores], samples: int, seed: int) -> list[dict[str, Any]]:
@@ -191,14 +206,16 @@ def length_points(policies: Sequence[PolicyScores], samples: int, seed: int) -> 
     rows = summarize(policies, samples, seed)
     return [
         {
-            "label": label_of(scores),
-            "w": scores.w,
-            "is_sft": scores.w is None,
+            **_named(scores),
             "quartiles": np.quantile(scores.measures["response_tokens"], [0.25, 0.5, 0.75]).tolist(),
             **_coordinates(rows, scores, mean="response_tokens"),
         }
         for scores in policies
     ]
+
+
+def _named(scores: PolicyScores) -> dict[str, Any]:
+    return {"label": scores.label, "w": scores.w, "is_sft": scores.w is None}
 
 
 def _coordinates(rows: list[dict[str, Any]], scores: PolicyScores, **axes: str) -> dict[str, float]:
@@ -218,12 +235,7 @@ def _movement(
     table, weights = score_table(weighted, names), [float(scores.w or 0) for scores in weighted]
     moved = {name: monotonicity(weights, table[:, :, i], samples, seed) for i, name in enumerate(names)}
     return {
-        name: {
-            "rank_correlation": _finite(vars(found.rank_correlation)),
-            "slope": vars(found.slope),
-            "share_of_resamples_monotone": found.share_of_resamples_monotone,
-        }
-        for name, found in moved.items()
+        name: asdict(own) | {"rank_correlation": _finite(vars(own.rank_correlation))} for name, own in moved.items()
     }
 
 

@@ -8,11 +8,11 @@ needed, and never whole.
 import hashlib
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -20,6 +20,9 @@ from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.data.attributes import ATTRIBUTES, OVERALL
 from helpsteer_assets.modpo.data.ratings import hash_share
 from helpsteer_assets.modpo.data.tables import Source, database, query, stream, write_parquet
+
+if TYPE_CHECKING:
+    import duckdb
 
 RATED = (*ATTRIBUTES, OVERALL)
 SPLITS = ("train", "selection", "validation")
@@ -43,6 +46,14 @@ _MOST_COMPARED = 10**9
 prompts make as many."""
 
 _OVERALL_SQL = " + ".join(ATTRIBUTES)
+_RESPONSES_SQL = f"""
+    SELECT prompt_id, response_id, {", ".join(ATTRIBUTES)}, {_OVERALL_SQL} AS {OVERALL}, CASE
+        WHEN split = 'train' AND {hash_share("selection", "prompt_id")} < $selection_share THEN 'selection'
+        ELSE split END AS part, count(*) AS rows
+    FROM ratings GROUP BY ALL
+"""
+"""The rated responses of `ratings`, equal rows once: every two of a million equal rows would be compared. `part` is one
+of SPLITS, and `rows` says how many rows were equal."""
 
 
 def pair_id(chosen_id: str, rejected_id: str) -> str:
@@ -77,20 +88,10 @@ def build_pairs(ratings: Source, attribute: str, selection_share: float, file: P
 
 
 def _decide_pairs(
-    connection: duckdb.DuckDBPyConnection, ratings: Source, attribute: str, selection_share: float
+    connection: "duckdb.DuckDBPyConnection", ratings: Source, attribute: str, selection_share: float
 ) -> dict[str, int]:
     """Make the table `pairs`, PAIRS_SCHEMA without texts, of the table `ratings`; returns their number by split."""
-    # Without repetitions: every two of a million equal rows would be compared.
-    connection.execute(
-        f"""
-        CREATE TABLE responses AS
-        SELECT DISTINCT prompt_id, response_id, {", ".join(ATTRIBUTES)}, {_OVERALL_SQL} AS {OVERALL}, CASE
-            WHEN split = 'train' AND {hash_share("selection", "prompt_id")} < $selection_share THEN 'selection'
-            ELSE split END AS part
-        FROM ratings
-        """,
-        {"selection_share": selection_share},
-    )
+    connection.execute(f"CREATE TABLE responses AS {_RESPONSES_SQL}", {"selection_share": selection_share})
     _require_few_responses(connection)
     connection.execute(
         f"""
@@ -113,7 +114,8 @@ def _decide_pairs(
         connection.sql("SELECT split, count(*) FROM pairs GROUP BY split").fetchall()
     )
     if not counts["train"]:
-        by_attribute = ", ".join(f"{name} {count}" for name, count in count_train_pairs(ratings).items())
+        in_train = count_pairs(ratings, selection_share=0)
+        by_attribute = ", ".join(f"{name} {counts['train']}" for name, counts in in_train.items())
         held_out = counts["selection"]
         raise HelpsteerError(
             f"{attribute} makes no train pairs: every two responses to a train prompt are rated equally on it"
@@ -124,7 +126,7 @@ def _decide_pairs(
     return counts
 
 
-def _require_few_responses(connection: duckdb.DuckDBPyConnection) -> None:
+def _require_few_responses(connection: "duckdb.DuckDBPyConnection") -> None:
     """Refuse a table `responses` of which all too many have one prompt."""
     compared, largest, prompt = connection.sql(
         """
@@ -139,7 +141,7 @@ def _require_few_responses(connection: duckdb.DuckDBPyConnection) -> None:
         )
 
 
-def _lay_out_texts(connection: duckdb.DuckDBPyConnection, folder: Path) -> None:
+def _lay_out_texts(connection: "duckdb.DuckDBPyConnection", folder: Path) -> None:
     """Write the texts of the table `ratings`, each once, to Arrow files, one for all prompts whose ids begin alike.
 
     The database's own joins and sorts fail where texts outgrow its memory. Of these files one at a time is needed.
@@ -163,7 +165,7 @@ def _lay_out_texts(connection: duckdb.DuckDBPyConnection, folder: Path) -> None:
     )
 
 
-def _join_texts(connection: duckdb.DuckDBPyConnection, folder: Path) -> Iterator[pa.RecordBatch]:
+def _join_texts(connection: "duckdb.DuckDBPyConnection", folder: Path) -> Iterator[pa.RecordBatch]:
     """The rows of the table `pairs` with their texts, ordered by split, prompt_id and pair_id."""
     from pyarrow import dataset
 
@@ -186,23 +188,32 @@ def _rated_columns(side: str) -> str:
     return ", ".join(f"{side}.{name} AS {side}_{name}" for name in RATED)
 
 
-def count_train_pairs(ratings: Source) -> dict[str, int]:
-    """How many different pairs each attribute makes of the train prompts, those held out for selection included."""
+def count_pairs(ratings: Source, selection_share: float) -> dict[str, dict[str, int]]:
+    """For each attribute of RATED: how many pairs `build_pairs` makes in each of SPLITS, and how many are `tied`.
+
+    Tied are different responses to one prompt of one split with equal ratings, counted as two rows: no pair.
+    """
     counted = ", ".join(
-        f"count(DISTINCT chosen.response_id || rejected.response_id) FILTER (chosen.{name} > rejected.{name}) AS {name}"
+        f"count(DISTINCT one.response_id || two.response_id) FILTER (one.{name} > two.{name}) AS {name}, "
+        f"coalesce(sum(one.rows * two.rows) FILTER (one.{name} = two.{name} AND one.response_id < two.response_id), 0)"
+        f"::BIGINT AS {name}_tied"
         for name in RATED
     )
-    return query(
+    by_part = query(
         f"""
-        WITH responses AS (
-            SELECT DISTINCT prompt_id, response_id, {", ".join(ATTRIBUTES)}, {_OVERALL_SQL} AS {OVERALL}
-            FROM ratings WHERE split = 'train'
-        )
-        SELECT {counted} FROM responses AS chosen JOIN responses AS rejected USING (prompt_id)
-        WHERE chosen.response_id <> rejected.response_id
+        WITH responses AS ({_RESPONSES_SQL})
+        SELECT part, {counted} FROM responses AS one JOIN responses AS two USING (part, prompt_id)
+        WHERE one.response_id <> two.response_id GROUP BY part
         """,
+        {"selection_share": selection_share},
         ratings=ratings,
-    ).to_pylist()[0]
+    ).to_pylist()
+    return {
+        name: dict.fromkeys(SPLITS, 0)
+        | {row["part"]: row[name] for row in by_part}
+        | {"tied": sum(row[f"{name}_tied"] for row in by_part)}
+        for name in RATED
+    }
 
 
 def describe_pairs(pairs: Source, ratings: Source, attribute: str, other: str) -> dict[str, Any]:
@@ -331,15 +342,7 @@ def unique_responses(
         splits: take pairs of these splits only.
         sides: take these responses of a pair only.
     """
-    listed = ", ".join(f"'{split}'" for split in splits)
-    united = " UNION ALL ".join(
-        f"SELECT prompt_id, {side}_id AS response_id, prompt, {side} AS response FROM pairs_{number} "
-        f"WHERE split IN ({listed})"
-        for number in range(len(pairs))
-        for side in sides
-    )
-    with database(**{f"pairs_{number}": source for number, source in enumerate(pairs)}) as connection:
-        connection.execute(f"CREATE VIEW sides AS {united}")
+    with _responses_of(pairs, splits, sides) as connection:
         stretches = connection.sql(
             f"""
             SELECT min(prompt_id), max(prompt_id) FROM (
@@ -361,3 +364,28 @@ def unique_responses(
             )
         )
         return pa.Table.from_batches(batches, _RESPONSES_SCHEMA)
+
+
+def count_texts(
+    *pairs: Source, splits: Iterable[str] = SPLITS, sides: Iterable[str] = ("chosen", "rejected")
+) -> tuple[int, int]:
+    """How many different prompts and responses `unique_responses` finds."""
+    with _responses_of(pairs, splits, sides) as connection:
+        return connection.sql("SELECT count(DISTINCT prompt_id), count(DISTINCT response_id) FROM sides").fetchall()[0]
+
+
+@contextmanager
+def _responses_of(
+    pairs: Iterable[Source], splits: Iterable[str], sides: Iterable[str]
+) -> "Iterator[duckdb.DuckDBPyConnection]":
+    """A database with a view `sides`: each response of each pair, as prompt_id, response_id, prompt, response."""
+    files = {f"pairs_{number}": source for number, source in enumerate(pairs)}
+    listed = ", ".join(f"'{split}'" for split in splits)
+    united = " UNION ALL ".join(
+        f"SELECT prompt_id, {side}_id AS response_id, prompt, {side} AS response FROM {name} WHERE split IN ({listed})"
+        for name in files
+        for side in sides
+    )
+    with database(**files) as connection:
+        connection.execute(f"CREATE VIEW sides AS {united}")
+        yield connection

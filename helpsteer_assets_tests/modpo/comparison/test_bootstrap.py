@@ -1,8 +1,6 @@
-"""Statistics against brute force, closed forms and properties."""
+"""Intervals and correlations against closed forms, scipy and simulation."""
 
-import itertools
 import math
-import random
 import tracemalloc
 
 import numpy as np
@@ -11,46 +9,41 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.modpo.comparison import bootstrap as statistics
-from helpsteer_assets.modpo.comparison.bootstrap import Interval
-from helpsteer_assets.modpo.comparison.scores import PolicyScores
+from helpsteer_assets.modpo.comparison import bootstrap
+from helpsteer_assets.modpo.comparison.bootstrap import (
+    Interval,
+    average_ranks,
+    bootstrap_interval,
+    bootstrap_means,
+    percentile_interval,
+    rank_correlation,
+    simultaneous_interval,
+)
 
 small = st.integers(-4, 4)
 """Few values, so that ties happen."""
 
 
-def policy(w: str | None, **measures: list[float]) -> PolicyScores:
-    prompts = len(next(iter(measures.values())))
-    arrays = {name: np.array(values, dtype=float) for name, values in measures.items()}
-    return PolicyScores("sft" if w is None else "modpo", w, [f"p{i:03d}" for i in range(prompts)], arrays)
-
-
-# Bootstrap
-
-
-def test_the_interval_of_a_mean_agrees_with_the_normal_approximation_and_narrows_with_the_level() -> None:
+def test_the_interval_of_a_mean_agrees_with_the_normal_approximation() -> None:
     values = np.random.default_rng(1).normal(3.0, 2.0, size=400)
-    interval = statistics.bootstrap_interval(values, samples=4000, seed=0)
+    interval = bootstrap_interval(values, samples=4000, seed=0)
     half = 1.96 * values.std() / math.sqrt(len(values))
     assert interval.mean == pytest.approx(values.mean())
     assert interval.low == pytest.approx(values.mean() - half, abs=0.1 * half)
     assert interval.high == pytest.approx(values.mean() + half, abs=0.1 * half)
-    narrow = statistics.bootstrap_interval(values, samples=4000, seed=0, level=0.5)
-    assert interval.low < narrow.low < narrow.high < interval.high
 
 
 def test_the_95_percent_interval_covers_the_true_mean_about_95_percent_of_the_time() -> None:
     rng = np.random.default_rng(2)
     covered = 0
     for trial in range(300):
-        interval = statistics.bootstrap_interval(rng.exponential(1.0, size=80), samples=400, seed=trial)
+        interval = bootstrap_interval(rng.exponential(1.0, size=80), samples=400, seed=trial)
         covered += interval.low <= 1.0 <= interval.high
     assert 0.88 <= covered / 300 <= 0.98
 
 
 def test_resampled_means_of_two_rows_are_the_three_possible_ones_with_their_frequencies() -> None:
-    means = statistics.bootstrap_means([[0.0], [1.0]], samples=20_000, seed=0)[:, 0]
+    means = bootstrap_means([[0.0], [1.0]], samples=20_000, seed=0)[:, 0]
     values, counts = np.unique(means, return_counts=True)
     assert values.tolist() == [0.0, 0.5, 1.0]
     assert counts / len(means) == pytest.approx([0.25, 0.5, 0.25], abs=0.02)
@@ -58,130 +51,45 @@ def test_resampled_means_of_two_rows_are_the_three_possible_ones_with_their_freq
 
 def test_columns_share_their_resamples() -> None:
     values = np.random.default_rng(3).normal(size=(50, 2))
-    both = statistics.bootstrap_means(values, samples=500, seed=4)
-    difference = statistics.bootstrap_means((values[:, 0] - values[:, 1])[:, None], samples=500, seed=4)
+    both = bootstrap_means(values, samples=500, seed=4)
+    difference = bootstrap_means((values[:, 0] - values[:, 1])[:, None], samples=500, seed=4)
     assert both[:, 0] - both[:, 1] == pytest.approx(difference[:, 0])
-    assert statistics.bootstrap_means(values[:, 1:], samples=500, seed=4)[:, 0] == pytest.approx(both[:, 1])
+    assert bootstrap_means(values[:, 1:], samples=500, seed=4)[:, 0] == pytest.approx(both[:, 1])
 
 
 def test_a_seed_fixes_the_resamples_and_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(5).normal(size=(30, 3))
-    whole = statistics.bootstrap_means(values, samples=100, seed=6)
-    assert (statistics.bootstrap_means(values, samples=100, seed=7) != whole).any()
-    monkeypatch.setattr(statistics, "_CHUNK_ELEMENTS", 7 * 30)
-    assert statistics.bootstrap_means(values, samples=100, seed=6) == pytest.approx(whole, abs=1e-12)
+    whole = bootstrap_means(values, samples=100, seed=6)
+    assert (bootstrap_means(values, samples=100, seed=7) != whole).any()
+    monkeypatch.setattr(bootstrap, "_CHUNK_ELEMENTS", 7 * 30)
+    assert bootstrap_means(values, samples=100, seed=6) == pytest.approx(whole, abs=1e-12)
 
 
 def test_a_constant_column_has_an_interval_of_no_width_exactly() -> None:
-    assert statistics.bootstrap_interval([0.1] * 7, samples=200, seed=0) == Interval(0.1, 0.1, 0.1)
+    assert bootstrap_interval([0.1] * 7, samples=200, seed=0) == Interval(0.1, 0.1, 0.1)
 
 
 def test_many_rows_and_samples_stay_within_bounded_memory() -> None:
     values = np.zeros((10_000, 1))
     tracemalloc.start()
     try:
-        statistics.bootstrap_means(values, samples=2000, seed=0)
+        bootstrap_means(values, samples=2000, seed=0)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert peak < 160e6  # all draws at once would be 2000 * 10,000 * 8 bytes, several times over
 
 
-def test_a_gap_is_refused_by_column_name() -> None:
-    with pytest.raises(ValueError, match=r"column verbosity: 1 of 2 values are NaN"):
-        statistics.bootstrap_means([[1.0, 2.0], [1.0, math.nan]], 10, 0, names=["helpfulness", "verbosity"])
+def test_values_without_rows_or_with_gaps_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"column 1: 1 of 2 values are NaN"):
+        bootstrap_means([[1.0, 2.0], [1.0, math.nan]], 10, 0)
     with pytest.raises(ValueError, match="no rows"):
-        statistics.bootstrap_interval([], 10, 0)
-
-
-# Summary
-
-
-def test_a_summary_holds_means_spread_and_paired_deltas() -> None:
-    rng = np.random.default_rng(8)
-    base = rng.normal(0, 5, size=60)
-    sft = policy(None, margin_reward=base.tolist(), words=[10.0] * 60)
-    shifted = policy("0.5", margin_reward=(base + 1 + rng.normal(0, 0.1, 60)).tolist(), words=[12.0] * 60)
-    rows = {(r["w"], r["measure"]): r for r in statistics.summarize([sft, shifted], samples=1000, seed=0)}
-    assert set(rows) == {(None, "margin_reward"), (None, "words"), ("0.5", "margin_reward"), ("0.5", "words")}
-    row = rows["0.5", "margin_reward"]
-    assert list(row) == [
-        "policy", "w", "measure", "n", "mean", "sd", "ci_low", "ci_high", "delta", "delta_low", "delta_high",
-    ]  # fmt: skip
-    values = shifted.measures["margin_reward"]
-    assert (row["policy"], row["n"]) == ("modpo", 60)
-    assert row["mean"] == pytest.approx(values.mean())
-    assert row["sd"] == pytest.approx(values.std(ddof=1))
-    assert row["ci_low"] < row["mean"] < row["ci_high"]
-    assert row["delta"] == pytest.approx((values - base).mean())
-    # Paired: the prompts' spread of 5 is no part of the difference's uncertainty.
-    assert row["delta_high"] - row["delta_low"] < 0.1 * (row["ci_high"] - row["ci_low"])
-    assert rows["0.5", "words"]["delta_low"] == rows["0.5", "words"]["delta_high"] == 2.0
-    own = rows[None, "margin_reward"]
-    assert (own["policy"], own["delta"], own["delta_low"], own["delta_high"]) == ("sft", None, None, None)
-
-
-def test_a_summary_matches_prompts_by_id_and_does_not_depend_on_row_order() -> None:
-    rng = np.random.default_rng(9)
-    sft = policy(None, m=rng.normal(size=20).tolist())
-    other = policy("0.1", m=rng.normal(size=20).tolist())
-    order = rng.permutation(20)
-    shuffled = PolicyScores("modpo", "0.1", [other.prompt_ids[i] for i in order], {"m": other.measures["m"][order]})
-    assert statistics.summarize([sft, shuffled], 200, 0) == statistics.summarize([sft, other], 200, 0)
-
-
-def test_a_delta_is_the_paired_difference_and_one_prompt_has_no_sd() -> None:
-    rng = np.random.default_rng(10)
-    sft, other = policy(None, m=rng.normal(size=25).tolist()), policy("1", m=rng.normal(size=25).tolist())
-    row = statistics.summarize([sft, other], 300, 5)[1]
-    difference = statistics.paired_difference(other, sft, "m", 300, 5)
-    assert (row["delta"], row["delta_low"], row["delta_high"]) == pytest.approx(
-        (difference.mean, difference.low, difference.high)
-    )
-    assert statistics.summarize([policy(None, m=[2.0])], 100, 0)[0]["sd"] is None
-
-
-def test_scores_that_cannot_be_compared_are_refused_by_name() -> None:
-    sft = policy(None, m=[1.0, 2.0, 3.0])
-    with pytest.raises(HelpsteerError, match=r"modpo w=0.2 lacks 1 of the 3 prompts of sft and has 0 others"):
-        statistics.summarize([sft, policy("0.2", m=[1.0, 2.0])], 100, 0)
-    with pytest.raises(HelpsteerError, match="no scores of the SFT model"):
-        statistics.summarize([policy("0.2", m=[1.0])], 100, 0)
-    with pytest.raises(HelpsteerError, match=r"scores of modpo w=0.2: m is missing or not finite for 2 of 3 prompts"):
-        statistics.summarize([sft, policy("0.2", m=[1.0, math.nan, math.inf])], 100, 0)
-    with pytest.raises(HelpsteerError, match=r"scores of modpo w=0.2 lack m"):
-        statistics.summarize([sft, policy("0.2", other=[1.0, 2.0, 3.0])], 100, 0)
-    twice = PolicyScores("modpo", "0.3", ["p000", "p001", "p001"], {"m": np.zeros(3)})
-    with pytest.raises(HelpsteerError, match=r"scores of modpo w=0.3: 1 prompts stand there more than once"):
-        statistics.paired_difference(twice, sft, "m", 100, 0)
-
-
-# Several policies
-
-
-def test_a_score_table_pairs_policies_by_prompt_id() -> None:
-    sft, other = policy(None, m=[1.0, 2.0], k=[5.0, 6.0]), policy("0.2", m=[3.0, 4.0], k=[7.0, 8.0])
-    turned = PolicyScores("modpo", "0.2", other.prompt_ids[::-1], {n: v[::-1] for n, v in other.measures.items()})
-    table = statistics.score_table([sft, turned], ["k", "m"])
-    assert table.tolist() == [[[5, 1], [7, 3]], [[6, 2], [8, 4]]]
-    with pytest.raises(HelpsteerError, match="lack other"):
-        statistics.score_table([sft, turned], ["other"])
-    with pytest.raises(HelpsteerError, match="no prompts"):
-        statistics.score_table([PolicyScores("sft", None, [], {"m": np.zeros(0)})], ["m"])
-
-
-def test_the_reference_is_told_from_the_weights_which_ascend_as_numbers() -> None:
-    policies = [policy("0.9", m=[1.0]), policy("1", m=[1.0]), policy(None, m=[1.0]), policy("0.25", m=[1.0])]
-    reference, compared = statistics.reference_and_weights(policies)
-    assert reference.w is None and [scores.w for scores in compared] == ["0.25", "0.9", "1"]
-
-
-# Simultaneous intervals
+        bootstrap_interval([], 10, 0)
 
 
 def simultaneous(values: np.ndarray, samples: int = 1000, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    means = statistics.bootstrap_means(values, samples, seed)
-    return statistics.simultaneous_interval(values.mean(axis=0), means, len(values))
+    means = bootstrap_means(values, samples, seed)
+    return simultaneous_interval(values.mean(axis=0), means, len(values))
 
 
 def test_simultaneous_intervals_hold_together_as_often_as_they_say_and_pointwise_ones_do_not() -> None:
@@ -192,7 +100,7 @@ def test_simultaneous_intervals_hold_together_as_often_as_they_say_and_pointwise
         values = 0.6 * shared + rng.normal(size=(60, 6)) ** 3 / 4
         low, high, _ = simultaneous(values, 400, trial)
         together += bool(((low <= 0) & (high >= 0)).all())
-        low, high = statistics.percentile_interval(statistics.bootstrap_means(values, 400, trial))
+        low, high = percentile_interval(bootstrap_means(values, 400, trial))
         pointwise += bool(((low <= 0) & (high >= 0)).all())
     assert 0.90 <= together / 300 <= 0.99
     assert pointwise / 300 < 0.86
@@ -219,24 +127,6 @@ def test_the_same_column_again_costs_nothing_and_an_independent_one_widens() -> 
     assert beside[2][0] >= alone[2][0]
 
 
-def test_adjusted_p_values_are_those_of_a_loop_over_resamples() -> None:
-    values = np.random.default_rng(23).normal(0.2, 1.0, size=(40, 3))
-    low, high, p_values = simultaneous(values, 300, 7)
-    means = statistics.bootstrap_means(values, 300, 7)
-    mean, error = (
-        values.mean(axis=0),
-        [math.sqrt(sum((m - values[:, j].mean()) ** 2 for m in means[:, j]) / 300) for j in range(3)],
-    )
-    largest = [max(abs(row[j] - mean[j]) / error[j] for j in range(3)) for row in means]
-    largest = stats.t.ppf(stats.norm.cdf(largest), 39)  # up to the expansion's third order
-    scale = math.sqrt(40 / 39)
-    for j in range(3):
-        reached = sum(t >= abs(mean[j]) / (error[j] * scale) for t in largest)
-        assert p_values[j] == pytest.approx((1 + reached) / 301)
-        half = np.quantile(largest, 0.95) * error[j] * scale
-        assert (low[j], high[j]) == pytest.approx((mean[j] - half, mean[j] + half), abs=1e-3)
-
-
 def test_a_column_that_never_moves_has_no_width_and_counts_as_agreeing_prompts() -> None:
     values = np.column_stack([np.full(8, 0.3), np.zeros(8), np.random.default_rng(24).normal(size=8)])
     low, high, p_values = simultaneous(values)
@@ -247,91 +137,16 @@ def test_a_column_that_never_moves_has_no_width_and_counts_as_agreeing_prompts()
     assert simultaneous(np.full((3, 2), 0.3))[2].tolist() == [0.5, 0.5]
 
 
-# Rank correlation
-
-
-@settings(deadline=None)
-@given(st.lists(st.tuples(small, small), min_size=2, max_size=10))
-def test_the_rank_correlation_is_pearsons_of_ranks_counted_by_hand(pairs: list[tuple[int, int]]) -> None:
-    def ranks(values: list[int]) -> list[float]:
-        return [sum(v < value for v in values) + (sum(v == value for v in values) + 1) / 2 for value in values]
-
-    x, y = [a for a, _ in pairs], [b for _, b in pairs]
-    found = statistics.rank_correlation(x, y)
-    if len(set(x)) == 1 or len(set(y)) == 1:
-        assert math.isnan(found)
-    else:
-        assert found == pytest.approx(np.corrcoef(ranks(x), ranks(y))[0, 1])
-
-
 @settings(deadline=None)
 @given(st.lists(st.tuples(small, small), min_size=3, max_size=12))
 def test_the_rank_correlation_is_scipys(pairs: list[tuple[int, int]]) -> None:
     x, y = [a for a, _ in pairs], [b for _, b in pairs]
     if len(set(x)) > 1 and len(set(y)) > 1:
-        assert statistics.rank_correlation(x, y) == pytest.approx(stats.spearmanr(x, y).statistic)
-    assert statistics.average_ranks(np.array(x, dtype=float)).tolist() == stats.rankdata(x).tolist()
+        assert rank_correlation(x, y) == pytest.approx(stats.spearmanr(x, y).statistic)
+    assert average_ranks(np.array(x, dtype=float)).tolist() == stats.rankdata(x).tolist()
 
 
 def test_the_rank_correlation_is_one_for_any_rising_curve_and_undefined_with_a_gap() -> None:
-    assert statistics.rank_correlation([0.1, 0.5, 0.9], [-5, -4, 100]) == 1
-    assert statistics.rank_correlation([0.1, 0.5, 0.9], [3, 2, 1]) == -1
-    assert math.isnan(statistics.rank_correlation([0.1, 0.5], [math.nan, 1]))
-
-
-# Margin adapter
-
-
-def test_sanity_metrics_count_wins_ties_and_means() -> None:
-    metrics = statistics.sanity_metrics([2.0, 1.0, 0.0, -1.0], samples=500, seed=0)
-    assert (metrics["n"], metrics["groups"], metrics["ties"]) == (4, 4, 1)
-    assert (metrics["accuracy"], metrics["mean_margin"]) == (0.625, 0.5)
-    assert metrics["margin_low"] < 0.5 < metrics["margin_high"]
-    assert metrics["margin_sd"] == pytest.approx(np.std([2, 1, 0, -1], ddof=1))
-
-
-def test_pairs_of_one_prompt_are_resampled_together() -> None:
-    rng = np.random.default_rng(12)
-    per_prompt = rng.normal(size=30)
-    margins, groups = np.repeat(per_prompt, 10), [f"p{i}" for i in np.repeat(range(30), 10)]
-    apart = statistics.sanity_metrics(margins, 2000, 0)
-    together = statistics.sanity_metrics(margins, 2000, 0, groups)
-    # Ten copies of a pair say no more than one: the honest interval is that of the 30 prompts.
-    honest = statistics.bootstrap_interval(per_prompt, 2000, 0)
-    width = together["margin_high"] - together["margin_low"]
-    assert together["groups"] == 30
-    assert width == pytest.approx(honest.high - honest.low, rel=0.1)
-    assert width > 2.5 * (apart["margin_high"] - apart["margin_low"])
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(-5, 5)), min_size=1, max_size=8))
-def test_the_cluster_bootstrap_draws_whole_prompts(pairs: list[tuple[str, int]]) -> None:
-    metrics = statistics.sanity_metrics([m for _, m in pairs], 400, 0, [g for g, _ in pairs])
-    names = sorted({g for g, _ in pairs})
-    possible = []
-    for drawn in itertools.product(names, repeat=len(names)):
-        pool = [m for name in drawn for g, m in pairs if g == name]
-        possible.append(sum(pool) / len(pool))
-    assert min(possible) - 1e-9 <= metrics["margin_low"] <= metrics["margin_high"] <= max(possible) + 1e-9
-    assert metrics["mean_margin"] == pytest.approx(np.mean([m for _, m in pairs]))
-
-
-def test_a_good_adapter_passes_and_a_bad_one_is_told_why() -> None:
-    rng = random.Random(13)
-    good = statistics.sanity_metrics([rng.gauss(1, 1) for _ in range(200)], 500, 0)
-    assert statistics.judge_margin_adapter(good, 0.5) == []
-    reasons = statistics.judge_margin_adapter(good, 0.99)
-    assert len(reasons) == 1 and f"{good['accuracy']:.1%} of 200" in reasons[0] and "99.0%" in reasons[0]
-    inverted = statistics.sanity_metrics([rng.gauss(-1, 1) for _ in range(200)], 500, 0)
-    accuracy, margin = statistics.judge_margin_adapter(inverted, 0.5)
-    assert "margin_adapter_min_accuracy" in accuracy and "does not lie above 0" in margin
-    assert "n = 0" in statistics.judge_margin_adapter(statistics.sanity_metrics([], 500, 0), 0.5)[0]
-    exactly_half = statistics.sanity_metrics([5.0, -1.0] * 100, 500, 0)
-    assert len(statistics.judge_margin_adapter(exactly_half, 0.5)) == 1  # more than the threshold, not as much
-    unsure = statistics.sanity_metrics([3.0, 2.0, 1.0, -4.0], 500, 0)
-    assert unsure["mean_margin"] > 0
-    (reason,) = statistics.judge_margin_adapter(unsure, 0.5)
-    assert "mean margin is 0.5 with the 95% interval [-" in reason
-    with pytest.raises(HelpsteerError, match="margin of 1 of 2 validation pairs is NaN"):
-        statistics.sanity_metrics([1.0, math.nan], 100, 0)
+    assert rank_correlation([0.1, 0.5, 0.9], [-5, -4, 100]) == 1
+    assert rank_correlation([0.1, 0.5, 0.9], [3, 2, 1]) == -1
+    assert math.isnan(rank_correlation([0.1, 0.5], [math.nan, 1]))

@@ -10,7 +10,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -19,7 +19,9 @@ from helpsteer_assets.modpo.comparison import plots
 CIRCLE, DIAMOND = "o", "D"
 
 
-def point(label: str, w: str | None, x: float, y: float, on_front: bool, spread: float = 0.1) -> dict[str, Any]:
+def point(
+    label: str, w: str | None, x: float, y: float, on_front: bool, spread: float = 0.1, probability: float = 0.5
+) -> dict[str, Any]:
     return {
         "label": label,
         "w": w,
@@ -30,15 +32,16 @@ def point(label: str, w: str | None, x: float, y: float, on_front: bool, spread:
         "y_low": y - spread,
         "y_high": y + spread,
         "on_front": on_front,
+        "front_probability": probability,
         "is_sft": w is None,
     }
 
 
 POINTS = [
-    point("w = 0.9", "0.9", 2.9, -1.5, True),
-    point("w = 0.1", "0.1", 2.0, -0.2, True),
-    point("w = 0.5", "0.5", 2.3, -0.9, False),
-    point("SFT", None, 2.1, -1.25, False),
+    point("w = 0.9", "0.9", 2.9, -1.5, True, probability=1.0),
+    point("w = 0.1", "0.1", 2.0, -0.2, True, probability=0.997),
+    point("w = 0.5", "0.5", 2.3, -0.9, False, probability=0.314),
+    point("SFT", None, 2.1, -1.25, False, probability=0.002),
 ]
 
 
@@ -59,8 +62,10 @@ def test_the_tradeoff_plot_shows_points_intervals_front_and_note() -> None:
     segments = [segment.tolist() for bars in axes.collections for segment in bars.get_segments()]
     assert [[2.0 - 0.1, -0.2], [2.0 + 0.2, -0.2]] in [[pytest.approx(end) for end in s] for s in segments]
     assert len(segments) == 2 * len(POINTS)
-    assert {text.get_text() for text in axes.texts} == {p["label"] for p in POINTS}
-    assert figure.get_supxlabel() == "a note"
+    labels = {"w = 0.9 (100%)", "w = 0.1 (>99%)", "w = 0.5 (31%)", "SFT (<1%)"}
+    assert {text.get_text() for text in axes.texts} == labels
+    note = "In brackets: the share of resamples in which the policy is on the front. a note"
+    assert " ".join(figure.get_supxlabel().split()) == note
     legend = [text.get_text() for text in axes.get_legend().get_texts()]
     assert legend == ["on the Pareto front", "dominated", "SFT model", "95% interval"]
 
@@ -76,38 +81,12 @@ def test_larger_weights_are_lighter(dark: bool, text: bool) -> None:
     assert sorted(weights, key=brightness) == weights
 
 
-def test_a_probability_of_being_on_the_front_stands_behind_the_label_and_is_explained() -> None:
-    shares = {"w = 0.9": 1.0, "w = 0.1": 0.997, "w = 0.5": 0.314, "SFT": 0.002}
-    figure = draw([p | {"front_probability": shares[p["label"]]} for p in POINTS])
-    texts = {text.get_text() for text in figure.axes[0].texts}
-    assert texts == {"w = 0.9 (100%)", "w = 0.1 (>99%)", "w = 0.5 (31%)", "SFT (<1%)"}
-    note = "In brackets: the share of resamples in which the policy is on the front. a note"
-    assert " ".join(figure.get_supxlabel().split()) == note
-
-
-@pytest.mark.parametrize("distance", [0.04, 0.08, 0.2])
-def test_labels_cover_neither_each_other_nor_a_marker(distance: float) -> None:
-    points = [
-        point(f"w = 0.{i}", f"0.{i}", 2 + distance * i, -distance * (i % 3), bool(i % 2), spread=0.3)
-        for i in range(1, 8)
-    ]
-    figure = draw(points)
-    axes = figure.axes[0]
-    boxes = [text.get_window_extent() for text in axes.texts]
-    for number, box in enumerate(boxes):
-        assert not any(box.overlaps(other) for other in boxes[:number])
-        for p in points:
-            x, y = axes.transData.transform((p["x"], p["y"]))
-            assert not (box.x0 < x < box.x1 and box.y0 < y < box.y1)
-
-
 @settings(max_examples=8, deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=9))
+@example([(0.04 * i, -0.04 * (i % 3)) for i in range(7)])
+@example([(0.2 * i, -0.2 * (i % 3)) for i in range(7)])
 def test_labels_of_any_points_do_not_overlap(places: list[tuple[float, float]]) -> None:
-    points = [
-        point(f"w = 0.{n}", f"0.{n}", x, y, True) | {"front_probability": 0.5} for n, (x, y) in enumerate(places, 1)
-    ]
-    figure = draw(points, "")
+    figure = draw([point(f"w = 0.{n}", f"0.{n}", x, y, True, spread=0.3) for n, (x, y) in enumerate(places, 1)])
     boxes = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text()]
     assert len(boxes) == len(places)
     for number, box in enumerate(boxes):
@@ -160,18 +139,17 @@ def test_the_kl_plot_holds_estimates_of_any_size_and_below_zero(kl: float) -> No
     assert len(plots.png_bytes(figure)) > 1000
 
 
-def length(label: str, w: str | None, mean: float, **more: Any) -> dict[str, Any]:
-    return {"label": label, "w": w, "mean": mean, "mean_low": mean - 2, "mean_high": mean + 3, "is_sft": not w} | more
-
-
 def test_the_lengths_plot_shows_means_intervals_quartiles_and_the_level_of_sft() -> None:
-    points = [length("SFT", None, 40.0), length("w = 0.1", "0.1", 21.0, quartiles=(12, 20, 28))]
+    points = [
+        {"label": label, "w": w, "is_sft": not w, "quartiles": quartiles}
+        | {"mean": mean, "mean_low": mean - 2, "mean_high": mean + 3}
+        for label, w, mean, quartiles in (("SFT", None, 40.0, (30, 38, 52)), ("w = 0.1", "0.1", 21.0, (12, 20, 28)))
+    ]
     axes = plots.lengths_plot(points, "Lengths").axes[0]
     means = {line.get_xdata()[0]: line.get_ydata()[0] for line in axes.lines if line.get_marker() in (CIRCLE, DIAMOND)}
     assert means == {0: 40.0, 1: 21.0}
     assert [text.get_text() for text in axes.get_xticklabels()] == ["SFT", "w = 0.1"]
-    (bar,) = axes.patches
-    assert (bar.get_y(), bar.get_height()) == (12, 16)
+    assert [(bar.get_y(), bar.get_height()) for bar in axes.patches] == [(30, 22), (12, 16)]
     segments = [segment.tolist() for lines in axes.collections for segment in lines.get_segments()]
     assert [[1, 19.0], [1, 24.0]] in segments
     assert any(segment[0][1] == segment[1][1] == 20 for segment in segments)
@@ -181,17 +159,12 @@ def test_the_lengths_plot_shows_means_intervals_quartiles_and_the_level_of_sft()
     assert "middle half" in [text.get_text() for text in axes.get_legend().get_texts()]
 
 
-def test_a_lengths_plot_without_quartiles_does_not_explain_them() -> None:
-    axes = plots.lengths_plot([length("w = 0.1", "0.1", 21.0)], "Lengths").axes[0]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["mean", "95% interval"]
-
-
 def test_an_svg_keeps_letters_as_text_and_names_its_points() -> None:
     labelled = [p | {"label": f"<{p['label']}>"} for p in POINTS]
     root = ElementTree.fromstring(plots.svg_bytes(draw(labelled)))
     points = [group for group in root.iter() if group.get("class") == "point"]
     assert [group.get("data-policy") for group in points] == [p["label"] for p in labelled]
-    details = "helpfulness: 2.9 [2.8, 3.1]; margin m: -1.5 [-1.6, -1.4]"
+    details = "helpfulness: 2.9 [2.8, 3.1]; margin m: -1.5 [-1.6, -1.4]; on the front in 100% of resamples"
     assert points[0].get("data-details") == details
     assert points[0][0].text == f"<w = 0.9>: {details}"
     assert "helpfulness" in [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
@@ -204,14 +177,10 @@ def test_a_long_note_stays_on_the_page() -> None:
     assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0
 
 
-def test_one_point_with_intervals_of_no_width_can_be_drawn() -> None:
-    figure = draw([point("w = 1", "1", 2.0, 0.0, True, spread=0.0)])
-    assert len(plots.png_bytes(figure)) > 1000
-
-
-def test_an_interval_that_misses_its_mean_by_rounding_can_be_drawn() -> None:
-    rounded = point("w = 1", "1", 0.1, 0.1, True, spread=0.0) | {"x_low": 0.1 + 1e-17, "y_high": 0.1 - 1e-16}
-    assert len(plots.png_bytes(draw([rounded]))) > 1000
+def test_intervals_of_no_width_and_ones_that_miss_their_mean_by_rounding_can_be_drawn() -> None:
+    alone = point("w = 1", "1", 0.1, 0.1, True, spread=0.0)
+    for drawn in (alone, alone | {"x_low": 0.1 + 1e-17, "y_high": 0.1 - 1e-16}):
+        assert len(plots.png_bytes(draw([drawn]))) > 1000
 
 
 def test_pngs_and_svgs_are_files_with_the_same_bytes_each_time() -> None:
@@ -246,7 +215,7 @@ def test_the_loss_curve_shows_what_was_logged() -> None:
 
 def test_importing_the_module_imports_no_matplotlib_and_drawing_no_pyplot() -> None:
     code = (
-        "import sys; from helpsteer_assets.modpo import plots\n"
+        "import sys; from helpsteer_assets.modpo.comparison import plots\n"
         "assert 'matplotlib' not in sys.modules, 'import'\n"
         "plots.png_bytes(plots.loss_curve([{'step': 1, 'loss': 1.0}], 't'))\n"
         "assert 'matplotlib.pyplot' not in sys.modules, 'draw'\n"

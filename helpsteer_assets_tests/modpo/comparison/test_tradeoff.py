@@ -2,16 +2,16 @@
 
 import json
 import re
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from helpsteer_assets.experiment.settings import Experiment
 from helpsteer_assets.modpo.comparison.scores import PolicyScores
 from helpsteer_assets.modpo.comparison.tradeoff import (
     FEW_PROMPTS,
+    TradeoffSettings,
     analyse,
     axis_label,
     caveats,
@@ -19,9 +19,19 @@ from helpsteer_assets.modpo.comparison.tradeoff import (
     measures_of,
     points_on,
 )
-from helpsteer_assets_tests.assets.conftest import quick_experiment
 
 PROMPTS = 80
+SETTINGS = TradeoffSettings(
+    preference="helpfulness",
+    margin_attribute="verbosity",
+    margin_sign=-1,
+    rating_unit="0 to 4",
+    sampled=False,
+    max_prompt_length=64,
+    max_new_tokens=96,
+    samples=200,
+    seed=0,
+)
 
 
 def policies(rated: bool = True, **shifts: dict[str, float]) -> list[PolicyScores]:
@@ -60,13 +70,8 @@ TRADE = {
 }
 
 
-@pytest.fixture
-def experiment(tmp_path: Path) -> Experiment:
-    return quick_experiment(tmp_path, objective={"weights": [0.1, 0.5, 0.9]})
-
-
-def test_a_trade_off_that_is_there_is_found_and_said(experiment: Experiment) -> None:
-    result = analyse(experiment, policies(**TRADE))
+def test_a_trade_off_that_is_there_is_found_and_said() -> None:
+    result = analyse(SETTINGS, policies(**TRADE))
     assert result["preference_measured"] and result["axes"]["x"] == "helpfulness"
     by_label = {point["label"]: point for point in result["points"]}
     assert by_label["w=0.9"]["on_front"] and by_label["w=0.1"]["on_front"]
@@ -83,8 +88,8 @@ def test_a_trade_off_that_is_there_is_found_and_said(experiment: Experiment) -> 
     assert result["hypervolume_above_sft"]["low"] == 0
 
 
-def test_where_nothing_moves_nothing_is_claimed(experiment: Experiment) -> None:
-    result = analyse(experiment, policies())
+def test_where_nothing_moves_nothing_is_claimed() -> None:
+    result = analyse(SETTINGS, policies())
     # Over measures nothing is adjusted: among the others one may differ by chance.
     traded = ("helpfulness", "margin_reward", "response_tokens")
     assert {own[name]["verdict"] for own in result["differences"].values() for name in traded} == {"undecided"}
@@ -92,23 +97,23 @@ def test_where_nothing_moves_nothing_is_claimed(experiment: Experiment) -> None:
     assert result["direction"]["verdict"] is False
 
 
-def test_a_policy_that_is_better_on_both_axes_has_an_area_above_sft(experiment: Experiment) -> None:
+def test_a_policy_that_is_better_on_both_axes_has_an_area_above_sft() -> None:
     better = {"helpfulness": {"0.5": 0.5}, "margin_reward": {"0.5": -0.5}}
-    result = analyse(experiment, policies(**better))
+    result = analyse(SETTINGS, policies(**better))
     area = result["hypervolume_above_sft"]
     assert area["low"] > 0.15 and area["low"] < 0.25 < area["high"]
     assert [point["label"] for point in result["points"] if point["on_front"]] == ["w=0.5"]
     assert any("Shown to be better than SFT in both" in sentence for sentence in result["headlines"])
 
 
-def test_a_gain_that_is_length_alone_is_gone_at_equal_length(experiment: Experiment) -> None:
+def test_a_gain_that_is_length_alone_is_gone_at_equal_length() -> None:
     rng = np.random.default_rng(1)
     found = policies()
     for scores in found[1:]:
         longer = rng.normal(3, 6, PROMPTS)
         scores.measures["response_tokens"] = found[0].measures["response_tokens"] + longer
         scores.measures["helpfulness"] = found[0].measures["helpfulness"] + 0.05 * longer
-    result = analyse(experiment, found)
+    result = analyse(SETTINGS, found)
     assert result["differences"]["0.5"]["helpfulness"]["verdict"] == "higher"
     at_equal = next(e for e in result["equal_length"] if e["measure"] == "helpfulness" and e["w"] == "0.5")
     assert at_equal["verdict"] == "undecided"
@@ -117,30 +122,35 @@ def test_a_gain_that_is_length_alone_is_gone_at_equal_length(experiment: Experim
         "At equal length no difference to SFT in rated helpfulness is shown at w=0.1, w=0.5 and w=0.9: what differs "
         "there may be length alone."
     )
-    at_equal_length = analyse(experiment, policies(helpfulness={"0.9": 0.4}))
+    at_equal_length = analyse(SETTINGS, policies(helpfulness={"0.9": 0.4}))
     assert at_equal_length["differences"]["0.9"]["helpfulness"]["verdict"] == "higher"
     assert not any("At equal length" in caveat for caveat in at_equal_length["caveats"])
 
 
-def test_without_a_rater_the_axis_is_the_distance_from_sft_and_that_is_said(experiment: Experiment) -> None:
-    result = analyse(experiment, policies(rated=False, **TRADE))
+def test_without_a_rater_the_axis_is_the_distance_from_sft_and_that_is_said() -> None:
+    result = analyse(SETTINGS, policies(rated=False, **TRADE))
     assert not result["preference_measured"]
     assert result["axes"] == {"x": "kl_to_sft", "y": "margin", "x_larger_is_better": False}
     assert "unmeasured" in result["note"]
 
 
-def test_the_result_is_json_and_the_same_whatever_the_order_of_prompts(experiment: Experiment) -> None:
+def test_a_length_penalty_is_not_compared_at_equal_length() -> None:
+    result = analyse(replace(SETTINGS, margin_attribute=None, margin_sign=1), policies(**TRADE))
+    assert {answer["measure"] for answer in result["equal_length"]} == {"helpfulness"}
+
+
+def test_the_result_is_json_and_the_same_whatever_the_order_of_prompts() -> None:
     found = policies(**TRADE)
     shuffled = []
     for seed, scores in enumerate(found):
         order = np.random.default_rng(seed).permutation(PROMPTS)
         measures = {name: values[order] for name, values in scores.measures.items()}
         shuffled.append(PolicyScores(scores.policy, scores.w, [scores.prompt_ids[i] for i in order], measures))
-    expected = json.dumps(analyse(experiment, found), allow_nan=False)
-    assert json.dumps(analyse(experiment, shuffled), allow_nan=False) == expected
+    expected = json.dumps(analyse(SETTINGS, found), allow_nan=False)
+    assert json.dumps(analyse(SETTINGS, shuffled), allow_nan=False) == expected
 
 
-def test_points_of_plots_are_the_means_with_their_intervals(experiment: Experiment) -> None:
+def test_points_of_plots_are_the_means_with_their_intervals() -> None:
     found = policies(**TRADE)
     for point, scores in zip(points_on(found, "kl_to_sft", "helpfulness", 300, 0), found, strict=True):
         assert point["x"] == pytest.approx(scores.measures["kl_to_sft"].mean())
@@ -168,32 +178,33 @@ def flawed(**flaws: float) -> list[PolicyScores]:
         ("repetition", 0.05, r"Up to 5% of the responses \(w=0.9\) mostly repeat themselves"),
     ],
 )
-def test_flaws_of_the_responses_are_said_with_what_to_do(
-    experiment: Experiment, flaw: str, share: float, said: str
-) -> None:
-    assert caveats(experiment, flawed()) == []
-    (sentence,) = caveats(experiment, flawed(**{flaw: share}))
+def test_flaws_of_the_responses_are_said_with_what_to_do(flaw: str, share: float, said: str) -> None:
+    assert caveats(SETTINGS, flawed()) == []
+    (sentence,) = caveats(SETTINGS, flawed(**{flaw: share}))
     assert re.match(said, sentence)
 
 
-def test_few_prompts_are_said_to_be_few(experiment: Experiment) -> None:
+def test_few_prompts_are_said_to_be_few() -> None:
     few = [
         PolicyScores(s.policy, s.w, s.prompt_ids[:10], {name: values[:10] for name, values in s.measures.items()})
         for s in flawed()
     ]
     assert FEW_PROMPTS > 10
-    (sentence,) = caveats(experiment, few)
+    (sentence,) = caveats(SETTINGS, few)
     assert "10 prompts are few" in sentence and "evaluation.prompts" in sentence
 
 
-def test_measures_say_which_way_is_better_in_the_role_s_sense(tmp_path: Path) -> None:
-    cost = quick_experiment(tmp_path)
-    reward = quick_experiment(tmp_path, objective={"margin_role": "reward"})
+def test_measures_say_which_way_is_better_in_the_sense_of_the_role() -> None:
     names = ["margin_reward", "margin", "helpfulness", "verbosity", "response_tokens"]
-    assert measures_of(cost, names)["margin_reward"].better == "lower"
-    assert measures_of(reward, names)["margin_reward"].better == "higher"
-    assert measures_of(cost, names)["verbosity"].better == "lower"
-    assert measures_of(reward, names)["verbosity"].better == measures_of(cost, names)["helpfulness"].better == "higher"
-    assert axis_label(measures_of(cost, names)["margin"]) == "margin (for less verbosity; more is better)"
-    assert axis_label(measures_of(cost, names)["helpfulness"]) == "rated helpfulness, 0 to 4 (more is better)"
-    assert next(iter(measures_of(cost, names))) == "helpfulness"
+    cost, reward = measures_of(SETTINGS, names), measures_of(replace(SETTINGS, margin_sign=1), names)
+    assert (cost["margin_reward"].better, cost["verbosity"].better, cost["helpfulness"].better) == (
+        "lower",
+        "lower",
+        "higher",
+    )
+    assert reward["margin_reward"].better == reward["verbosity"].better == "higher"
+    assert axis_label(cost["margin"]) == "margin (for less verbosity; more is better)"
+    assert axis_label(cost["helpfulness"]) == "rated helpfulness, 0 to 4 (more is better)"
+    penalty = measures_of(replace(SETTINGS, margin_attribute=None, margin_sign=1), names)
+    assert penalty["margin"].title == "margin (fewer tokens)" and penalty["verbosity"].better == "higher"
+    assert next(iter(cost)) == "helpfulness"

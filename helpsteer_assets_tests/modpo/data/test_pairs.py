@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpsteer_assets.embedded.generator import build_rows
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.data import pairs as pairs_module
 from helpsteer_assets.modpo.data import tables
@@ -19,7 +20,8 @@ from helpsteer_assets.modpo.data.pairs import (
     PAIRS_SCHEMA,
     RATED,
     SPLITS,
-    count_train_pairs,
+    count_pairs,
+    count_texts,
     describe_pairs,
     pair_id,
     select_evaluation_prompts,
@@ -101,7 +103,7 @@ class TestBuildPairs:
         assert found == expected
         assert len(pairs) == len(expected)
         in_train = sum(split == "train" for split, _, _ in expected)
-        assert count_train_pairs(ratings)[attribute] == in_train
+        assert count_pairs(ratings, 0.0)[attribute]["train"] == in_train
         seed.shuffle(train)
         seed.shuffle(validation)
         assert build_pairs(ratings_of(train, validation), attribute, 0.0) == pairs
@@ -302,3 +304,15 @@ def test_unique_responses_of_some_splits_and_of_one_side() -> None:
         found = unique_responses(pairs, splits=splits, sides=("chosen",))
         assert set(found["response_id"].to_pylist()) == {r["chosen_id"] for r in rows if r["split"] in splits}
         assert len(found) == 3 * len({r["prompt_id"] for r in rows if r["split"] in splits})
+        counts = count_texts(pairs, splits=splits, sides=("chosen",))
+        assert counts == (len(set(found["prompt_id"].to_pylist())), len(found))
+
+
+def test_pairs_and_ties_are_counted_for_all_attributes_as_they_are_made() -> None:
+    rows = build_rows(60, 10)
+    ratings = ratings_of([*rows["train"], *rows["train"][:9]], rows["validation"])
+    counts = count_pairs(ratings, 0.1)
+    for attribute in RATED:
+        described = describe_pairs(build_pairs(ratings, attribute, 0.1), ratings, attribute, attribute)
+        assert counts[attribute] == {**described["pairs"], "tied": described["ties"]}
+        assert all(counts[attribute].values())

@@ -1,5 +1,6 @@
 """The KL divergence to SFT: what is drawn for it, and whether the estimate is the divergence."""
 
+import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -8,16 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from helpsteer_assets.experiment.settings import GenerationSettings, LoraSettings
+from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.generation.decoding import Decoding, decode
-from helpsteer_assets.modpo.generation.kl import kl_estimate, sample_responses
+from helpsteer_assets.modpo.generation.kl import kl_by_prompt, kl_estimate, sample_responses
 from helpsteer_assets.modpo.generation.responses import Generation, generate, generate_by
 from helpsteer_assets.modpo.models.lending import merged
 from helpsteer_assets.modpo.models.loading import attach_lora, load_adapters, load_model
 from helpsteer_assets.modpo.models.tokenization import Sequence, encode_prompt
 from helpsteer_assets.modpo.scoring.log_probs import BASE, score_sequences
+from helpsteer_assets.modpo.settings import Lora, Sampling
 from helpsteer_assets_tests.conftest import SENTENCES
 
 EOS = 2
@@ -32,8 +35,8 @@ PROMPTS = [*SENTENCES, *(sentence.split()[0] for sentence in SENTENCES)]
 Samples = list[list[Generation]]
 
 
-def settings_of(**changes: Any) -> GenerationSettings:
-    return GenerationSettings(**({"max_prompt_length": 40, "max_new_tokens": 8, **ALTERED} | changes))
+def settings_of(**changes: Any) -> Sampling:
+    return Sampling(**({"max_prompt_length": 40, "max_new_tokens": 8, **ALTERED} | changes))
 
 
 def token_ids(samples: Samples) -> list[list[list[int]]]:
@@ -51,7 +54,7 @@ def sft(model: PreTrainedModel) -> PreTrainedModel:
 @pytest.fixture
 def adapter(tiny_model_path: Path, tmp_path: Path) -> Path:
     """A LoRA on it that changes what it says."""
-    policy = attach_lora(load_model(tiny_model_path, precision="fp32"), LoraSettings(r=4, alpha=4), 0)
+    policy = attach_lora(load_model(tiny_model_path, precision="fp32"), Lora(r=4, alpha=4), 0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
@@ -129,7 +132,7 @@ def test_samples_of_a_prompt_are_independent_of_each_other_and_of_what_the_seed_
 ) -> None:
     prompt, draws = SENTENCES[0], 500
     how = settings_of(max_new_tokens=1)
-    plain = GenerationSettings(max_prompt_length=40, max_new_tokens=1, do_sample=True)
+    plain = Sampling(max_prompt_length=40, max_new_tokens=1, do_sample=True)
     answers = generate(sft, tokenizer, [prompt] * draws, plain, seed=3)
     first, second = sample_responses(partial(generate, sft, tokenizer), [prompt] * draws, how, 2, seed=3)
     (p,) = next_tokens(sft, encode_prompt(tokenizer, prompt, 40)[0].tolist(), [[]]).exp().numpy()
@@ -148,7 +151,7 @@ def test_samples_depend_neither_on_how_answers_are_made_nor_on_the_batch_nor_on_
     assert draw(PROMPTS, settings_of(max_batch_tokens=1), 3) == three
     assert draw(PROMPTS, settings_of(), 2) == three[:2]
     assert draw(PROMPTS[:4], settings_of(), 3) == [row[:4] for row in three]
-    assert draw(PROMPTS, GenerationSettings(max_prompt_length=40, max_new_tokens=8, do_sample=True), 3) == three
+    assert draw(PROMPTS, Sampling(max_prompt_length=40, max_new_tokens=8, do_sample=True), 3) == three
     other = sample_responses(partial(generate, sft, tokenizer), PROMPTS, settings_of(), 1, seed=2)
     assert token_ids(other)[0] not in token_ids(three)
 
@@ -209,3 +212,28 @@ def test_the_standard_error_comes_from_the_prompts() -> None:
     assert kl == pytest.approx(2.0)
     assert error == pytest.approx(2.0 / np.sqrt(3))
     assert kl_estimate([[0.5, -1.5]]) == (-0.5, None)
+
+
+def test_kl_is_the_mean_log_ratio_of_a_prompts_samples() -> None:
+    found = kl_by_prompt(["b", "a", "b", "a", "c"], [1.0, -2.0, 3.0, 1.0, 0.5], [True, False, False, False, True])
+    assert found.prompt_ids == ["a", "b", "c"]
+    assert found.kl.tolist() == [-0.5, 2.0, 0.5]
+    assert found.capped.tolist() == [0, 0.5, 1]
+    assert kl_by_prompt([], [], []).prompt_ids == []
+    with pytest.raises(HelpsteerError, match=r"1 of 2 samples is NaN or infinite.*modpo.learning_rate"):
+        kl_by_prompt(["a", "a"], [1.0, math.inf], [False, False])
+
+
+def test_the_estimate_is_unbiased_for_an_exact_kl_and_bounded_by_it_when_samples_are_cut() -> None:
+    rng = np.random.default_rng(11)
+    policy, sft = rng.dirichlet(np.ones(6), 2), rng.dirichlet(np.ones(6), 2)  # two independent tokens
+    exact = [float(stats.entropy(policy[t], sft[t])) for t in range(2)]
+    draws = np.stack([rng.choice(6, 40_000, p=policy[t]) for t in range(2)])
+    ratios = np.stack([np.log(policy[t] / sft[t])[draws[t]] for t in range(2)])
+    ids = [f"p{i}" for i in np.arange(40_000) % 100]
+    whole = kl_by_prompt(ids, ratios.sum(axis=0), [False] * 40_000)
+    cut = kl_by_prompt(ids, ratios[0], [True] * 40_000)
+    error = ratios.sum(axis=0).std() / 200
+    assert whole.kl.mean() == pytest.approx(sum(exact), abs=4 * error)
+    assert cut.kl.mean() == pytest.approx(exact[0], abs=4 * error)
+    assert cut.capped.min() == 1 and exact[0] < sum(exact)
