@@ -16,7 +16,7 @@ from helpsteer_assets.assets.graph import fingerprints, stages
 from helpsteer_assets.assets.sources import local_path
 from helpsteer_assets.assets.status import status
 from helpsteer_assets.execution.dagster_home import dagster_home
-from helpsteer_assets.store.artifacts import ALL, Artifact, ArtifactStore
+from helpsteer_assets.store.artifacts import ALL, ArtifactStore
 from helpsteer_assets.store.warehouse import Warehouse
 from helpsteer_assets_tests.finished import Finished
 
@@ -30,12 +30,6 @@ def query(run: Finished, sql: str) -> list[tuple[Any, ...]]:
 def recomputed(run: Finished) -> set[str]:
     """Assets whose latest materialization was not a reuse for each weight."""
     return {asset for (asset,) in query(run, "SELECT asset FROM materializations WHERE NOT reused")}
-
-
-def artifact_of(run: Finished, asset: str, partition: str = ALL) -> Artifact:
-    found = ArtifactStore(run.home).get(asset, partition, fingerprints(run.experiment)[asset, partition].value)
-    assert found is not None
-    return found
 
 
 def test_after_a_run_everything_is_complete_and_scored_once_per_policy_and_prompt(finished_home: Finished) -> None:
@@ -80,7 +74,7 @@ def test_more_kl_samples_keep_the_first_and_the_manifest_their_mean_by_prompt(
 ) -> None:
     run = copied(evaluation={"kl_samples": 3})
     assert run.run(select='key:"kl_to_sft"', weights=["0.9"])
-    artifact = artifact_of(run, "kl_to_sft", "0.9")
+    artifact = run.artifact("kl_to_sft", "0.9")
     table, metrics = pq.read_table(artifact.file("kl.parquet")), artifact.manifest["metrics"]
     rows = query(run, "SELECT prompt_id, sample, log_ratio, finish_reason FROM kl_to_sft WHERE w = 0.9")
     prompts = {prompt for prompt, *_ in rows}
@@ -90,11 +84,11 @@ def test_more_kl_samples_keep_the_first_and_the_manifest_their_mean_by_prompt(
     means = [np.mean([ratio for p, _, ratio, _ in rows if p == prompt]) for prompt in prompts]
     assert metrics["kl_standard_error"] == pytest.approx(np.std(means, ddof=1) / np.sqrt(8))
 
-    before = pq.read_table(artifact_of(finished_home, "kl_to_sft", "0.9").file("kl.parquet"))
+    before = pq.read_table(finished_home.artifact("kl_to_sft", "0.9").file("kl.parquet"))
     first, second = (table.filter(pc.equal(table["sample"], number)) for number in (0, 1))
     assert first["token_ids"] == before["token_ids"] and first["prompt_id"] == before["prompt_id"]
     assert first["log_ratio"].to_pylist() == pytest.approx(before["log_ratio"].to_pylist(), abs=1e-4)
-    responses = pq.read_table(artifact_of(finished_home, "generations", "0.9").file("generations.parquet"))
+    responses = pq.read_table(finished_home.artifact("generations", "0.9").file("generations.parquet"))
     for other in (second, responses):
         same = zip(first["token_ids"].to_pylist(), other["token_ids"].to_pylist(), strict=True)
         assert sum(one == two for one, two in same) < 4, "some responses are two words long"
@@ -117,8 +111,8 @@ def test_the_quality_of_the_margin_adapter_is_that_of_the_rewards_it_was_judged_
         "JOIN reference_log_probs c ON c.response_id = p.chosen_id "
         "JOIN reference_log_probs r ON r.response_id = p.rejected_id WHERE p.split = 'validation'",
     )
-    sanity = artifact_of(finished_home, "margin_adapter").manifest["metrics"]["sanity"]
-    metrics = artifact_of(finished_home, "margin_adapter_quality").manifest["metrics"]
+    sanity = finished_home.artifact("margin_adapter").manifest["metrics"]["sanity"]
+    metrics = finished_home.artifact("margin_adapter_quality").manifest["metrics"]
     assert query(finished_home, "SELECT count(*) FROM margin_validation") == [(len(rows),)]
     assert len(rows) == sanity["n"] == metrics["n"]
     assert all(row[1:4] == row[-3:] for row in rows)
@@ -202,7 +196,7 @@ def test_without_a_rater_preference_quality_is_said_to_be_unmeasured(copied: Cal
     unrated = copied(evaluation={"rater": "none"})
     assert unrated.run()
     assert query(unrated, "SELECT count(helpfulness) FROM scores") == [(0,)]
-    artifact = artifact_of(unrated, "tradeoff")
+    artifact = unrated.artifact("tradeoff")
     result = json.loads(artifact.file("tradeoff.json").read_text())
     assert result["axes"] == {"x": "kl_to_sft", "y": "margin", "x_larger_is_better": False}
     assert "unmeasured" in result["note"] and result["note"] in unrated.announced
@@ -223,7 +217,7 @@ def test_a_base_whose_generation_defaults_contradict_each_other_can_be_the_refer
     (base / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.9, "do_sample": false}')
     changed = copied(model={"base": str(base)}, sft={"enabled": False})
     assert changed.run(select='key:"sft_model"'), changed.announced
-    assert artifact_of(changed, "sft_model").manifest["metrics"] == {}
+    assert changed.artifact("sft_model").manifest["metrics"] == {}
 
 
 def test_a_chat_template_that_writes_the_date_is_refused(base: Path, copied: Callable[..., Finished]) -> None:
