@@ -19,8 +19,8 @@ from helpsteer_assets.commands.verify import Report, lines, verify
 from helpsteer_assets.files.digests import SEAL, sealed
 from helpsteer_assets.store.artifacts import MANIFEST
 from helpsteer_assets.store.warehouse import Warehouse
-from helpsteer_assets_tests.finished import Finished, quick_experiment, write_experiment
 from helpsteer_assets_tests.conftest import make_tokenizer
+from helpsteer_assets_tests.finished import Finished, quick_experiment, write_experiment
 from helpsteer_assets_tests.read_only import run_read_only
 
 GREEDY = {
