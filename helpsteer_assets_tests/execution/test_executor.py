@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from helpsteer_assets.assets import build_assets
+from helpsteer_assets.defs.assets import build_assets
 from helpsteer_assets.defs.checks import build_checks
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.execution.executor import chosen_executor, step_executor
