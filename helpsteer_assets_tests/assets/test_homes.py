@@ -22,10 +22,11 @@ from helpsteer_assets.store.tables import TABLES
 from helpsteer_assets.store.uses import ArtifactName, in_use
 from helpsteer_assets.store.warehouse import Warehouse
 from helpsteer_assets_tests.assets.conftest import Finished, write_experiment
-from helpsteer_assets_tests.assets.test_graph_fingerprints import POLICIES
 from helpsteer_assets_tests.commands.test_gc import contents
 
 Copied = Callable[..., Finished]
+POLICIES = {"modpo_models", "generations", "scores", "kl_to_sft", "score_summary", "tradeoff", "tradeoff_report"}
+"""The assets that depend on `objective.beta`."""
 
 
 def folders(experiment: Experiment, home: Path) -> set[Path]:
