@@ -201,9 +201,9 @@ def export(policy: str, to: Path, merged: bool, force: bool, repo: str | None, p
 
 
 @main.command()
-@click.option("--deep", is_flag=True, help="Also compute a random sample of the results again, and compare.")
+@click.option("--deep", is_flag=True, help="Also recompute a random sample of the results, and compare.")
 @click.option(
-    "--samples", type=click.IntRange(min=1), default=8, show_default=True, help="Rows per policy that --deep computes."
+    "--samples", type=click.IntRange(min=1), default=8, show_default=True, help="Rows per artifact for --deep."
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Chooses those rows.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
@@ -211,8 +211,8 @@ def export(policy: str, to: Path, merged: bool, force: bool, repo: str | None, p
 def verify(deep: bool, samples: int, seed: int, as_json: bool) -> None:
     """Read all artifacts and tables, and report what is not as it was computed. Changes nothing; exits with 1 on it.
 
-    With --deep, log-probabilities, scores, ratings and (in fp32) responses are computed again from the stored models.
-    They may differ from the stored ones by rounding only.
+    With --deep, a sample of log-probabilities, scores, ratings, responses and means is recomputed from the stored
+    models by plain transformers and peft, one response at a time. The stored ones may differ by rounding only.
     """
     from helpsteer_assets.commands.console import Console
     from helpsteer_assets.commands.verify import as_json as to_json
