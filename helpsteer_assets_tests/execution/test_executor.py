@@ -39,13 +39,14 @@ def test_an_executor_that_there_is_not_is_refused_with_those_that_there_are(monk
 
 
 def test_local_runs_import_no_ray() -> None:
-    done = loaded("import sys, helpsteer_assets.definitions; print({'ray', 'dagster_ray'} & set(sys.modules))")
+    code = "import sys; from helpsteer_assets.definitions import defs; defs(); "
+    done = loaded(code + "print({'ray', 'dagster_ray'} & set(sys.modules))")
     assert done.stdout.strip() == "set()", done.stderr
 
 
 def test_without_the_extra_the_cluster_is_refused_with_the_command_that_installs_it() -> None:
-    hidden = "import sys; sys.modules['ray'] = sys.modules['dagster_ray'] = None; import helpsteer_assets.definitions"
-    done = loaded(hidden, HELPSTEER_EXECUTOR="ray")
+    hidden = "import sys; sys.modules['ray'] = sys.modules['dagster_ray'] = None; "
+    done = loaded(hidden + "from helpsteer_assets.definitions import defs; defs()", HELPSTEER_EXECUTOR="ray")
     last = done.stderr.strip().splitlines()[-1]
     assert "HELPSTEER_EXECUTOR=ray needs ray and dagster_ray, not installed here: pip install" in last
 
