@@ -194,10 +194,11 @@ class Trial:
             self.command = ("run", "--select", asset, *(() if partition == ALL else ("--weights", partition)))
         self.note = f"{asset} {partition} by {' '.join(self.command)}"
 
-    def moment(self) -> Moment:
-        """A random moment in the making of the artifact, or now and then before it."""
-        artifact = BEFORE_ALL if self.random.random() < 0.15 else " ".join(self.key)
-        number = self.random.randrange(self.undisturbed.operations[artifact])
+    def moment(self, *, halfway: bool = False) -> Moment:
+        """A random moment in the making of the artifact, or now and then before it; or surely in the midst of it."""
+        artifact = BEFORE_ALL if not halfway and self.random.random() < 0.15 else " ".join(self.key)
+        count = self.undisturbed.operations[artifact]
+        number = self.random.randrange(count // 3, count * 2 // 3) if halfway else self.random.randrange(count)
         moment = Moment(artifact, number, self.random.choice((0, 0, self.random.uniform(0, 0.5))))
         self.note += f", {moment}"
         return moment
