@@ -17,7 +17,7 @@ from pathlib import Path
 
 from helpsteer_assets.execution.dagster_home import make_dagster_home
 from helpsteer_assets.modpo.training.checkpoints import checkpoint_progress
-from helpsteer_assets_tests.faults.campaign import NAME, Command, Trial, ends_in_words, fault
+from helpsteer_assets_tests.faults.campaign import NAME, Trial, ends_in_words, fault
 from helpsteer_assets_tests.faults.moments import act_at, cut_power_at, kill
 from helpsteer_assets_tests.processes import descendants
 
@@ -115,7 +115,7 @@ def damaged_work(trial: Trial) -> None:
     """A checkpoint, or finished rows: the work goes on from what comes before."""
     trial.choose(*RESUMABLE)
     trial.damages = True
-    trial.run(partial(act_at, trial.home, trial.moment(halfway=True), kill))
+    trial.run(partial(act_at, trial.home, trial.moment("resumable"), kill))
     files = files_below(trial.partial / "checkpoints")
     assert files, "nothing was finished"
     trial.note += f", {harm(trial.random.choice(files), files, trial.random)}"
@@ -270,10 +270,10 @@ def commands_at_once(trial: Trial) -> None:
 @fault("the maker of what others wait for is slow, or killed")
 def slow_maker(trial: Trial) -> None:
     """A living process's work is never taken from it, however long it is silent; that of a dead one is, at once."""
-    trial.choose(*RESUMABLE)
+    trial.choose()
     trial.command = ("run", "--select", trial.key[0])
     place = trial.folder
-    maker = trial.start(partial(act_at, trial.home, trial.moment(halfway=True), partial(stand_still, place)))
+    maker = trial.start(partial(act_at, trial.home, trial.moment("making"), partial(stand_still, place)))
     trial.wait_for(lambda: (place / "stands").exists() or not maker.running, "the maker to stand still")
     waiting = trial.start()
     trial.wait_for(lambda: "waiting for" in waiting.output or not waiting.running, "the second to wait")
