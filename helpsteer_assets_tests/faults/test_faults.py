@@ -17,7 +17,7 @@ CASES = [
     ("power cut", 1),
     ("power cut", 0),
     ("told to end", 0),
-    ("told to end", 4),
+    ("told to end", 1),
     ("told to end", 5),
     ("a damaged artifact", 2),
     ("damaged unfinished work", 3),
