@@ -22,13 +22,12 @@ import shutil
 import signal
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import dagster as dg
 import duckdb
@@ -154,9 +153,13 @@ class Undisturbed:
         return {key: fingerprint.value for key, fingerprint in made.items()}
 
     @cached_property
-    def operations(self) -> Counter[str]:
-        """File operations of the run, by artifact."""
-        return Counter((self.folder / "operations").read_text(encoding="utf-8").splitlines())
+    def operations(self) -> dict[str, list[str]]:
+        """The paths of the run's file operations, by artifact."""
+        by_artifact: dict[str, list[str]] = {}
+        for line in (self.folder / "operations").read_text(encoding="utf-8").splitlines():
+            artifact, _, path = line.partition("\t")
+            by_artifact.setdefault(artifact, []).append(path)
+        return by_artifact
 
 
 @dataclass
@@ -194,11 +197,19 @@ class Trial:
             self.command = ("run", "--select", asset, *(() if partition == ALL else ("--weights", partition)))
         self.note = f"{asset} {partition} by {' '.join(self.command)}"
 
-    def moment(self) -> Moment:
-        """A random moment in the making of the artifact, or now and then before it."""
-        artifact = BEFORE_ALL if self.random.random() < 0.15 else " ".join(self.key)
-        number = self.random.randrange(self.undisturbed.operations[artifact])
-        moment = Moment(artifact, number, self.random.choice((0, 0, self.random.uniform(0, 0.5))))
+    def moment(self, part: Literal["all", "making", "resumable"] = "all") -> Moment:
+        """A random moment: in the making of the artifact or now and then before it; or only while it is being made; or
+        only when some of it can be resumed.
+        """
+        artifact = BEFORE_ALL if part == "all" and self.random.random() < 0.15 else " ".join(self.key)
+        paths = self.undisturbed.operations[artifact]
+        delay = self.random.choice((0, 0, self.random.uniform(0, 0.5)))
+        numbers = range(len(paths))
+        if part != "all":
+            kept = (n for n, path in enumerate(paths) if path.endswith(("complete.json", ".jsonl")))
+            first = next(kept) + 1 if part == "resumable" else 0
+            numbers, delay = range(first, next(n for n, path in enumerate(paths) if "manifest.json" in path)), 0
+        moment = Moment(artifact, self.random.choice(numbers), delay)
         self.note += f", {moment}"
         return moment
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from helpsteer_assets.execution.dagster_home import make_dagster_home
 from helpsteer_assets.modpo.training.checkpoints import checkpoint_progress
-from helpsteer_assets_tests.faults.campaign import NAME, Command, Trial, ends_in_words, fault
+from helpsteer_assets_tests.faults.campaign import NAME, Trial, ends_in_words, fault
 from helpsteer_assets_tests.faults.moments import act_at, cut_power_at, kill
 from helpsteer_assets_tests.processes import descendants
 
@@ -115,9 +115,10 @@ def damaged_work(trial: Trial) -> None:
     """A checkpoint, or finished rows: the work goes on from what comes before."""
     trial.choose(*RESUMABLE)
     trial.damages = True
-    trial.run(partial(act_at, trial.home, trial.moment(), kill))
-    if files := files_below(trial.partial):
-        trial.note += f", {harm(trial.random.choice(files), files, trial.random)}"
+    trial.run(partial(act_at, trial.home, trial.moment("resumable"), kill))
+    files = files_below(trial.partial / "checkpoints")
+    assert files, "nothing was finished"
+    trial.note += f", {harm(trial.random.choice(files), files, trial.random)}"
 
 
 @fault("damaged records")
@@ -266,32 +267,33 @@ def commands_at_once(trial: Trial) -> None:
     assert computed == 1, f"{computed} processes computed it"
 
 
-@fault("the maker of what others wait for is stopped, or killed")
-def maker_gone(trial: Trial) -> None:
+@fault("the maker of what others wait for is slow, or killed")
+def slow_maker(trial: Trial) -> None:
     """A living process's work is never taken from it, however long it is silent; that of a dead one is, at once."""
-    trial.choose(*RESUMABLE)
+    trial.choose()
     trial.command = ("run", "--select", trial.key[0])
-    stop = partial(os.kill, 0, signal.SIGSTOP)  # the session's only process
-    maker = trial.start(partial(act_at, trial.home, trial.moment(), stop))
-    trial.wait_for(lambda: not maker.running or is_stopped(maker), "the maker to be stopped")
-    assert maker.running, maker.output
+    place = trial.folder
+    maker = trial.start(partial(act_at, trial.home, trial.moment("making"), partial(stand_still, place)))
+    trial.wait_for(lambda: (place / "stands").exists() or not maker.running, "the maker to stand still")
     waiting = trial.start()
     trial.wait_for(lambda: "waiting for" in waiting.output or not waiting.running, "the second to wait")
+    time.sleep(2)
+    assert maker.running and waiting.running, f"{maker.output}\n{waiting.output}"
     dies = trial.random.random() < 0.5
-    trial.note += f", {'killed' if dies else 'stopped for a while'}"
+    trial.note += f", {'killed' if dies else 'slow'}"
     if dies:
         maker.send(signal.SIGKILL)
-    else:
-        time.sleep(3)
-        assert waiting.running, f"it did not wait: {waiting.output}"
-        maker.send(signal.SIGCONT)
-        assert maker.wait() == 0, maker.output
+    (place / "go").touch()
+    assert dies or maker.wait() == 0, maker.output
     assert waiting.wait() == 0, waiting.output
     assert dies or ": reused" in waiting.output, waiting.output
 
 
-def is_stopped(command: Command) -> bool:
-    return Path(f"/proc/{command.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "T"
+def stand_still(place: Path) -> None:
+    """Keep the thread where it is until it may go. (A process stopped by SIGSTOP could hold a lock of SQLite's.)"""
+    (place / "stands").touch()
+    while not (place / "go").exists():
+        time.sleep(0.05)
 
 
 @fault("a job of the UI dies in a training")

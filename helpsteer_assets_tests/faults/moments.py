@@ -31,16 +31,16 @@ class Moment:
 
 
 def note_operations(home: Path, file: Path) -> None:
-    """From now on, write the artifact of each operation of this process into `file`, one a line."""
+    """From now on, write the artifact and the path of each operation of this process into `file`, one a line."""
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    _watch(home, lambda artifact: os.write(descriptor, f"{artifact}\n".encode()))
+    _watch(home, lambda artifact, path: os.write(descriptor, f"{artifact}\t{path}\n".encode()))
 
 
 def act_at(home: Path, moment: Moment, action: Callable[[], object]) -> None:
     """Do something in this process when a moment has come."""
     before = 0
 
-    def reached(artifact: str) -> None:
+    def reached(artifact: str, path: Path) -> None:
         nonlocal before
         if artifact != moment.artifact:
             return
@@ -86,8 +86,8 @@ def cut_power_at(home: Path, moment: Moment, seed: int) -> None:
     act_at(home, moment, lose_and_die)
 
 
-def _watch(home: Path, reached: Callable[[str], object]) -> None:
-    """Call `reached` with the artifact before each operation in the home."""
+def _watch(home: Path, reached: Callable[[str, Path], object]) -> None:
+    """Call `reached` with the artifact and the path before each operation in the home."""
     artifact, busy = BEFORE_ALL, threading.local()
 
     def tell(path: Path) -> None:
@@ -99,7 +99,7 @@ def _watch(home: Path, reached: Callable[[str], object]) -> None:
             artifact = f"{parts[1]} {parts[2]}"
         busy.telling = True  # what `reached` does itself is no operation of the run
         try:
-            reached(artifact)
+            reached(artifact, path)
         finally:
             busy.telling = False
 

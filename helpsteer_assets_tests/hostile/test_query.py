@@ -122,7 +122,7 @@ statements = (
 )
 
 
-@examples(200)
+@examples(120)
 @given(sql=statements, file=st.sampled_from(["new.csv", "secret.csv", "secret.parquet", "../tmp/x", "../user/.duckdb"]))
 def test_any_sql_gives_rows_or_a_stated_error_and_reads_and_changes_no_file(
     watched: Watched, sql: str, file: str
