@@ -11,8 +11,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from helpsteer_assets.defs.lab import GPU_POOL
-from helpsteer_assets.execution.executor import MODEL_MODULES, STEP_MODULES, step_executor
+from helpsteer_assets.execution.executor import GPU_POOL, MODEL_MODULES, STEP_MODULES, step_executor
 
 ROOT = Path(__file__).parents[1]
 REPORTS = "REPORTS"

@@ -24,9 +24,9 @@ import yaml
 from helpsteer_assets.assets.graph import fingerprints
 from helpsteer_assets.assets.status import status
 from helpsteer_assets.commands.run import run_experiment
-from helpsteer_assets.defs.lab import GPU_POOL
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.execution.dagster_home import DAGSTER_YAML, dagster_home, make_dagster_home
+from helpsteer_assets.execution.executor import GPU_POOL
 from helpsteer_assets.experiment.settings import Experiment
 from helpsteer_assets.store.artifacts import ArtifactStore
 from helpsteer_assets_tests.faults.ui_faults import descendants

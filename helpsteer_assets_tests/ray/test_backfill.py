@@ -13,24 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import dagster as dg
-import pyarrow.parquet as pq
 import pytest
 
 from helpsteer_assets.assets.graph import fingerprints
 from helpsteer_assets.commands.run import run_experiment
-from helpsteer_assets.defs.jobs import phases
-from helpsteer_assets.experiment.reading import load_experiment
 from helpsteer_assets.experiment.settings import Experiment
-from helpsteer_assets.store.artifacts import Artifact, ArtifactStore
+from helpsteer_assets.store.artifacts import Artifact
 from helpsteer_assets.store.warehouse import Warehouse
-from helpsteer_assets_tests.finished import write_experiment
+from helpsteer_assets_tests.finished import Finished, quick_experiment
 from helpsteer_assets_tests.ray.conftest import Cluster, Deployment, command_line, holder, processes, wait
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(2400)]
 
 WEIGHTS = ["0.1", "0.5", "0.9"]
 MODEL = "modpo_models"
-SHARDS = [f"generations.generations_shard_{number}_of_2" for number in (1, 2)]
 
 
 @dataclass
@@ -48,24 +44,24 @@ class Story:
     killed_worker: str = ""
     """The weight whose run's process died."""
 
-    def artifact(self, weight: str, home: Path | None = None, asset: str = MODEL) -> Artifact:
-        value = fingerprints(self.experiment)[asset, weight].value
-        found = ArtifactStore(home or self.deployment.home).get(asset, weight, value)
-        assert found is not None
-        return found
+    def adapter(self, weight: str, home: Path | None = None) -> Artifact:
+        return Finished(self.experiment, home or self.deployment.home).artifact(MODEL, weight)
 
 
 @pytest.fixture(scope="module")
-def story(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
+def story(cluster: Cluster, finished_home: Finished, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     folder = tmp_path_factory.mktemp("backfill")
-    changes = {"modpo": {"steps": 24, "evaluate_every": 8}, "objective": {"weights": [float(w) for w in WEIGHTS]}}
-    path = write_experiment(folder, run={"threads": 1, "device": "cpu"}, evaluation={"shards": 2}, **changes)
-    experiment = load_experiment(str(path))
-    # What comes before the weights, by this machine alone.
-    before = " or ".join(f'key:"{name}"' for name in phases(experiment)["prepare"])
-    assert run_experiment(experiment, folder / "undisturbed", select=before, announce=lambda _: None)
-    shutil.copytree(folder / "undisturbed" / "artifacts", folder / "home" / "artifacts")
-    deployment = Deployment(cluster, folder, path, folder / "home")
+    experiment = quick_experiment(
+        folder,
+        objective={"weights": [float(w) for w in WEIGHTS]},
+        modpo={"steps": 24, "evaluate_every": 8},
+        evaluation={"kl_samples": 0},
+        run={"threads": 1, "device": "cpu"},
+    )
+    # What comes before the weights was made by this machine alone.
+    for name in ("home", "undisturbed"):
+        shutil.copytree(finished_home.home / "artifacts", folder / name / "artifacts")
+    deployment = Deployment(cluster, folder, folder / "quick.yaml", folder / "home")
     story = Story(experiment, deployment, cluster.ids(), folder / "undisturbed")
     try:
         deployment.start_daemon()
@@ -124,10 +120,10 @@ def test_every_weight_has_its_scores(story: Story) -> None:
     assert sorted(rows) == [(float(weight), story.experiment.evaluation.prompts) for weight in WEIGHTS]
 
 
-@pytest.mark.parametrize("node", ["head", "second", "third"])
-def test_every_node_got_work(story: Story, cluster: Cluster, node: str) -> None:
-    models = {MODEL, *SHARDS, "kl_to_sft", "scores"}
-    assert models & {job.metadata["dagster/op"] for job in cluster.steps(story.nodes[node])}
+def test_every_node_got_work(story: Story, cluster: Cluster) -> None:
+    ran = {name: {job.metadata["dagster/op"] for job in cluster.steps(node)} for name, node in story.nodes.items()}
+    assert ran.keys() == {"head", "second", "third"}
+    assert all({MODEL, "generations", "scores"} & steps for steps in ran.values()), ran
 
 
 def test_the_training_of_a_killed_node_ends_in_the_identical_adapter(story: Story) -> None:
@@ -135,38 +131,18 @@ def test_the_training_of_a_killed_node_ends_in_the_identical_adapter(story: Stor
     assert run_experiment(
         story.experiment, story.undisturbed, select=f'key:"{MODEL}"', weights=[weight], announce=lambda _: None
     )
-    resumed, straight = story.artifact(weight), story.artifact(weight, story.undisturbed)
+    resumed, straight = story.adapter(weight), story.adapter(weight, story.undisturbed)
     assert resumed.manifest["metrics"]["resumed_from"] is not None
     assert straight.manifest["metrics"]["resumed_from"] is None
     name = "adapter/adapter_model.safetensors"
     assert resumed.file(name).read_bytes() == straight.file(name).read_bytes()
 
 
-def test_shards_are_jobs_of_their_own_that_make_the_rows_of_one_step(story: Story, cluster: Cluster) -> None:
-    ran = [job.metadata["dagster/op"] for job in cluster.client.list_jobs() if "dagster/op" in job.metadata]
-    assert {shard: ran.count(shard) for shard in SHARDS} == dict.fromkeys(SHARDS, len(WEIGHTS))
-    weight = story.killed_node
-    evaluation = story.experiment.evaluation.model_copy(update={"shards": 1})
-    in_one = story.experiment.model_copy(update={"evaluation": evaluation})
-    assert run_experiment(
-        in_one,
-        story.undisturbed,
-        select='key:"modpo_models" or key:"generations"',
-        weights=[weight],
-        announce=lambda _: None,
-    )
-    rows = [
-        pq.read_table(story.artifact(weight, home, "generations").file("generations.parquet"))
-        for home in (story.deployment.home, story.undisturbed)
-    ]
-    assert rows[0].equals(rows[1])
-
-
 def test_the_training_of_a_run_whose_process_died_is_not_begun_again(story: Story) -> None:
     events = story.deployment.events(story.deployment.runs()[story.killed_worker].run_id)
     started = [event for event in events if event.event_type_value == "STEP_START" and event.step_key == MODEL]
     assert len(started) == 1
-    assert story.artifact(story.killed_worker).manifest["metrics"]["resumed_from"] is None
+    assert story.adapter(story.killed_worker).manifest["metrics"]["resumed_from"] is None
 
 
 def test_no_more_steps_with_a_model_are_handed_to_ray_than_the_pool_lets(story: Story) -> None:
@@ -178,7 +154,7 @@ def test_no_more_steps_with_a_model_are_handed_to_ray_than_the_pool_lets(story: 
                 changes.append((entry.timestamp, 1))
             elif event is not None and event.event_type_value in ("STEP_SUCCESS", "STEP_UP_FOR_RETRY"):
                 changes.append((entry.timestamp, -1))
-    assert len(changes) >= 2 * len(WEIGHTS) * 4
+    assert len(changes) >= 2 * len(WEIGHTS) * 3
     at_once, most = 0, 0
     for _, change in sorted(changes):
         at_once += change
