@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from helpsteer_assets.assets import build_assets
+from helpsteer_assets.defs.assets import build_assets
 from helpsteer_assets.defs.checks import build_checks
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.execution.executor import chosen_executor, step_executor
@@ -15,7 +15,7 @@ from helpsteer_assets.execution.ray_cluster import HOME_TOKEN, require_shared_ho
 from helpsteer_assets.execution.recovery import PROCESS_TAG, alive
 from helpsteer_assets_tests.finished import quick_experiment
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RAY_TAG = "dagster-ray/config"
 
 
