@@ -1,4 +1,7 @@
-"""`python -m benchmarks`: measure the cases, print a report, and write it as JSON where asked to."""
+"""`python -m benchmarks`: measure the cases, print a report, and write it as JSON where asked to.
+
+`python -m benchmarks gpu` is a program of its own, for a machine with a GPU and little else.
+"""
 
 import argparse
 import importlib
@@ -12,6 +15,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import gpu
 from benchmarks.models import MODELS, SMOLLM2, smollm2_folder
 from benchmarks.report import as_text, describe_machine, write_json
 from benchmarks.setting import Setting
@@ -28,9 +32,13 @@ NEEDS = {"trl_dpo": "trl", "data_at_size": "duckdb", "start_up": "dagster"}
 
 def main(arguments: Items[str] | None = None) -> None:
     """Parse the command line and run the cases one after another."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of transformers and TRL would tear the report
+    if arguments[:1] == ["gpu"]:
+        gpu.main(arguments[1:])
+        return
     options = _parse(arguments)
     setting = _setting(options)
-    os.environ.setdefault("TQDM_DISABLE", "1")  # TRL's bars would tear the report
     torch.set_num_threads(options.threads)
     # As in training processes: see choose_device.
     torch.set_flush_denormal(True)
@@ -50,8 +58,10 @@ def main(arguments: Items[str] | None = None) -> None:
             write_json(results, options.json)  # after each case: the next may be interrupted
 
 
-def _parse(arguments: Items[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Speed against the reference procedure.")
+def _parse(arguments: Items[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="Speed against the reference procedure; `gpu`: the GPU path."
+    )
     parser.add_argument("--long", action="store_true", help="full lengths, every length mix, more rounds")
     parser.add_argument("--case", action="append", choices=CASES, help="may be repeated")
     parser.add_argument("--model", action="append", choices=MODELS, help="may be repeated; default: what fits")

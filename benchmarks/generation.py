@@ -133,7 +133,7 @@ def reference_responses(policy: PeftModel, prompts: Prompts, max_new_tokens: int
 @torch.inference_mode()
 def our_responses(base: PreTrainedModel, adapter: Path, prompts: Prompts, max_new_tokens: int, end: int) -> Responses:
     """By ours, merging and putting back the weights included."""
-    how = Decoding(max_new_tokens, end, max_batch_tokens=16384)
+    how = Decoding(max_new_tokens=max_new_tokens, end_id=end, max_batch_tokens=16384)
     with merged(base, adapter) as policy:
         return {index: ids for finished in decode(policy, prompts, how) for index, ids in finished}
 

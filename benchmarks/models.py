@@ -41,6 +41,14 @@ _SHAPES: dict[str, dict[str, int]] = {
         num_attention_heads=8,
         num_key_value_heads=4,
     ),
+    "llama7b": dict(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+    ),
     "llama1b": dict(
         vocab_size=128256,
         hidden_size=2048,
@@ -51,7 +59,7 @@ _SHAPES: dict[str, dict[str, int]] = {
     ),
 }
 MODELS = (*_SHAPES, SMOLLM2)
-"""`tiny` is for tests, `body8` for CPUs, `llama1b` for GPUs: Llamas of random weights; `smollm2` is a real one."""
+"""`tiny` is for tests, `body8` for CPUs, `llama1b` and `llama7b` for GPUs, with random weights; `smollm2` is real."""
 
 
 def smollm2_folder() -> Path | None:
@@ -72,7 +80,7 @@ def load_base(name: str, device: torch.device, precision: str) -> PreTrainedMode
         return load_model(folder, precision=precision, device=device)
     torch.manual_seed(0)
     config = LlamaConfig(
-        **_SHAPES[name], max_position_embeddings=2048, tie_word_embeddings=False, attn_implementation="sdpa"
+        **_SHAPES[name], max_position_embeddings=4096, tie_word_embeddings=False, attn_implementation="sdpa"
     )
     with device:
         model = LlamaForCausalLM(config)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment.reading import load_experiment
 from helpsteer_assets.experiment.settings import Experiment
+from helpsteer_assets.modpo.settings import Compute, Sampling
 from helpsteer_assets.store.home import home_path
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Policy:
 
         if isinstance(prompts, str):
             raise HelpsteerError("generate takes a list of prompts: put the one into brackets")
-        settings = self.experiment.generation
+        settings = self.experiment.generation.plain(Sampling)
         made = generate(self.model, self.tokenizer, prompts, settings, seed=self.experiment.seed)
         return [generation.response for generation in made]
 
@@ -104,7 +105,7 @@ def load_policy(
         model = load_model(
             sft.path / "model",
             precision=settings.precision,
-            device=choose_device(of.run, settings.precision),
+            device=choose_device(of.run.plain(Compute), settings.precision),
             trust_remote_code=settings.trust_remote_code,
         )
         tokenizer = load_tokenizer(sft.path / "model", trust_remote_code=settings.trust_remote_code)

@@ -3,11 +3,12 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import grid, scoring, training_step
+from benchmarks import gpu, grid, scoring, training_step
 from benchmarks.__main__ import main
 from benchmarks.gemm_floor import GemmFloor, count_tokens
 from benchmarks.models import Contenders, contenders, in_fp64
@@ -16,6 +17,7 @@ from benchmarks.pairs import END_OF_TEXT, MIXES, Pair, RandomText
 from benchmarks.reference_procedure import exact_step
 from benchmarks.report import as_text
 from benchmarks.timing import interleave, peak_memory, ratio
+from helpsteer_assets.errors import HelpsteerError
 
 CPU = torch.device("cpu")
 
@@ -162,3 +164,33 @@ def test_a_report_has_a_column_per_row() -> None:
         "loss error                    -  1.2e-06",
         "wall seconds: 3",
     ]
+
+
+def test_the_parts_for_a_gpu_run_on_a_cpu_with_a_tiny_model(tmp_path: Path) -> None:
+    file = tmp_path / "gpu.json"
+    main(["gpu", "--tiny", "--json", str(file)])
+    parts = json.loads(file.read_text(encoding="utf-8"))["parts"]
+
+    assert list(parts) == [part.__name__ for part in gpu.PARTS]
+    assert all(row["useful_tflops"] > 0 for row in parts["training_step"]["rows"])
+    assert parts["noise"]["log_ratio"] < 0.1
+    assert parts["merging"]["weights_put_back_exactly"] and parts["merging"]["log_ratio_of_the_policy"] > 0.1
+    assert parts["training"]["last_loss"] < parts["training"]["first_loss"]
+
+
+def test_a_part_that_fails_is_reported_and_the_next_one_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(place: gpu.Place) -> dict[str, Any]:
+        raise ZeroDivisionError("no such kernel")
+
+    def whole(place: gpu.Place) -> dict[str, Any]:
+        return {"answer": 42}
+
+    monkeypatch.setattr(gpu, "PARTS", {broken: 1, whole: 1})
+    with pytest.raises(HelpsteerError, match=r"1 part\(s\) failed: broken"):
+        main(["gpu", "--tiny"])
+
+    printed = capsys.readouterr().out
+    assert "failed: ZeroDivisionError: no such kernel" in printed
+    assert "answer: 42" in printed

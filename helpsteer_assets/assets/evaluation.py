@@ -19,6 +19,7 @@ from helpsteer_assets.experiment.settings import Experiment, RewardModelSettings
 from helpsteer_assets.modpo.comparison.scores import PolicyScores
 from helpsteer_assets.modpo.data.attributes import ATTRIBUTES
 from helpsteer_assets.modpo.generation.kl import kl_estimate, sample_responses
+from helpsteer_assets.modpo.settings import RewardModel, Sampling
 from helpsteer_assets.modpo.training.margins import margin_reward
 from helpsteer_assets.store.artifacts import Artifact
 
@@ -113,7 +114,7 @@ def _generate(run: StageRun, prompts: Artifact, sft_model: Artifact, policy: Art
     with _answering(run, sft_model, policy) as answer:
         made = answer(
             asked["prompt"].to_pylist(),
-            run.experiment.generation,
+            run.experiment.generation.plain(Sampling),
             seed=run.experiment.seed,
             progress=run.progress,
             checkpoint=run.checkpoints / "generations.jsonl",
@@ -158,7 +159,13 @@ def _answering(
     base = sft_model.path / "model"
     adapter = None if policy is None else policy.path / "adapter"
     longest = settings.max_prompt_length + settings.max_new_tokens
-    check_lengths(experiment.model, base, longest, "generation.max_prompt_length + max_new_tokens")
+    check_lengths(
+        base,
+        longest,
+        "generation.max_prompt_length + max_new_tokens",
+        base=experiment.model.base,
+        trust_remote_code=experiment.model.trust_remote_code,
+    )
     tokenizer = load_sft_tokenizer(run, sft_model)
     if settings.engine == "vllm":
         with run.models.vllm_engine(
@@ -277,7 +284,7 @@ def _log_ratios(
             model,
             sequences,
             adapters=(BASE, *adapters),
-            batch_tokens=scoring_batch_tokens(experiment.run, model.device),
+            batch_tokens=scoring_batch_tokens(run.compute, model.device),
             progress=run.progress,
             checkpoint=run.checkpoints / "log_probs.jsonl",
         )
@@ -308,7 +315,7 @@ def kl_to_sft(run: StageRun, evaluation_prompts: Artifact, sft_model: Artifact, 
         samples = sample_responses(
             answer,
             texts,
-            experiment.generation,
+            experiment.generation.plain(Sampling),
             experiment.evaluation.kl_samples,
             seed=experiment.seed,
             progress=run.progress,
@@ -350,9 +357,9 @@ def _rater(run: StageRun) -> "Rater | None":
         return embedded_rater()
     from helpsteer_assets.modpo.models.loading import choose_device
 
-    device = choose_device(run.experiment.run, run.experiment.model.precision)
+    device = choose_device(run.compute, run.experiment.model.precision)
     run.models.release_model()
-    return RewardModelRater(fetch(run.experiment, "rater"), settings, str(device))
+    return RewardModelRater(fetch(run.experiment, "rater"), settings.plain(RewardModel), str(device))
 
 
 def policy_scores(scores: Artifact, experiment: Experiment) -> PolicyScores:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from helpsteer_assets.assets.loaded import LoadedModels
 from helpsteer_assets.experiment.settings import Experiment
 from helpsteer_assets.modpo.progress import ProgressReporter
+from helpsteer_assets.modpo.settings import Compute
 from helpsteer_assets.store.artifacts import CHECKPOINTS, Artifact
 
 if TYPE_CHECKING:
@@ -39,6 +40,11 @@ class StageRun:
         pq.write_table(table, self.folder / name, compression="zstd")
 
     @property
+    def compute(self) -> Compute:
+        """What it runs on."""
+        return self.experiment.run.plain(Compute)
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of what a later attempt goes on from."""
         return self.folder / CHECKPOINTS
@@ -53,7 +59,7 @@ def sft_model_on_loan(run: StageRun, sft_model: Artifact) -> "Iterator[PreTraine
     with run.models.lend(
         sft_model.path / "model",
         precision=settings.precision,
-        device=choose_device(run.experiment.run, settings.precision),
+        device=choose_device(run.compute, settings.precision),
         trust_remote_code=settings.trust_remote_code,
     ) as model:
         yield model

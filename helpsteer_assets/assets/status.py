@@ -6,7 +6,7 @@ materialization. Imports neither Dagster nor torch.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,12 +39,22 @@ class Status:
     """Folder of the finished or partial artifact."""
 
 
-def status(experiment: Experiment, home: Path) -> list[Status]:
-    """The state of every asset and weight, in topological order."""
+def status(experiment: Experiment, home: Path, assets: Collection[str] | None = None) -> list[Status]:
+    """The state of every asset and weight, in topological order.
+
+    Args:
+        experiment: the experiment.
+        home: where its results are kept.
+        assets: those to look at; None: all.
+    """
     store, warehouse = ArtifactStore(home), Warehouse(home)
     present = fingerprints(experiment, digest_cache(home))
     with readable_os_errors("read", home):
-        return [_status(fingerprint, present, experiment.name, store, warehouse) for fingerprint in present.values()]
+        return [
+            _status(fingerprint, present, experiment.name, store, warehouse)
+            for fingerprint in present.values()
+            if assets is None or fingerprint.asset in assets
+        ]
 
 
 def _status(
@@ -147,6 +157,14 @@ def _shown(value: Any) -> str:
 def label(asset: str, partition: str) -> str:
     """An asset, with its weight where it has one."""
     return asset if partition == ALL else f"{asset} w={partition}"
+
+
+def labels(items: Iterable[Status]) -> list[str]:
+    """Assets with all of their weights: `modpo_models w=0.5, 0.8`."""
+    weights: dict[str, list[str]] = {}
+    for item in items:
+        weights.setdefault(item.asset, []).append(item.partition)
+    return [label(asset, ", ".join(partitions)) for asset, partitions in weights.items()]
 
 
 def unfinished(found: Iterable[Status]) -> list[tuple[str, str]]:

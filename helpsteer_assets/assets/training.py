@@ -25,6 +25,7 @@ from helpsteer_assets.experiment.settings import Experiment, TrainingSettings
 from helpsteer_assets.modpo.comparison import margin_adapter as adapter_quality
 from helpsteer_assets.modpo.comparison.plots import loss_curve, png_bytes
 from helpsteer_assets.modpo.data.pairs import unique_responses
+from helpsteer_assets.modpo.settings import Lora, Training
 from helpsteer_assets.store.artifacts import ALL, SCRATCH, Artifact
 
 if TYPE_CHECKING:
@@ -66,7 +67,13 @@ def sft_model(run: StageRun, preference_pairs: Artifact | None = None) -> Metric
 
     settings = run.experiment.model
     base = fetch(run.experiment, "model")
-    check_lengths(settings, base, settings.max_length, "model.max_length")
+    check_lengths(
+        base,
+        settings.max_length,
+        "model.max_length",
+        base=settings.base,
+        trust_remote_code=settings.trust_remote_code,
+    )
     tokenizer = load_tokenizer(base, trust_remote_code=settings.trust_remote_code)
     metrics: Metrics = {}
     if preference_pairs is None:
@@ -86,7 +93,7 @@ def _load(run: StageRun, folder: Path) -> "PreTrainedModel":
     from helpsteer_assets.modpo.models.loading import choose_device, load_model
 
     settings = run.experiment.model
-    device = choose_device(run.experiment.run, settings.precision)
+    device = choose_device(run.compute, settings.precision)
     return load_model(folder, precision=settings.precision, device=device, trust_remote_code=settings.trust_remote_code)
 
 
@@ -103,7 +110,7 @@ def _fine_tuned(
         tokenizer=tokenizer,
         train_sequences=_chosen(run, tokenizer, pairs, "train"),
         selection_sequences=_chosen(run, tokenizer, pairs, "selection"),
-        settings=experiment.sft,
+        settings=experiment.sft.plain(Training),
         seed=experiment.seed,
         checkpoints=run.checkpoints,
     )
@@ -112,7 +119,7 @@ def _fine_tuned(
         result = _train_together(run, base, train, adapter)
         policy = load_adapters(_load(run, base), {"sft": adapter})
     else:
-        policy = attach_lora(_load(run, base), experiment.lora, experiment.seed)
+        policy = attach_lora(_load(run, base), experiment.lora.plain(Lora), experiment.seed)
         result = train(policy, report_to=experiment.run.report_to, progress=run.progress)
     return policy.merge_and_unload(), _record(run, result)
 
@@ -376,7 +383,7 @@ def _log_probs(
         model,
         sequences,
         adapters=(adapter,),
-        batch_tokens=scoring_batch_tokens(run.experiment.run, model.device),
+        batch_tokens=scoring_batch_tokens(run.compute, model.device),
         progress=run.progress,
         checkpoint=run.checkpoints / "log_probs.jsonl" if resumable else None,
     )
@@ -422,9 +429,8 @@ def _train(
         selection_pairs=of_split("selection"),
         w=w,
         beta=beta,
-        settings=settings,
-        batch_tokens=batch_tokens(experiment.run, choose_device(experiment.run, experiment.model.precision)),
-        compile_layers=experiment.run.compile,
+        settings=settings.plain(Training),
+        batch_tokens=batch_tokens(run.compute, choose_device(run.compute, experiment.model.precision)),
         seed=experiment.seed,
         what=what,
         checkpoints=run.checkpoints,
@@ -433,7 +439,7 @@ def _train(
         result = _train_together(run, base, train, adapter)
     else:
         with sft_model_on_loan(run, sft_model) as model:
-            policy = attach_lora(model, experiment.lora, experiment.seed)
+            policy = attach_lora(model, experiment.lora.plain(Lora), experiment.seed)
             result = train(policy, report_to=experiment.run.report_to, progress=run.progress)
             policy.save_pretrained(adapter)
     card = model_card(
@@ -455,15 +461,15 @@ def _train_together(
     from helpsteer_assets.modpo.training.launch import Job, require_devices, train_together
 
     experiment, model = run.experiment, run.experiment.model
-    require_devices(experiment.run, choose_device(experiment.run, model.precision))
+    require_devices(run.compute, choose_device(run.compute, model.precision))
     run.models.release_model()  # the memory is theirs
     job = Job(
         base=base,
         precision=model.precision,
         trust_remote_code=model.trust_remote_code,
-        lora=experiment.lora,
+        lora=experiment.lora.plain(Lora),
         seed=experiment.seed,
-        run=experiment.run,
+        run=run.compute,
         train=train,
         adapter=adapter,
     )

@@ -44,6 +44,7 @@ from helpsteer_assets.modpo.data.pairs import (
 )
 from helpsteer_assets.modpo.data.ratings import read_ratings, rows_to_ratings
 from helpsteer_assets.modpo.data.tables import query
+from helpsteer_assets.modpo.settings import Compute, Lora
 from helpsteer_assets.modpo.training.schedule import count_steps
 from helpsteer_assets.store.artifacts import ALL
 
@@ -318,12 +319,15 @@ def _look_at_model(experiment: Experiment, folder: Path, findings: _Findings) ->
     trust = settings.trust_remote_code
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # between transformers and PEFT
-        size = model_size(folder, experiment.lora, trust_remote_code=trust)
+        size = model_size(folder, experiment.lora.plain(Lora), trust_remote_code=trust)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust)
     context = context_length(folder, trust_remote_code=trust)
     downloaded = not is_hub_id(settings.base) or any(folder.glob("*.safetensors"))
     checks = [
-        *(partial(check_lengths, settings, folder, needed, key) for key, needed in needed_lengths(experiment).items()),
+        *(
+            partial(check_lengths, folder, needed, key, base=settings.base, trust_remote_code=trust)
+            for key, needed in needed_lengths(experiment).items()
+        ),
         partial(check_vocabulary, tokenizer, size.embeddings),
         *([partial(require_safetensors, folder)] if downloaded else []),
     ]
@@ -508,7 +512,7 @@ def _machine(experiment: Experiment, model: _Model | None, findings: _Findings) 
     yield from _heading("Machine")
     device = None
     with findings.collecting():
-        chosen = choose_device(experiment.run, precision)
+        chosen = choose_device(experiment.run.plain(Compute), precision)
         require_devices(experiment.run, chosen)
         device = chosen
     if device is None:
@@ -596,7 +600,7 @@ def _estimate(
         return
     precision = experiment.model.precision
     try:
-        device = choose_device(experiment.run, precision)
+        device = choose_device(experiment.run.plain(Compute), precision)
         require_devices(experiment.run, device)
     except HelpsteerError:
         return  # the machine's section has said so

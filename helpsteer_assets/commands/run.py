@@ -13,7 +13,7 @@ import dagster as dg
 import pyarrow.parquet as pq
 
 from helpsteer_assets.assets.sources import described_model
-from helpsteer_assets.assets.status import Status, finished_folders, label, status, unfinished
+from helpsteer_assets.assets.status import Status, finished_folders, label, labels, status, unfinished
 from helpsteer_assets.assets.tradeoff import wide_summary
 from helpsteer_assets.commands.console import command_name, table_lines
 from helpsteer_assets.commands.disk import disk_need, in_words, needs_model, shortage
@@ -21,6 +21,7 @@ from helpsteer_assets.defs.assets import build_assets
 from helpsteer_assets.defs.checks import build_checks
 from helpsteer_assets.defs.jobs import build_jobs, phases
 from helpsteer_assets.defs.lab import Lab
+from helpsteer_assets.defs.up_to_date import UP_TO_DATE
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.execution.dagster_home import dagster_home, make_dagster_home, readable_database_errors
 from helpsteer_assets.execution.interrupts import ends_on_signal
@@ -28,6 +29,7 @@ from helpsteer_assets.execution.ray_cluster import on_ray
 from helpsteer_assets.execution.recovery import alive, cancel_runs, recovering
 from helpsteer_assets.experiment.settings import Experiment
 from helpsteer_assets.files.os_errors import readable_library_errors, readable_os_errors
+from helpsteer_assets.modpo.settings import Lora
 from helpsteer_assets.store.artifacts import ALL, Artifact
 
 _WIDTH = 110
@@ -223,9 +225,11 @@ def _announce_plan(
         from helpsteer_assets.modpo.models.loading import check_lengths, model_size
 
         folder = made["sft_model"] / "model" if "sft_model" in made else described_model(experiment, "model")
-        size = model_size(folder, experiment.lora, trust_remote_code=experiment.model.trust_remote_code)
+        size = model_size(folder, experiment.lora.plain(Lora), trust_remote_code=experiment.model.trust_remote_code)
         for key, needed in needed_lengths(experiment).items():
-            check_lengths(experiment.model, folder, needed, key)
+            check_lengths(
+                folder, needed, key, base=experiment.model.base, trust_remote_code=experiment.model.trust_remote_code
+            )
     need = disk_need(experiment, to_make, made, home, size)
     announce(_folded(in_words(need, home)))
     if problem := shortage(need, home):
@@ -245,7 +249,7 @@ def plan_lines(chosen: Iterable[Status]) -> Iterator[str]:
     for item in by_state.get("partial", []):
         yield f"to resume:  {label(item.asset, item.partition)} ({item.detail})"
     if to_compute := [item for item in chosen if item.state in ("missing", "out of date")]:
-        yield _folded(f"to compute: {'; '.join(_by_asset(to_compute))}")
+        yield _folded(f"to compute: {'; '.join(labels(to_compute))}")
     yield from (_folded(f"changed:    {reason}") for reason in _reasons(by_state.get("out of date", [])))
 
 
@@ -262,15 +266,6 @@ def _reasons(outdated: Iterable[Status]) -> Iterator[str]:
             if not any((reason if " -> " in reason else line) in earlier for earlier in told):
                 told.append(line)
                 yield line
-
-
-def _by_asset(items: Iterable[Status]) -> Iterator[str]:
-    """Assets with their weights: `modpo_models w=0.5, 0.8`."""
-    weights: dict[str, list[str]] = {}
-    for item in items:
-        weights.setdefault(item.asset, []).append(item.partition)
-    for asset, partitions in weights.items():
-        yield label(asset, ", ".join(partitions))
 
 
 def _folded(line: str) -> str:
@@ -299,6 +294,8 @@ def _announce_event(event: dg.DagsterEvent, announce: Callable[[str], None]) -> 
         announce(f"{event.step_key} failed: {described or data.error_display_string}")
     elif event.event_type == dg.DagsterEventType.ASSET_CHECK_EVALUATION:
         evaluation = event.asset_check_evaluation_data
+        if evaluation.check_name == UP_TO_DATE:
+            return  # the plan has said it
         warns = evaluation.severity == dg.AssetCheckSeverity.WARN
         verdict = "passed" if evaluation.passed else "warns" if warns else "FAILED"
         announce(f"check {evaluation.check_name} {verdict}: {evaluation.description}")

@@ -1,18 +1,17 @@
-"""Is what a home holds still what was computed? Every file against its digest, and the warehouse against the files.
+"""`helpsteer verify`: is a home still as it was computed? Files against their digests, the warehouse against the files.
 
-Changes nothing, and works in a home that cannot be written to. Imports neither Dagster nor torch, unless results are
-computed again.
+Changes nothing, and works in a home that cannot be written to. Imports neither Dagster nor torch, unless a sample is
+recomputed (oracle.py).
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from helpsteer_assets.assets.graph import Fingerprint, fingerprint_value, fingerprints
+from helpsteer_assets.assets.graph import fingerprint_value, fingerprints
 from helpsteer_assets.assets.status import label
-from helpsteer_assets.commands.recompute import Recomputed, Whole
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment.settings import Experiment
 from helpsteer_assets.files.os_errors import readable_os_errors
@@ -21,10 +20,15 @@ from helpsteer_assets.store.home import digest_cache
 from helpsteer_assets.store.locks import home_in_use
 from helpsteer_assets.store.warehouse import Warehouse
 
+if TYPE_CHECKING:
+    from helpsteer_assets.commands.oracle import Recomputed
+
+Whole = dict[tuple[str, str, str], Artifact]
+"""Artifacts that match their manifests, by asset, partition and fingerprint."""
+
 _RUN = "the next `helpsteer run`"
-_RECOMPUTED = f"{_RUN} that needs it sets it aside and computes it again"
 _SHOWN = 5
-"""Of findings of one kind that are only noted, so many are named."""
+"""At most so many names are listed in one note."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,7 @@ class Problem:
     """Something that is not as it was computed."""
 
     kind: str
-    """`damaged`, `missing`, `alien` (of another version, or in a place that is not its own), `warehouse`, `result`
-    (computed again, it comes out differently)."""
+    """`damaged`, `missing`, `alien` (written by a newer version), `warehouse`, or `result` (recomputed, it differs)."""
     subject: str
     """The artifact, file or table."""
     what: str
@@ -42,18 +45,18 @@ class Problem:
 
 @dataclass
 class Report:
-    """What was found."""
+    """The outcome for a whole home."""
 
     artifacts: int = 0
-    """Finished artifacts in the home, all of which were read whole."""
+    """Finished artifacts in the home; every file of them was read."""
     bytes: int = 0
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     made_with: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Versions, device and machine with which the experiment's artifacts were made: artifacts by value, by key."""
+    """Versions, device and machine of the experiment's artifacts: by key, the number of artifacts by value."""
     here: dict[str, str] = field(default_factory=dict)
-    """The same of this process, as far as they are known."""
-    recomputed: list[Recomputed] = field(default_factory=list)
+    """The same keys for this process, where it knows them."""
+    recomputed: "list[Recomputed]" = field(default_factory=list)
 
 
 def verify(
@@ -68,15 +71,15 @@ def verify(
     """Read every finished artifact of the home and all published tables, and report what is not as it was computed.
 
     Args:
-        experiment: its artifacts are those whose origin is reported, and which are computed again.
+        experiment: the origin of its artifacts is reported, and samples of them are recomputed.
         home: where results are kept.
-        samples: rows per policy (or asset) of the experiment that are computed again; 0: none.
+        samples: rows per artifact of the experiment that are recomputed; 0: none.
         seed: chooses the rows.
         log: gets lines about the progress.
         terminal: where a bar is drawn; None: nowhere.
 
     Raises:
-        HelpsteerError: the home is not there, or cannot be read at all.
+        HelpsteerError: the home does not exist, or cannot be read.
     """
     if not home.is_dir():
         raise HelpsteerError(f"{home} does not exist: nothing materialized yet; run `helpsteer run`")
@@ -98,7 +101,7 @@ def _verify(
         present = fingerprints(experiment, digest_cache(home))
     except HelpsteerError as error:
         present = {}
-        report.notes.append(f"which artifacts are those of experiment {experiment.name} cannot be told here: {error}")
+        report.notes.append(f"the artifacts of experiment {experiment.name} cannot be told from others: {error}")
     whole = _verify_artifacts(store, report, log, terminal)
     _note_lost_inputs(whole, report)
     _verify_registry(warehouse, whole, report)
@@ -110,7 +113,12 @@ def _verify(
     if present:
         report.notes.append(f"experiment {experiment.name}: {len(ours)} of {len(present)} assets and weights are there")
     if samples and present:
-        _recompute(experiment, present, whole, samples, seed, report, log, terminal)
+        from helpsteer_assets.commands.oracle import recompute
+
+        remedy = f"its files are as they were written: move its folder away, and {_RUN} computes it again"
+        for done in recompute(experiment, present, whole, samples, seed, log, terminal):
+            report.recomputed.append(done)
+            report.problems += [Problem("result", done.subject, what, remedy) for what in done.differences]
     _note_origin(ours, report)
     return report
 
@@ -122,14 +130,18 @@ def _verify_artifacts(
 
     finished: list[tuple[str, str, str]] = []
     others: Counter[str] = Counter()
-    for asset, partition, path in _folders(store.artifacts):
+    with readable_os_errors("read", store.artifacts):
+        paths = sorted(store.artifacts.glob("*/*/*"))
+    for path in paths:
+        if path.name.startswith("."):
+            continue  # it is being removed
         match = None if path.is_symlink() or not path.is_dir() else FOLDER.fullmatch(path.name)
         if match is None:
             report.notes.append(f"{path} is no artifact; nothing reads it")
         elif match["state"]:
             others["unfinished" if match["state"] == ".partial" else "set aside as damaged"] += 1
         else:
-            finished.append((asset, partition, path.name))
+            finished.append((path.parent.parent.name, path.parent.name, path.name))
     for state, count in others.items():
         report.notes.append(f"{count} {state} (`helpsteer status` and `helpsteer gc` tell more)")
     whole: Whole = {}
@@ -144,6 +156,7 @@ def _verify_artifacts(
 
 
 def _verify_artifact(store: ArtifactStore, name: tuple[str, str, str], report: Report) -> Artifact | None:
+    """The artifact where nothing is wrong with it."""
     asset, partition, fingerprint = name
     subject = f"{label(asset, partition)} {fingerprint}"
     try:
@@ -151,13 +164,14 @@ def _verify_artifact(store: ArtifactStore, name: tuple[str, str, str], report: R
     except HelpsteerError as error:
         report.problems.append(Problem("alien", subject, str(error), "nothing was changed"))
         return None
+    remedy = f"{_RUN} that needs it sets it aside and computes it again"
+    if artifact is not None and not wrong:
+        version, settings, inputs = (artifact.manifest.get(key, {}) for key in ("version", "settings", "inputs"))
+        if fingerprint_value(asset, version, settings, inputs) != fingerprint:
+            wrong = ["its manifest's version, settings and inputs are not those that its fingerprint stands for"]
+            remedy = f"remove {artifact.path}; {_RUN} computes it again"
     if wrong:
-        report.problems.append(Problem("damaged", subject, "; ".join(wrong), _RECOMPUTED))
-    elif artifact is not None and not _is_what_it_says(artifact):
-        wrong = ["its manifest's version, settings and inputs are not those that its fingerprint stands for"]
-        report.problems.append(
-            Problem("damaged", subject, wrong[0], f"remove {artifact.path}; {_RUN} computes it again")
-        )
+        report.problems.append(Problem("damaged", subject, "; ".join(wrong), remedy))
     if artifact is None:
         return None
     report.bytes += sum(entry["bytes"] for entry in artifact.manifest["files"].values())
@@ -165,23 +179,8 @@ def _verify_artifact(store: ArtifactStore, name: tuple[str, str, str], report: R
         files = (path.relative_to(artifact.path).as_posix() for path in artifact.path.rglob("*") if not path.is_dir())
         extra = sorted(set(files) - {MANIFEST, *artifact.manifest["files"]})
     if extra:
-        report.notes.append(f"{subject} has files that its manifest does not list: {', '.join(extra[:_SHOWN])}")
+        report.notes.append(f"{subject} has files that its manifest does not list: {_some(extra)}")
     return None if wrong else artifact
-
-
-def _is_what_it_says(artifact: Artifact) -> bool:
-    version, settings, inputs = (artifact.manifest.get(key, {}) for key in ("version", "settings", "inputs"))
-    stated = fingerprint_value(artifact.asset, version, settings, inputs)
-    return stated == artifact.fingerprint
-
-
-def _folders(artifacts: Path) -> Iterator[tuple[str, str, Path]]:
-    """What lies where artifacts lie: asset, partition and path."""
-    with readable_os_errors("read", artifacts):
-        for path in sorted(artifacts.glob("*/*/*")):
-            if path.name.startswith("."):
-                continue  # being removed
-            yield path.parent.parent.name, path.parent.name, path
 
 
 def _note_lost_inputs(whole: Whole, report: Report) -> None:
@@ -201,7 +200,7 @@ def _note_lost_inputs(whole: Whole, report: Report) -> None:
 
 
 def _verify_registry(warehouse: Warehouse, whole: Whole, report: Report) -> None:
-    """Does every latest materialization name an artifact that is there?"""
+    """Report registry entries that name no artifact, or another file than the artifact's."""
     entries, unreadable = warehouse.entries()
     remove = f"remove it; {_RUN} writes it anew"
     report.problems += [Problem("warehouse", "registry", what, remove) for what in unreadable]
@@ -211,7 +210,7 @@ def _verify_registry(warehouse: Warehouse, whole: Whole, report: Report) -> None
         subject = f"{label(asset, partition)} {entry['fingerprint']}"
         artifact = whole.get((asset, partition, entry["fingerprint"]))
         if artifact is None:
-            if subject not in damaged:  # told already
+            if subject not in damaged:  # else it is reported already
                 what = f"experiment {entry['experiment']} materialized it, and it is gone from {entry['path']}"
                 report.problems.append(Problem("missing", subject, what, f"{_RUN} computes it again"))
         elif entry["parquet"] not in (None, *(str(artifact.path / name) for name in artifact.manifest["files"])):
@@ -220,18 +219,18 @@ def _verify_registry(warehouse: Warehouse, whole: Whole, report: Report) -> None
 
 
 def _note_origin(artifacts: list[Artifact], report: Report) -> None:
-    """With which versions and on which machines the experiment's artifacts were made."""
+    """Note the versions and machines that made the experiment's artifacts, and where they differ."""
     made: dict[str, Counter[str]] = {}
     for artifact in artifacts:
-        # Only what loaded torch knows its device and threads; nothing else depends on them.
-        own = artifact.manifest.get("environment", {})
-        own = own if "threads" in own else {}
-        for key, value in {**artifact.manifest.get("versions", {}), **own}.items():
+        machine = artifact.manifest.get("environment", {})
+        if "threads" not in machine:  # made without torch: the machine does not matter
+            machine = {}
+        for key, value in {**artifact.manifest.get("versions", {}), **machine}.items():
             if value is not None:
                 made.setdefault(key, Counter())[str(value)] += 1
     here = environment()
     if "threads" not in here:
-        del here["device"]  # unknown before torch is there
+        del here["device"]  # unknown before torch is loaded
     here = {key: str(value) for key, value in {**versions(), **here}.items() if key in made and value is not None}
     report.made_with, report.here = {key: dict(values) for key, values in made.items()}, here
     for key, values in made.items():
@@ -242,30 +241,12 @@ def _note_origin(artifacts: list[Artifact], report: Report) -> None:
             report.notes.append(f"this machine differs in {key}: {here[key]} here, {told} when they were made")
 
 
-def _recompute(
-    experiment: Experiment,
-    present: dict[tuple[str, str], Fingerprint],
-    whole: Whole,
-    samples: int,
-    seed: int,
-    report: Report,
-    log: Callable[[str], None],
-    terminal: TextIO | None,
-) -> None:
-    from helpsteer_assets.commands.recompute import recompute
-
-    for done in recompute(experiment, present, whole, samples, seed, log, terminal):
-        report.recomputed.append(done)
-        remedy = f"its files are as they were written: move its folder away, and {_RUN} computes it again"
-        report.problems += [Problem("result", done.subject, what, remedy) for what in done.differences]
-
-
 def _some(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
 def lines(report: Report) -> Iterator[str]:
-    """The report for people; the last line is the verdict."""
+    """The report as text; the last line is the verdict."""
     for problem in report.problems:
         yield f"{problem.kind}: {problem.subject}: {problem.what}; {problem.remedy}"
     for note in report.notes:
@@ -275,17 +256,17 @@ def lines(report: Report) -> Iterator[str]:
         yield f"made with: {', '.join(made)}"
     for done in report.recomputed:
         difference = "" if done.largest is None else f", largest difference {done.largest:.2g} nats"
-        yield f"computed again: {done.subject}: {done.rows} rows{difference}" + (f" ({done.note})" if done.note else "")
+        yield f"recomputed: {done.subject}: {done.rows} rows{difference}" + (f" ({done.note})" if done.note else "")
     checked = f"{report.artifacts} artifacts ({report.bytes / 1e6:.1f} MB) and the warehouse"
     if report.problems:
         kinds = Counter(problem.kind for problem in report.problems)
         yield f"NOT WHOLE: {checked}: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     else:
-        yield f"whole: {checked}" + (", and the rows that were computed again" if report.recomputed else "")
+        yield f"whole: {checked}" + (", and the rows that were recomputed" if report.recomputed else "")
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """The report for programs."""
+    """The report as JSON."""
     nested = {
         "problems": [vars(problem) for problem in report.problems],
         "recomputed": [vars(done) for done in report.recomputed],

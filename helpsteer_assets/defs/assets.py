@@ -9,6 +9,7 @@ from helpsteer_assets.assets.stage import Stage
 from helpsteer_assets.defs.automation import GROUP, follows_inputs
 from helpsteer_assets.defs.lab import RETRIES, Lab
 from helpsteer_assets.defs.partitions import weight_partitions
+from helpsteer_assets.defs.up_to_date import up_to_date_spec
 from helpsteer_assets.execution.executor import GPU_POOL
 from helpsteer_assets.execution.ray_cluster import CPU_STEP, model_step
 from helpsteer_assets.experiment.settings import Experiment
@@ -38,6 +39,7 @@ def _asset(stage: Stage, experiment: Experiment) -> dg.AssetsDefinition:
         op_tags=model_step(experiment.run) if stage.loads_model else CPU_STEP,
         pool=GPU_POOL if stage.loads_model else None,
         retry_policy=RETRIES if stage.loads_model else None,
+        check_specs=[up_to_date_spec(stage.name)],
     )
     def materialize(context: dg.AssetExecutionContext, lab: dg.ResourceParam[Lab]) -> dg.MaterializeResult:
         return lab.materialize(stage, context)

@@ -65,7 +65,7 @@ def follows_inputs(experiment: Experiment, stage: Stage) -> dg.AutomationConditi
     ).with_label("follows its inputs")
 
 
-def build_sensors(experiment: Experiment) -> list[dg.AutomationConditionSensorDefinition]:
+def build_automation(experiment: Experiment) -> list[dg.AutomationConditionSensorDefinition]:
     """The sensor that looks at the conditions; none where the automation is off."""
     if not experiment.run.automation:
         return []

@@ -18,8 +18,9 @@ from helpsteer_assets.assets.graph import Fingerprint, fingerprints, stages
 from helpsteer_assets.assets.loaded import LoadedModels, release_memory
 from helpsteer_assets.assets.run import StageRun
 from helpsteer_assets.assets.stage import Inputs, Metrics, Stage
-from helpsteer_assets.assets.status import label, partial_progress
+from helpsteer_assets.assets.status import Status, label, labels, partial_progress, status
 from helpsteer_assets.defs.metadata import describe, rounded
+from helpsteer_assets.defs.up_to_date import up_to_date_result
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment.settings import Experiment
 from helpsteer_assets.modpo.progress import ProgressReporter
@@ -101,8 +102,10 @@ class Lab:
                 parquet=artifact.file(stage.file) if stage.file else None,
                 publish=self._publish_reused or not reused,
             )
+            up_to_date = up_to_date_result(self.experiment, self.store.home, stage.name)
         return dg.MaterializeResult(
             data_version=dg.DataVersion(fingerprint.value),
+            check_results=[up_to_date],
             metadata={
                 **rounded(describe(stage.name, artifact, step.inputs, self.experiment)),
                 **self._table_metadata(stage, artifact),
@@ -129,7 +132,7 @@ class Lab:
                 present = self.fingerprints()
                 fingerprint = present[stage.name, partition]
                 with home_in_use(self.store.home, name, lambda message: log(f"{name}: {message}")):
-                    inputs = self._inputs(stage, fingerprint, name)
+                    inputs = self._inputs(stage, fingerprint)
                     if stage.gate is not None:
                         stage.gate(self.experiment, inputs)
                     yield _Step(present, fingerprint, inputs, name, log)
@@ -180,23 +183,29 @@ class Lab:
             finally:
                 release_memory()
 
-    def _inputs(self, stage: Stage, fingerprint: Fingerprint, name: str) -> Inputs:
+    def _inputs(self, stage: Stage, fingerprint: Fingerprint) -> Inputs:
+        found: dict[str, dict[str, Artifact]] = {}
+        for look_up in (self.store.find, self.store.get):  # the second hashes what may be gigabytes
+            found = {
+                asset: {w: artifact for w, value in wanted.items() if (artifact := look_up(asset, w, value))}
+                for asset, wanted in fingerprint.inputs.items()
+            }
+            missing = {(asset, w) for asset, wanted in fingerprint.inputs.items() for w in wanted.keys() - found[asset]}
+            if missing:
+                raise HelpsteerError(self._what_is_missing(label(stage.name, fingerprint.partition), missing))
         return {
-            asset: {w: self._input(asset, w, value, name) for w, value in partitions.items()}
-            if self.graph[asset].partitioned and not stage.partitioned
-            else self._input(asset, *next(iter(partitions.items())), name)
-            for asset, partitions in fingerprint.inputs.items()
+            asset: artifacts if self.graph[asset].partitioned and not stage.partitioned else artifacts.popitem()[1]
+            for asset, artifacts in found.items()
         }
 
-    def _input(self, asset: str, partition: str, value: str, reader: str) -> Artifact:
-        artifact = self.store.get(asset, partition, value)
-        if artifact is None:
-            needed = asset if partition == ALL else f"{asset} for w={partition}"
-            raise HelpsteerError(
-                f"{reader} needs {needed}, which is not there: not materialized with the present settings, or "
-                "damaged and set aside, as a warning above says; materialize it (in the UI, or by `helpsteer run`)"
-            )
-        return artifact
+    def _what_is_missing(self, reader: str, missing: set[tuple[str, str]]) -> str:
+        reasons: dict[str, list[Status]] = {}
+        for item in status(self.experiment, self.store.home, {asset for asset, _ in missing}):
+            if (item.asset, item.partition) in missing:
+                reason = f"{item.state}: {item.detail}" if item.detail else item.state
+                reasons.setdefault(reason, []).append(item)
+        needed = "; ".join(f"{' and '.join(labels(items))} ({reason})" for reason, items in reasons.items())
+        return f"{reader} needs {needed}; materialize these first, in the UI or by `helpsteer run`"
 
     def _table_metadata(self, stage: Stage, artifact: Artifact) -> dict[str, Any]:
         if stage.table is None or stage.file is None:

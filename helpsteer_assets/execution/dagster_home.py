@@ -13,7 +13,7 @@ from pathlib import Path
 
 import dagster as dg
 import yaml
-from dagster._check import CheckError
+from dagster_shared.check import CheckError
 from sqlalchemy.exc import DBAPIError
 
 from helpsteer_assets.errors import HelpsteerError

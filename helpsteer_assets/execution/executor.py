@@ -15,8 +15,8 @@ from helpsteer_assets.execution.recovery import MarkedRuns
 GPU_POOL = "gpu"
 """Pool of the steps that load a model; its limit (dagster.yaml) is how many of them run at once."""
 
-STEP_MODULES = ("dagster._core.storage.sqlite_storage", "helpsteer_assets.definitions")
-"""What every step imports: Dagster's storage and the code location."""
+STEP_MODULES = ("alembic.command", "sqlalchemy.dialects.sqlite", "helpsteer_assets.definitions")
+"""What every step imports: the code location, and the largest libraries behind Dagster's storage."""
 
 MODEL_MODULES = (
     "helpsteer_assets.modpo.generation.responses",
@@ -46,7 +46,7 @@ def chosen_executor() -> dg.ExecutorDefinition:
 
 @dg.executor(
     name="multiprocess",
-    config_schema=dg.multiprocess_executor.config_schema,
+    config_schema=dg.multiprocess_executor.config_schema.as_field(),
     requirements=dg.multiple_process_executor_requirements(),
 )
 def step_executor(context: dg.InitExecutorContext) -> dg.Executor:
@@ -57,4 +57,6 @@ def step_executor(context: dg.InitExecutorContext) -> dg.Executor:
     loads_model = GPU_POOL in context.job.get_definition().graph.pools
     preloaded = [*STEP_MODULES, *(MODEL_MODULES if loads_model else ())]
     config = {"start_method": {"forkserver": {"preload_modules": preloaded}}, **context.executor_config}
-    return MarkedRuns(dg.multiprocess_executor.executor_creation_fn(context._replace(executor_config=config)))
+    create = dg.multiprocess_executor.executor_creation_fn
+    assert create is not None
+    return MarkedRuns(create(context._replace(executor_config=config)))

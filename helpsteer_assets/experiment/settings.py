@@ -7,8 +7,9 @@ result and enter no fingerprint: `run` (how things run) and `checks` (thresholds
 
 import re
 from collections import Counter
+from dataclasses import fields
 from decimal import Decimal, InvalidOperation
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -23,7 +24,13 @@ from pydantic import (
 
 MOST_MISTAKES = 20
 Attribute = Literal["helpfulness", "correctness", "coherence", "complexity", "verbosity", "overall"]
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 _INHERITED = "in a file that extends another, set it to null"
+
+
+Plain = TypeVar("Plain", bound="DataclassInstance")
 
 
 def canonical_weight(value: object) -> str:
@@ -49,6 +56,10 @@ class Section(BaseModel):
     """Strict and closed: a wrong type or an unknown key is an error, never a guess."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    def plain(self, kind: type[Plain]) -> Plain:
+        """The same settings for the library, which knows no experiment: a dataclass of modpo/settings.py."""
+        return kind(**{field.name: getattr(self, field.name) for field in fields(kind)})
 
 
 class DataSettings(Section):
@@ -366,19 +377,6 @@ class EvaluationSettings(Section):
         "responses that are evaluated. 0: no estimate.",
     )
     bootstrap_samples: int = Field(2000, ge=100, description="Resamples of the prompts behind every interval.")
-    shards: int = Field(
-        1,
-        ge=1,
-        le=256,
-        description="Steps among which a policy's responses are divided, for several GPUs or machines to make at the "
-        "same time. In fp32 the responses are the same for any number.",
-    )
-
-    @model_validator(mode="after")
-    def _shards_have_prompts(self) -> "EvaluationSettings":
-        if self.shards > self.prompts:
-            raise ValueError(f"shards ({self.shards}) must not be more than prompts ({self.prompts})")
-        return self
 
 
 class CheckSettings(Section):
@@ -422,9 +420,6 @@ class RunSettings(Section):
         description="Tokens in one forward and backward pass of the preference trainings: a batch with more is done "
         "in several. Scoring, which keeps no activations, takes four times as many. null: 1024 on a CPU, 4096 on a "
         "GPU.",
-    )
-    compile: bool = Field(
-        False, description="torch.compile the layers' MLPs and norms in trainings; it costs a minute at the start."
     )
     gpus: float = Field(
         1.0,

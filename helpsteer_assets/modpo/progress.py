@@ -1,4 +1,4 @@
-"""How long work reports where it stands."""
+"""Progress of long work: in numbers, in a log, and as a bar on a terminal."""
 
 import time
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def silent(done: int, total: int, **numbers: float) -> None:
 
 
 LOG_INTERVAL_S = 10.0
-"""At least so many seconds lie between two lines of a log."""
+"""Seconds that lie between two lines of a log at least."""
 
 
 class ProgressReporter:
@@ -42,8 +42,8 @@ class ProgressReporter:
         """Show where the work stands."""
         now = time.monotonic()
         if self._first is None or total != self._total or done < self._done:
-            # The first call (what an earlier attempt had done says nothing about this one's speed), or the next part
-            # of the work, which counts anew.
+            # The first call, or the next part of the work, which counts anew. The speed is measured from here: work
+            # that an earlier attempt has done says nothing about it.
             self._first = (done, now)
             self._close()
         self._done, self._total = done, total

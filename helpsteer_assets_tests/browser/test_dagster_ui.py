@@ -7,13 +7,8 @@ import json
 import os
 import re
 import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,44 +22,31 @@ from helpsteer_assets.experiment.reading import load_experiment
 from helpsteer_assets.modpo.training.checkpoints import checkpoint_progress
 from helpsteer_assets.store.artifacts import CHECKPOINTS, Artifact, ArtifactStore
 from helpsteer_assets.store.warehouse import Warehouse
-from helpsteer_assets_tests.assets.conftest import write_experiment
 from helpsteer_assets_tests.browser.conftest import FAILED
-from helpsteer_assets_tests.faults.ui_faults import descendants
+from helpsteer_assets_tests.finished import write_experiment
+from helpsteer_assets_tests.ui import Ui, wait
 
-ROOT = Path(__file__).parents[2]
 GRID = ["0.1", "0.9"]
 NEW = "0.5"
 """A weight that joins the grid in the middle of the story."""
-SOON, LATE = 20.0, 800.0
-"""Seconds for a page to show what is there, and for a backfill to end; Dagster looks at it every 30 seconds."""
+SOON = 20.0
+"""Seconds for a page to show what is there."""
+TICKS = 90.0
+"""Seconds for the page to show what the sensor `up_to_date` is to find."""
 
 expect.set_options(timeout=SOON * 1000)
 
 
-class Ui:
-    """A running `helpsteer ui`, its experiment and its home."""
+class HomeUi(Ui):
+    """The UI, the experiment's file and the home that it shows."""
 
     def __init__(self, folder: Path) -> None:
-        self.home, self._folder = folder / "home", folder
-        self.path = write_experiment(folder)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        self.log = folder / "ui.log"
-        code = "from helpsteer_assets.cli import entry; entry()"
-        with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", code, "-e", str(self.path), "ui", "--port", str(port)],
-                env=os.environ | {"PYTHONPATH": str(ROOT), "HELPSTEER_HOME": str(self.home)},
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+        self.path, self.home = write_experiment(folder), folder / "home"
+        super().__init__(self.path, self.home)
 
     def change(self, **changes: Any) -> None:
         """Write the experiment's file anew."""
-        write_experiment(self._folder, **changes)
+        write_experiment(self.path.parent, **changes)
 
     def status(self) -> list[Status]:
         return status(load_experiment(str(self.path)), self.home)
@@ -84,61 +66,23 @@ class Ui:
     def runs(self) -> dict[str, dict[str, Any]]:
         """Dagster's runs by id, the latest first."""
         query = "{ runsOrError { ... on Runs { results { id status assetSelection { path } tags { key value } } } } }"
-        found = self._ask(query)["runsOrError"]["results"]
+        found = self.ask(query)["runsOrError"]["results"]
         return {run["id"]: run | {"tags": {tag["key"]: tag["value"] for tag in run["tags"]}} for run in found}
-
-    def backfills(self) -> dict[str, str]:
-        """Status by id, the latest first."""
-        query = "{ partitionBackfillsOrError { ... on PartitionBackfills { results { id status } } } }"
-        return {item["id"]: item["status"] for item in self._ask(query)["partitionBackfillsOrError"]["results"]}
-
-    def is_ready(self) -> bool:
-        assert self._process.poll() is None, self.log.read_text()
-        with suppress(OSError):
-            query = "{ repositoriesOrError { ... on RepositoryConnection { nodes { name } } } }"
-            return bool(self._ask(query)["repositoriesOrError"].get("nodes"))
-        return False
-
-    def close(self) -> None:
-        """End it as Ctrl-C does, then whatever is left of it."""
-        below = descendants(self._process.pid)
-        self._process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(20)
-        for pid in {self._process.pid, *below, *descendants(self._process.pid)}:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self._process.wait()
-
-    def _ask(self, query: str) -> dict[str, Any]:
-        body = json.dumps({"query": query}).encode()
-        request = urllib.request.Request(f"{self.url}/graphql", body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            data: dict[str, Any] = json.load(answer)["data"]
-        return data
-
-
-def wait(condition: Callable[[], object], what: str, seconds: float = LATE) -> None:
-    """Until the condition holds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(0.2)
 
 
 @pytest.fixture(scope="module")
-def ui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ui]:
+def ui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HomeUi]:
     """The UI on an empty home."""
-    ui = Ui(tmp_path_factory.mktemp("ui"))
+    ui = HomeUi(tmp_path_factory.mktemp("ui"))
     try:
-        wait(ui.is_ready, "the UI to start", 120)
+        ui.wait_until_ready()
         yield ui
     finally:
         ui.close()
 
 
 @pytest.fixture(autouse=True)
-def _log_of_a_failure(ui: Ui, request: pytest.FixtureRequest) -> Iterator[None]:
+def _log_of_a_failure(ui: HomeUi, request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if request.node.stash.get(FAILED, False):
         print(ui.log.read_text(errors="replace")[-20_000:])
@@ -153,7 +97,7 @@ def launch(page: Page, button: str, weights: str, launches: str) -> None:
     expect(window).to_be_hidden()
 
 
-def launch_backfill(ui: Ui, page: Page, button: str) -> str:
+def launch_backfill(ui: HomeUi, page: Page, button: str) -> str:
     """Of the whole grid; returns when it has ended well, with its id."""
     before = set(ui.backfills())
     launch(page, button, "All", "Launch backfill")
@@ -165,7 +109,7 @@ def launch_backfill(ui: Ui, page: Page, button: str) -> str:
 
 
 @contextmanager
-def held_at_a_checkpoint(ui: Ui, asset: str, weight: str) -> Iterator[None]:
+def held_at_a_checkpoint(ui: HomeUi, asset: str, weight: str) -> Iterator[None]:
     """A training stands still after its first checkpoint, for as long as the block lasts."""
     fingerprint = ui.fingerprint(asset, weight)
     checkpoints = ArtifactStore(ui.home).partial(asset, weight, fingerprint) / CHECKPOINTS
@@ -187,7 +131,7 @@ def lies_in_sight(image: Locator) -> bool:
     return width > 0 and box is not None and box["width"] > 100 and box["height"] > 100
 
 
-def test_everything_is_materialized_from_the_graph_on_an_empty_home(ui: Ui, page: Page) -> None:
+def test_everything_is_materialized_from_the_graph_on_an_empty_home(ui: HomeUi, page: Page) -> None:
     found = re.search(r"the graph: (\S+)", ui.log.read_text())
     assert found is not None, "`helpsteer ui` names the graph's address"
     page.goto(found[1])
@@ -204,12 +148,13 @@ def test_everything_is_materialized_from_the_graph_on_an_empty_home(ui: Ui, page
     assert rows == [(0.1, 8), (0.9, 8)]
 
 
-def test_no_automation_is_there_unless_it_is_switched_on(ui: Ui, page: Page) -> None:
+def test_no_automation_is_there_unless_it_is_switched_on(ui: HomeUi, page: Page) -> None:
     page.goto(f"{ui.url}/automation")
-    expect(page.get_by_text("No automations", exact=True)).to_be_visible()
+    expect(page.get_by_text("up_to_date", exact=True)).to_be_visible()
+    expect(page.get_by_text("Automation condition sensor")).to_be_hidden()
 
 
-def test_two_weights_are_backfilled_by_the_job_and_taken_from_the_store(ui: Ui, page: Page) -> None:
+def test_two_weights_are_backfilled_by_the_job_and_taken_from_the_store(ui: HomeUi, page: Page) -> None:
     scores = "SELECT * EXCLUDE (run_id) FROM scores WHERE policy = 'modpo' ORDER BY w, prompt_id"
     before, grid = ui.query(scores), phases(load_experiment(str(ui.path)))["tradeoff_grid"]
     page.goto(f"{ui.url}/locations/helpsteer_assets.definitions/jobs/tradeoff_grid")
@@ -221,7 +166,7 @@ def test_two_weights_are_backfilled_by_the_job_and_taken_from_the_store(ui: Ui, 
     assert ui.query(scores) == before
 
 
-def test_checks_show_their_verdict_in_words(ui: Ui, page: Page) -> None:
+def test_checks_show_their_verdict_in_words(ui: HomeUi, page: Page) -> None:
     page.goto(f"{ui.url}/assets/margin_adapter?view=checks")
     expect(page.get_by_text("This is a blocking asset check.")).to_be_visible()
     expect(page.get_by_text(re.compile(r"chosen beats rejected in [\d.]+% of \d+ validation pairs"))).to_be_visible()
@@ -234,14 +179,14 @@ def test_checks_show_their_verdict_in_words(ui: Ui, page: Page) -> None:
 @pytest.mark.parametrize(
     ("asset", "plot"), [("tradeoff", "front"), ("tradeoff_report", "kl"), ("modpo_models", "loss_curve")]
 )
-def test_plots_are_seen_in_the_metadata(ui: Ui, page: Page, asset: str, plot: str) -> None:
+def test_plots_are_seen_in_the_metadata(ui: HomeUi, page: Page, asset: str, plot: str) -> None:
     page.goto(f"{ui.url}/assets/{asset}")
     row = page.get_by_role("row").filter(has=page.get_by_text(plot, exact=True))
     row.get_by_text("[Show Markdown]").click()
     assert lies_in_sight(page.get_by_role("dialog").locator("img"))
 
 
-def test_the_report_of_a_run_opens_without_a_complaint(ui: Ui, page: Page) -> None:
+def test_the_report_of_a_run_opens_without_a_complaint(ui: HomeUi, page: Page) -> None:
     complaints: list[str] = []
     page.on("console", lambda message: complaints.append(message.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))
@@ -256,7 +201,7 @@ def test_the_report_of_a_run_opens_without_a_complaint(ui: Ui, page: Page) -> No
     assert complaints == []
 
 
-def test_numbers_are_plotted_over_weights(ui: Ui, page: Page) -> None:
+def test_numbers_are_plotted_over_weights(ui: HomeUi, page: Page) -> None:
     page.goto(f"{ui.url}/assets/scores")
     page.get_by_role("button", name="Plots").click()
     expect(page.get_by_text("mean_margin_reward", exact=True)).to_be_visible()
@@ -264,7 +209,7 @@ def test_numbers_are_plotted_over_weights(ui: Ui, page: Page) -> None:
 
 
 @pytest.mark.parametrize("weight", GRID)
-def test_the_metadata_of_a_weight_are_the_warehouses_numbers(ui: Ui, page: Page, weight: str) -> None:
+def test_the_metadata_of_a_weight_are_the_warehouses_numbers(ui: HomeUi, page: Page, weight: str) -> None:
     page.goto(f"{ui.url}/assets/scores?view=partitions&partition={weight}")
     ((words, tokens),) = ui.query(
         f"SELECT avg(response_words), avg(response_tokens) FROM scores WHERE policy = 'modpo' AND w = {weight}"
@@ -275,7 +220,7 @@ def test_the_metadata_of_a_weight_are_the_warehouses_numbers(ui: Ui, page: Page,
     expect(page.get_by_text(ui.fingerprint("scores", weight), exact=True)).to_be_visible()
 
 
-def test_the_lineage_of_scores_leads_up_to_the_ratings(ui: Ui, page: Page) -> None:
+def test_the_lineage_of_scores_leads_up_to_the_ratings(ui: HomeUi, page: Page) -> None:
     page.goto(f"{ui.url}/assets/scores")
     for above in ("modpo_models", "sft_model", "preference_pairs", "helpsteer_ratings"):
         page.get_by_role("link", name=above).first.click()
@@ -283,11 +228,21 @@ def test_the_lineage_of_scores_leads_up_to_the_ratings(ui: Ui, page: Page) -> No
     expect(page.get_by_text(ui.fingerprint("helpsteer_ratings", "all"), exact=True)).to_be_visible()
 
 
-def test_a_changed_setting_marks_what_is_out_of_date(ui: Ui, page: Page) -> None:
-    page.goto(f"{ui.url}/assets/score_summary")
-    expect(page.get_by_text("Latest materialization")).to_be_visible()
-    expect(page.get_by_text("Unsynced")).to_be_hidden()
+def test_a_changed_setting_shows_in_the_checks_with_its_weights_and_values(ui: HomeUi, page: Page) -> None:
+    page.goto(f"{ui.url}/assets/scores?view=checks")
+    expect(page.get_by_text("w=0.1, 0.9: up to date")).to_be_visible()
+    ui.change(objective={"beta": 0.3})
+    words = "w=0.1, 0.9: modpo_models: objective.beta 0.2 -> 0.3"
+    expect(page.get_by_text(words)).to_be_visible(timeout=TICKS * 1000)
+    expect(page.get_by_text("Failed", exact=True).first).to_be_visible()
+    page.goto(f"{ui.url}/assets/score_summary?view=lineage")
+    expect(page.get_by_text("0 / 1 Passed").first).to_be_visible()
+
+
+def test_a_changed_grid_asks_for_a_reload_and_then_marks_what_is_out_of_date(ui: HomeUi, page: Page) -> None:
     ui.change(objective={"weights": [0.1, float(NEW), 0.9]}, run={"automation": True})
+    page.goto(f"{ui.url}/assets/scores?view=checks")
+    expect(page.get_by_text("-> 0.1, 0.5, 0.9: reload the definitions")).to_be_visible(timeout=TICKS * 1000)
     page.goto(f"{ui.url}/asset-groups")
     page.get_by_role("button", name="Reload definitions").click()
     expect(page.get_by_text("Definitions reloaded!")).to_be_visible()
@@ -299,7 +254,7 @@ def test_a_changed_setting_marks_what_is_out_of_date(ui: Ui, page: Page) -> None
     assert "objective.weights" in summary.detail
 
 
-def test_a_training_that_is_terminated_goes_on_when_it_is_executed_again(ui: Ui, page: Page) -> None:
+def test_a_training_that_is_terminated_goes_on_when_it_is_executed_again(ui: HomeUi, page: Page) -> None:
     before = set(ui.runs())
     page.goto(f"{ui.url}/assets/modpo_models")
     launch(page, "Materialize", "Missing", "Launch 1 run")
@@ -324,7 +279,7 @@ def test_a_training_that_is_terminated_goes_on_when_it_is_executed_again(ui: Ui,
     wait(lambda: ui.runs()[again["id"]]["status"] == "SUCCESS", "the run to end", SOON)
 
 
-def test_what_was_trained_is_evaluated_without_a_click(ui: Ui, page: Page) -> None:
+def test_what_was_trained_is_evaluated_without_a_click(ui: HomeUi, page: Page) -> None:
     page.goto(f"{ui.url}/automation")
     expect(page.get_by_text("Automation condition sensor")).to_be_visible()
     wait(lambda: not ui.unfinished(), "the scores, the summary and the trade-off")

@@ -1,30 +1,19 @@
-"""The fault campaign: one fault at a time over the real graph, the same command again, and a comparison.
+"""One fault at a time on the real graph, the same command again, and a comparison with a run that nothing happened to.
 
-A trial gets a fresh home, does its harm there, and is then finished by `helpsteer run`, undisturbed. It survives if
-the home is then the same as one that was never disturbed: fingerprints, bytes of every file, metrics, rows of every
-table, names of all files (so no temporary is left, and nothing is missing), no lock held, no run or pool slot of
-Dagster's still taken. What was computed again is counted.
-
-How to add a fault: write a function in a module `<topic>_faults.py` of this folder; the campaign finds it.
+How to add a fault: write a function in faults.py.
 
     @fault("a damaged manifest")
     def damaged_manifest(trial: Trial) -> None:
-        asset = trial.random.choice(trial.assets)       # every random choice comes from trial.random
-        trial.begin_with("scores")                      # what comes before `scores` is there, finished
-        command = trial.start("run")                    # `helpsteer run` in a process of its own, in its own group
-        trial.wait(lambda: ..., "the scores to begin")  # generous deadline, no sleeping by hand
-        command.send(signal.SIGKILL)                    # dead when this returns
-        trial.note = f"killed while making {asset}"     # what was done, for the report of a failure
-        (trial.home / ...).write_bytes(b"")             # harm of another kind
+        trial.choose("scores")                             # one of its weights; what comes before it is there, finished
+        trial.run(partial(act_at, trial.home, trial.moment(), kill))  # the command, with harm done in its process
+        (trial.home / ...).write_bytes(b"")                # or harm of another kind
+        trial.note = "..."                                 # for the report of a failure
 
-The harness does the rest. A fault that has promises of its own asserts them; an AssertionError fails the trial. A
-process that needs other circumstances (a limit, a lower user, a patched clock) gets `before=`: a picklable function of
-a module, called in the process before the command. A home of another kind (small, read-only, oddly named) is made by
-assigning `trial.home`; what must be taken down again goes to `trial.cleanup`, an ExitStack.
+Every random choice comes from `trial.random`, so that a seed repeats a trial. `judge` does the rest; a fault that has
+promises of its own asserts them.
 """
 
 import hashlib
-import json
 import multiprocessing
 import os
 import random
@@ -34,11 +23,10 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -46,44 +34,37 @@ import dagster as dg
 import duckdb
 import yaml
 
-from helpsteer_assets.assets.graph import Fingerprint, fingerprints
+from helpsteer_assets.assets.graph import fingerprints
 from helpsteer_assets.execution.dagster_home import dagster_home
 from helpsteer_assets.execution.executor import MODEL_MODULES, STEP_MODULES
 from helpsteer_assets.experiment.reading import load_experiment
-from helpsteer_assets.experiment.settings import Experiment
+from helpsteer_assets.modpo.training.checkpoints import checkpoint_progress
 from helpsteer_assets.store.artifacts import ALL, ArtifactStore
-from helpsteer_assets.store.locks import lock_if_free
-from helpsteer_assets_tests.faults import operations
+from helpsteer_assets_tests.faults.moments import BEFORE_ALL, Moment, note_operations
+from helpsteer_assets_tests.processes import descendants
 
+NAME = "faults"
 EXPERIMENT: dict[str, Any] = {
     "extends": "demo",
-    "name": "faults",
-    "data": {"max_train_prompts": 40, "max_validation_prompts": 8},
+    "name": NAME,
+    "data": {"max_train_prompts": 24, "max_validation_prompts": 6},
     "objective": {"weights": [0.1, 0.9]},
     "sft": {"steps": 4, "evaluate_every": 1, "batch_size": 4},
-    "margin_adapter": {"steps": 6, "evaluate_every": 2, "batch_size": 4},
-    "modpo": {"steps": 8, "evaluate_every": 2, "batch_size": 4},
-    "generation": {"max_new_tokens": 24},
-    "evaluation": {"prompts": 6, "bootstrap_samples": 100},
+    "margin_adapter": {"steps": 4, "evaluate_every": 2, "batch_size": 4},
+    "modpo": {"steps": 6, "evaluate_every": 2, "batch_size": 4},
+    "generation": {"max_new_tokens": 12},
+    "evaluation": {"prompts": 4, "bootstrap_samples": 100},
     "checks": {"margin_adapter_min_accuracy": 0.0},
 }
 """The whole graph, with several checkpoints in each training, in some ten seconds."""
 
 DEADLINE = 300
 """Seconds that anything may take before it counts as hung."""
-WORK = "work.jsonl"
-"""In a trial's folder: what its processes computed."""
-OPERATIONS = "operations.jsonl"
-"""In the undisturbed folder: what its process did to files of the home."""
-DAMAGED = re.compile(r"\.damaged-\d+")
-"""In the name of what was set aside because its bytes were not what they had been."""
+TRACEBACK = re.compile(r'Traceback|^ +File "', re.MULTILINE)
 
-being_made = ""
-"""In a command's process: the latest artifact that it set about, `<asset> <partition>`."""
-
-Hook = Callable[[], None]
-Operation = tuple[str, str]
-"""What was done to a file, and the file's path in the home."""
+Key = tuple[str, str]
+"""Asset and partition."""
+Hook = Callable[[], object]
 
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload([*STEP_MODULES, *MODEL_MODULES, "helpsteer_assets.commands.run", __name__])
@@ -92,66 +73,46 @@ _processes.set_forkserver_preload([*STEP_MODULES, *MODEL_MODULES, "helpsteer_ass
 class Command:
     """A `helpsteer` process, forked from one that has imported the libraries, with a session of its own."""
 
-    def __init__(self, arguments: list[str], log: Path, work: Path, before: Hook | None) -> None:
-        self.log = log
-        self._process = _processes.Process(target=_helpsteer, args=(arguments, log, work, before))
+    def __init__(self, arguments: list[str], log: Path, before: Hook | None) -> None:
+        self._log = log
+        self._process = _processes.Process(target=_helpsteer, args=(arguments, log, before))
         self._process.start()
         assert self._process.pid is not None
         self.pid: int = self._process.pid
 
     @property
     def output(self) -> str:
-        """What it has printed so far, both streams."""
-        return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
+        """Both streams, as far as it has printed them."""
+        return self._log.read_text(encoding="utf-8", errors="replace") if self._log.exists() else ""
 
     @property
     def running(self) -> bool:
         return self._process.is_alive()
 
     def send(self, number: int) -> None:
-        """Send a signal; SIGKILL is waited for."""
         with suppress(ProcessLookupError):
             os.kill(self.pid, number)
-        if number == signal.SIGKILL:
-            self.wait()
 
     def wait(self) -> int:
-        """Its exit code; the negative number of the signal that killed it."""
+        """The exit code; the negative number of the signal that killed it."""
         self._process.join(DEADLINE)
         if self._process.exitcode is None:
             self.send(signal.SIGKILL)
-            raise AssertionError(f"hung: {self.output[-2000:]}")
+            raise AssertionError(f"it hung: {self.output[-2000:]}")
         return self._process.exitcode
 
 
-def _start_server() -> None:
-    """Start the process that commands are forked from; what it says at its end, of leaks in libraries, is nobody's."""
-    sys.stdout.flush()
-    streams = {number: os.dup(number) for number in (1, 2)}
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for number in streams:
-        os.dup2(nowhere, number)
-    try:
-        forkserver.ensure_running()
-    finally:
-        for number, stream in streams.items():
-            os.dup2(stream, number)
-            os.close(stream)
-        os.close(nowhere)
-
-
-def _helpsteer(arguments: list[str], log: Path, work: Path, before: Hook | None) -> None:
+def _helpsteer(arguments: list[str], log: Path, before: Hook | None) -> None:
     """The command line, as the process that `arguments` would start."""
     os.setsid()
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which is ignored under nohup
+    for number in (signal.SIGINT, signal.SIGHUP):  # ignored in the background of a script, and under nohup
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    os.close(descriptor)
     sys.stdout = os.fdopen(1, "w", buffering=1, encoding="utf-8", closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8", closefd=False)
     sys.argv = ["helpsteer", *arguments]
-    _count_work(work)
     if before is not None:
         before()
     from helpsteer_assets.cli import entry
@@ -159,56 +120,19 @@ def _helpsteer(arguments: list[str], log: Path, work: Path, before: Hook | None)
     entry()
 
 
-def _count_work(file: Path) -> None:
-    """Note each optimizer step, and each batch of rows that a scoring or a generation finished, by artifact."""
-    from torch.optim.optimizer import register_optimizer_step_post_hook
-
-    from helpsteer_assets.files.rows import ResumableRows
-
-    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    build, append = ArtifactStore.build, ResumableRows.append
-
-    def note(kind: str, count: int) -> None:
-        os.write(descriptor, json.dumps([being_made, kind, count]).encode() + b"\n")
-
-    def building(self: ArtifactStore, asset: str, partition: str, *arguments: Any, **options: Any) -> Any:
-        global being_made
-        being_made = f"{asset} {partition}"
-        return build(self, asset, partition, *arguments, **options)
-
-    def appending(self: ResumableRows, rows: list[dict[str, Any]]) -> None:
-        note("rows", len(rows))
-        append(self, rows)
-
-    register_optimizer_step_post_hook(lambda *_: note("steps", 1))
-    ArtifactStore.build = building  # type: ignore[method-assign]
-    ResumableRows.append = appending  # type: ignore[method-assign]
-
-
-def work_done(folder: Path) -> Counter[tuple[str, str]]:
-    """Optimizer steps and rows that the processes of a folder computed, by artifact and kind."""
-    done: Counter[tuple[str, str]] = Counter()
-    if (folder / WORK).exists():
-        for line in (folder / WORK).read_text(encoding="utf-8").splitlines():
-            artifact, kind, count = json.loads(line)
-            done[artifact, kind] += count
-    return done
-
-
 @dataclass(frozen=True)
 class Undisturbed:
-    """A finished run that nothing happened to, and what trials are compared with."""
+    """A finished run that nothing happened to."""
 
     folder: Path
 
     @classmethod
     def make(cls, folder: Path) -> "Undisturbed":
-        _start_server()
         folder.mkdir(parents=True, exist_ok=True)
         made = cls(folder)
         made.experiment_file.write_text(yaml.safe_dump(EXPERIMENT), encoding="utf-8")
-        traced = partial(operations.trace, made.home, folder / OPERATIONS)
-        command = Command(made.arguments(made.home, "run"), folder / "log", folder / WORK, traced)
+        noted = partial(note_operations, made.home, folder / "operations")
+        command = Command(made.arguments(made.home, "run"), folder / "log", noted)
         assert command.wait() == 0, command.output
         return made
 
@@ -224,256 +148,206 @@ class Undisturbed:
         return ["-e", str(self.experiment_file), "--home", str(home), *command]
 
     @cached_property
-    def experiment(self) -> Experiment:
-        return load_experiment(str(self.experiment_file))
+    def fingerprints(self) -> dict[Key, str]:
+        """In topological order."""
+        made = fingerprints(load_experiment(str(self.experiment_file)))
+        return {key: fingerprint.value for key, fingerprint in made.items()}
 
     @cached_property
-    def fingerprints(self) -> dict[tuple[str, str], Fingerprint]:
-        return fingerprints(self.experiment)
-
-    @cached_property
-    def snapshot(self) -> dict[str, Any]:
-        return snapshot(self.home, self)
-
-    @cached_property
-    def operations(self) -> dict[str, list[Operation]]:
-        """Its file operations, in order, by the artifact that was being made."""
-        by_artifact: dict[str, list[Operation]] = {}
-        for line in (self.folder / OPERATIONS).read_text(encoding="utf-8").splitlines():
-            artifact, operation, path = json.loads(line)
-            by_artifact.setdefault(artifact, []).append((operation, path))
-        return by_artifact
-
-    @cached_property
-    def seconds(self) -> dict[tuple[str, str], float]:
-        """How long it took to make each artifact."""
-        store = ArtifactStore(self.home)
-        found = {key: store.find(*key, fingerprint.value) for key, fingerprint in self.fingerprints.items()}
-        return {key: artifact.manifest["duration_s"] for key, artifact in found.items() if artifact is not None}
-
-    @cached_property
-    def work(self) -> Counter[tuple[str, str]]:
-        return work_done(self.folder)
+    def operations(self) -> Counter[str]:
+        """File operations of the run, by artifact."""
+        return Counter((self.folder / "operations").read_text(encoding="utf-8").splitlines())
 
 
 @dataclass
 class Trial:
     """One fault, on a home of its own."""
 
-    fault: str
     undisturbed: Undisturbed
     folder: Path
-    """Of this trial; gone when it survives."""
-    seed: int
+    """Gone when the trial is over and had no problems."""
     home: Path
+    random: random.Random
+    key: Key = ("", "")
+    """The artifact that the fault is about."""
+    command: tuple[str, ...] = ("run",)
+    """The command that something happens to, and that has to mend it."""
     note: str = ""
-    """What the fault did, for the report of a failure."""
-    deaths: int = 0
-    """Processes that died in a training: each may cost the steps since its last checkpoint."""
     damages: bool = False
-    """Whether finished work was destroyed on purpose: it is recomputed, and lies beside as `.damaged-1`."""
+    """Whether finished files are harmed: what they belong to may be made again, and lie beside as `.damaged-1`."""
     commands: list[Command] = field(default_factory=list)
     cleanup: ExitStack = field(default_factory=ExitStack)
 
-    @cached_property
-    def random(self) -> random.Random:
-        return random.Random(f"{self.fault} {self.seed}")
+    def choose(self, *assets: str, finished: bool = False) -> None:
+        """Choose an artifact (of some assets), and a command that makes it or, now and then, the whole graph.
 
-    @property
-    def assets(self) -> list[str]:
-        """In topological order."""
-        return list(dict.fromkeys(asset for asset, _ in self.undisturbed.fingerprints))
+        What comes before it is there; with `finished` all is, warehouse and Dagster's records too.
+        """
+        all_assets = list(dict.fromkeys(asset for asset, _ in self.undisturbed.fingerprints))
+        self.key = self.random.choice([k for k in self.undisturbed.fingerprints if not assets or k[0] in assets])
+        asset, partition = self.key
+        if finished:
+            shutil.copytree(self.undisturbed.home, self.home, dirs_exist_ok=True)
+        for before in [] if finished else all_assets[: all_assets.index(asset)]:
+            shutil.copytree(self.undisturbed.home / "artifacts" / before, self.home / "artifacts" / before)
+        if self.random.random() < 0.9:
+            self.command = ("run", "--select", asset, *(() if partition == ALL else ("--weights", partition)))
+        self.note = f"{asset} {partition} by {' '.join(self.command)}"
 
-    def arguments(self, *command: str) -> list[str]:
-        """The arguments of `helpsteer` on this trial's experiment and home."""
-        return self.undisturbed.arguments(self.home, *command)
+    def moment(self) -> Moment:
+        """A random moment in the making of the artifact, or now and then before it."""
+        artifact = BEFORE_ALL if self.random.random() < 0.15 else " ".join(self.key)
+        number = self.random.randrange(self.undisturbed.operations[artifact])
+        moment = Moment(artifact, number, self.random.choice((0, 0, self.random.uniform(0, 0.5))))
+        self.note += f", {moment}"
+        return moment
 
-    def begin_with(self, asset: str) -> None:
-        """Put what comes before `asset` into the home, finished."""
-        for name in self.assets[: self.assets.index(asset)]:
-            shutil.copytree(self.undisturbed.home / "artifacts" / name, self.home / "artifacts" / name)
-
-    def start(self, *command: str, before: Hook | None = None) -> Command:
-        """Start `helpsteer <command>`; `before` is called in its process first."""
-        log = self.folder / f"log-{len(self.commands) + 1}"
-        self.commands.append(Command(self.arguments(*command), log, self.folder / WORK, before))
+    def start(self, before: Hook | None = None, *, command: tuple[str, ...] | None = None) -> Command:
+        """Start the command, or another one; `before` is called in its process first."""
+        arguments = self.undisturbed.arguments(self.home, *(command or self.command))
+        self.commands.append(Command(arguments, self.folder / f"log-{len(self.commands) + 1}", before))
         return self.commands[-1]
 
-    def run(self, *command: str, before: Hook | None = None) -> Command:
-        """Run `helpsteer <command>` to its end."""
-        started = self.start(*command, before=before)
+    def run(self, before: Hook | None = None, *, command: tuple[str, ...] | None = None) -> Command:
+        """Run it to its end."""
+        started = self.start(before, command=command)
         started.wait()
         return started
 
-    def partial(self, asset: str, partition: str) -> Path:
-        """The folder in which an artifact is being made."""
-        fingerprint = self.undisturbed.fingerprints[asset, partition].value
-        return self.home / "artifacts" / asset / partition / f"{fingerprint}.partial"
+    @property
+    def partial(self) -> Path:
+        """The folder in which the artifact is being made."""
+        return ArtifactStore(self.home).partial(*self.key, self.undisturbed.fingerprints[self.key])
 
-    def artifact(self, asset: str, partition: str) -> Path:
-        """The folder of a finished artifact."""
-        return self.partial(asset, partition).with_suffix("")
-
-    def wait_for(self, asset: str, partition: str, command: Command) -> None:
-        """Wait until a command sets about computing an artifact, or has ended."""
-        text = f"{asset if partition == ALL else f'{asset} w={partition}'}: computing"
-        self.wait(lambda: text in command.output or not command.running, text)
-
-    def wait(self, done: Callable[[], object], what: str) -> None:
-        """Wait until something holds."""
+    def wait_for(self, done: Callable[[], object], what: str) -> None:
         deadline = time.monotonic() + DEADLINE
         while not done():
-            assert time.monotonic() < deadline, f"waited too long for {what}: {self.tail()}"
+            assert time.monotonic() < deadline, f"waited too long for {what}"
             time.sleep(0.01)
-
-    def tail(self) -> str:
-        """The end of what each command printed."""
-        return "\n".join(f"{command.log.name}: {command.output[-1500:]}" for command in self.commands)
-
-    def problems(self) -> list[str]:
-        """Finish the run, undisturbed, and say what is not as it should be."""
-        finished = {path: path.read_bytes() for path in self.home.glob("artifacts/*/*/*/manifest.json")}
-        last = self.start("run")
-        if (code := last.wait()) != 0:
-            return [f"the run after the fault ended with {code}"]
-        found, expected = snapshot(self.home, self.undisturbed), self.undisturbed.snapshot
-        problems = [
-            f"{key}: {found.get(key, 'missing')!s:.500} instead of {expected.get(key, 'nothing')!s:.500}"
-            for key in sorted(found.keys() | expected.keys())
-            if found.get(key) != expected.get(key) and not (self.damages and DAMAGED.search(key))
-        ]
-        problems += still_taken(self.home, self.undisturbed.experiment.name)
-        if not self.damages:
-            problems += [
-                f"{path.parent} was finished and is made again"
-                for path, manifest in finished.items()
-                if path.parent.suffix == "" and path.read_bytes() != manifest
-            ]
-            interval = max(EXPERIMENT[section]["evaluate_every"] for section in ("sft", "margin_adapter", "modpo"))
-            if (again := self.recomputed()["steps"]) > self.deaths * interval:
-                problems.append(f"{again} steps were done again after {self.deaths} deaths")
-        return problems
-
-    def recomputed(self) -> Counter[str]:
-        """Optimizer steps and rows that were computed more than once."""
-        again: Counter[str] = Counter()
-        for (artifact, kind), count in work_done(self.folder).items():
-            again[kind] += max(0, count - self.undisturbed.work[artifact, kind])
-        return again
 
     def close(self) -> None:
         """Leave no process and no mount behind."""
         for command in self.commands:
-            with suppress(ProcessLookupError):
-                os.killpg(command.pid, signal.SIGKILL)
+            for pid in [*descendants(command.pid), command.pid]:
+                if command.running:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
         self.cleanup.close()
 
 
-def snapshot(home: Path, of: Undisturbed) -> dict[str, Any]:
-    """What must be the same in every home of the experiment, however it came about."""
-    found: dict[str, Any] = {}
-    for path in sorted(home.rglob("*")):
-        name = path.relative_to(home)
-        # Dagster names its files after its runs.
-        if name.parts[0] != "dagster":
-            found[f"file {name}"] = True
-    for path in (*home.glob("dagster/*/.new-*"), *home.glob("dagster/*/.dagster.yaml.*")):
-        found[f"file {path.relative_to(home)}"] = True
-    store = ArtifactStore(home)
-    for (asset, partition), fingerprint in of.fingerprints.items():
-        artifact = store.get(asset, partition, fingerprint.value)
-        if artifact is not None:
-            metrics = {key: value for key, value in artifact.manifest["metrics"].items() if key != "resumed_from"}
-            found[f"metrics of {asset} {partition}"] = metrics
-            for name in artifact.manifest["files"]:
-                # An adapter's configuration and card say in which home it was trained.
-                content = artifact.file(name).read_bytes()
-                for path in (home, of.home):
-                    content = content.replace(str(path).encode(), b"<home>")
-                found[f"bytes of {asset} {partition} {name}"] = hashlib.sha256(content).hexdigest()
-    with duckdb.connect(home / "warehouse" / "helpsteer.duckdb", read_only=True) as warehouse:
-        for (table,) in warehouse.execute("SELECT table_name FROM information_schema.tables").fetchall():
-            rows = warehouse.execute(
-                f"SELECT * EXCLUDE (run_id) FROM {table}"
-                if table != "materializations"
-                else f"SELECT experiment, asset, partition, fingerprint FROM {table}"
-            ).fetchall()
-            found[f"rows of {table}"] = sorted(rows, key=repr)
-    with instance_of(home, of.experiment.name) as instance:
-        for asset, partition in of.fingerprints:
-            key = dg.AssetKey(asset)
-            wanted = key if partition == ALL else dg.AssetRecordsFilter(key, asset_partitions=[partition])
-            latest = instance.fetch_materializations(wanted, limit=1).records
-            version = latest[0].asset_materialization.tags["dagster/data_version"] if latest else None
-            found[f"Dagster's version of {asset} {partition}"] = version
-    return found
+def ends_in_words(command: Command, *words: str) -> bool:
+    """Assert that a command ended well, or with an error that has one of the words; True for an error."""
+    if (code := command.wait()) == 0:
+        return False
+    assert code in (1, 2), f"it ended with {code}: {command.output[-3000:]}"
+    assert any(word in command.output for word in words), f"it does not say {' or '.join(words)}: {command.output}"
+    return True
 
 
-@contextmanager
-def instance_of(home: Path, experiment: str) -> Iterator[dg.DagsterInstance]:
-    with dg.DagsterInstance.from_config(str(dagster_home(home, experiment))) as instance:
-        yield instance
-
-
-def still_taken(home: Path, experiment: str) -> list[str]:
-    """Locks that are held, runs that have not ended, slots of pools that are not free."""
-    problems = []
-    for path in home.rglob("*.lock"):
-        with lock_if_free(path) as free:
-            if not free:
-                problems.append(f"{path} is held")
-    with instance_of(home, experiment) as instance:
-        problems += [f"run {run.run_id} is {run.status}" for run in instance.get_runs() if not run.is_finished]
-        for pool in instance.event_log_storage.get_concurrency_keys():
-            slots = instance.event_log_storage.get_concurrency_info(pool)
-            if slots.claimed_slots or slots.pending_steps:
-                problems.append(f"pool {pool} is not free: {slots}")
+def judge(trial: Trial) -> list[str]:
+    """Give the same command again, undisturbed, and list what is not as in a run that nothing happened to."""
+    before = {path: path.read_bytes() for path in trial.home.glob("artifacts/*/*/*[0-9a-f]/manifest.json")}
+    unfinished = trial.key != ("", "") and not (trial.partial / "manifest.json").exists()
+    began = checkpoint_progress(trial.partial / "checkpoints") if unfinished else None
+    last = trial.run()
+    if (code := last.wait()) != 0:
+        return [f"the command after the fault ended with {code}: {last.output[-3000:]}"]
+    problems = [
+        f"a traceback: {command.output[-3000:]}" for command in trial.commands if TRACEBACK.search(command.output)
+    ]
+    keys = list(trial.undisturbed.fingerprints) if trial.command == ("run",) else [trial.key]
+    is_now, should_be = (_results(home, trial.undisturbed, keys) for home in (trial.home, trial.undisturbed.home))
+    problems += [
+        f"{what}: {is_now.get(what, 'missing')!s:.500} instead of {should_be.get(what, 'nothing')!s:.500}"
+        for what in sorted(is_now.keys() | should_be.keys())
+        if is_now.get(what) != should_be.get(what)
+    ]
+    left_behind = _names(trial.home) - _names(trial.undisturbed.home)
+    problems += [f"left behind: {name}" for name in left_behind if not (trial.damages and ".damaged-" in name)]
+    problems += _still_taken(trial.home)
+    if not trial.damages:
+        problems += [f"{path} was finished, and is made again" for path in before if path.read_bytes() != before[path]]
+        if began is not None:
+            store, fingerprint = ArtifactStore(trial.home), trial.undisturbed.fingerprints[trial.key]
+            artifact = store.find(*trial.key, fingerprint)
+            resumed = None if artifact is None else artifact.manifest["metrics"]["resumed_from"]
+            if resumed != began[0]:
+                problems.append(f"the checkpoint of step {began[0]} was whole, and it went on from {resumed}")
     return problems
 
 
-@dataclass(frozen=True)
-class Result:
-    """What became of a trial."""
+def _results(home: Path, undisturbed: Undisturbed, keys: list[Key]) -> dict[str, Any]:
+    """What some artifacts hold, and what the tables and Dagster say of them."""
+    results: dict[str, Any] = {}
+    store = ArtifactStore(home)
+    for asset, partition in keys:
+        artifact = store.get(asset, partition, undisturbed.fingerprints[asset, partition])
+        if artifact is None:
+            continue
+        metrics = artifact.manifest["metrics"]
+        results[f"metrics of {asset} {partition}"] = {k: v for k, v in metrics.items() if k != "resumed_from"}
+        for name in artifact.manifest["files"]:
+            content = artifact.file(name).read_bytes()
+            for path in (home, undisturbed.home):  # an adapter's configuration and card say where it was trained
+                content = content.replace(str(path).encode(), b"<home>")
+            results[f"bytes of {asset} {partition} {name}"] = hashlib.sha256(content).hexdigest()
+    made = [undisturbed.fingerprints[key] for key in keys]
+    with duckdb.connect(home / "warehouse" / "helpsteer.duckdb", read_only=True) as warehouse:
+        for (table,) in warehouse.execute("SELECT table_name FROM information_schema.tables").fetchall():
+            columns = "experiment, asset, partition, fingerprint" if table == "materializations" else "* EXCLUDE run_id"
+            rows = warehouse.execute(f"SELECT {columns} FROM {table} WHERE list_contains(?, fingerprint)", [made])
+            results[f"rows of {table}"] = sorted(rows.fetchall(), key=repr)
+    with dg.DagsterInstance.from_config(str(dagster_home(home, NAME))) as instance:
+        for asset, partition in keys:
+            wanted = dg.AssetKey(asset)
+            latest = instance.fetch_materializations(
+                wanted if partition == ALL else dg.AssetRecordsFilter(wanted, asset_partitions=[partition]), limit=1
+            ).records
+            version = latest[0].asset_materialization.tags["dagster/data_version"] if latest else None
+            results[f"Dagster's version of {asset} {partition}"] = version
+    return results
 
-    fault: str
-    seed: int
-    note: str
-    problems: list[str]
-    recomputed: Counter[str]
-    printed: str
-    """The end of what each of its commands printed."""
-    folder: Path
-    """Kept where the trial failed."""
+
+def _names(home: Path) -> set[str]:
+    """What lies in a home; of Dagster's records and the locks, which are named after runs, what is temporary."""
+    names = {path.relative_to(home) for path in home.rglob("*")}
+    return {str(n) for n in names if n.parts[0] not in ("dagster", "locks") or re.match(r"\.(new|dagster)", n.name)}
+
+
+def _still_taken(home: Path) -> list[str]:
+    """Runs that have not ended, and slots of pools that are not free, in Dagster's records."""
+    with dg.DagsterInstance.from_config(str(dagster_home(home, NAME))) as instance:
+        problems = [f"run {run.run_id} is {run.status}" for run in instance.get_runs() if not run.is_finished]
+        pools = instance.event_log_storage.get_concurrency_keys()
+        slots = [instance.event_log_storage.get_concurrency_info(pool) for pool in pools]
+        return problems + [f"a slot is taken: {s}" for s in slots if s.claimed_slots or s.pending_steps]
 
 
 Fault = Callable[[Trial], None]
 FAULTS: dict[str, Fault] = {}
-"""Every fault by its name, in the order of the table."""
 
 
 def fault(name: str) -> Callable[[Fault], Fault]:
     """Register a fault."""
 
     def register(function: Fault) -> Fault:
-        assert name not in FAULTS, f"there are two faults {name!r}"
         FAULTS[name] = function
         return function
 
     return register
 
 
-def try_fault(name: str, seed: int, undisturbed: Undisturbed, folder: Path) -> Result:
-    """One trial. It survives where the result has no problems."""
-    trial = Trial(name, undisturbed, folder, seed, folder / "home")
+def try_fault(name: str, seed: int, undisturbed: Undisturbed, folder: Path) -> tuple[str, list[str]]:
+    """What happened in one trial, and its problems: none if the run survived the fault."""
+    trial = Trial(undisturbed, folder, folder / "home", random.Random(f"{name} {seed}"))
     folder.mkdir(parents=True)
     with ExitStack() as stack:
         stack.callback(trial.close)
         try:
             FAULTS[name](trial)
-            problems = trial.problems()
+            problems = judge(trial)
         except (AssertionError, OSError, ValueError, LookupError, duckdb.Error) as error:
             problems = [f"{type(error).__name__}: {error}"]
-        result = Result(name, seed, trial.note, problems, trial.recomputed(), trial.tail(), folder)
     if not problems:
         shutil.rmtree(folder)
-    return result
+    return trial.note, problems

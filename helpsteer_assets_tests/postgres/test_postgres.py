@@ -29,9 +29,9 @@ from helpsteer_assets.execution.dagster_home import DAGSTER_YAML, dagster_home, 
 from helpsteer_assets.execution.executor import GPU_POOL
 from helpsteer_assets.experiment.settings import Experiment
 from helpsteer_assets.store.artifacts import ArtifactStore
-from helpsteer_assets_tests.faults.ui_faults import descendants
 from helpsteer_assets_tests.finished import quick_experiment
 from helpsteer_assets_tests.postgres.conftest import Server
+from helpsteer_assets_tests.processes import descendants
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "how-to" / "postgres.md"

@@ -20,7 +20,7 @@ from ray.job_submission import JobDetails, JobSubmissionClient
 from ray.util.state import list_nodes
 from ray.util.state.exception import ServerUnavailable
 
-from helpsteer_assets_tests.faults.ui_faults import descendants
+from helpsteer_assets_tests.processes import descendants
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy" / "ray"

@@ -1,1 +1,1 @@
-"""From rated responses to pairs."""
+"""Ratings, and the preference pairs made from them."""

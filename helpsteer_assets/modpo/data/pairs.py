@@ -11,9 +11,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -21,6 +20,9 @@ from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.data.attributes import ATTRIBUTES, OVERALL
 from helpsteer_assets.modpo.data.ratings import hash_share
 from helpsteer_assets.modpo.data.tables import Source, database, query, stream, write_parquet
+
+if TYPE_CHECKING:
+    import duckdb
 
 RATED = (*ATTRIBUTES, OVERALL)
 SPLITS = ("train", "selection", "validation")
@@ -86,7 +88,7 @@ def build_pairs(ratings: Source, attribute: str, selection_share: float, file: P
 
 
 def _decide_pairs(
-    connection: duckdb.DuckDBPyConnection, ratings: Source, attribute: str, selection_share: float
+    connection: "duckdb.DuckDBPyConnection", ratings: Source, attribute: str, selection_share: float
 ) -> dict[str, int]:
     """Make the table `pairs`, PAIRS_SCHEMA without texts, of the table `ratings`; returns their number by split."""
     connection.execute(f"CREATE TABLE responses AS {_RESPONSES_SQL}", {"selection_share": selection_share})
@@ -124,7 +126,7 @@ def _decide_pairs(
     return counts
 
 
-def _require_few_responses(connection: duckdb.DuckDBPyConnection) -> None:
+def _require_few_responses(connection: "duckdb.DuckDBPyConnection") -> None:
     """Refuse a table `responses` of which all too many have one prompt."""
     compared, largest, prompt = connection.sql(
         """
@@ -139,7 +141,7 @@ def _require_few_responses(connection: duckdb.DuckDBPyConnection) -> None:
         )
 
 
-def _lay_out_texts(connection: duckdb.DuckDBPyConnection, folder: Path) -> None:
+def _lay_out_texts(connection: "duckdb.DuckDBPyConnection", folder: Path) -> None:
     """Write the texts of the table `ratings`, each once, to Arrow files, one for all prompts whose ids begin alike.
 
     The database's own joins and sorts fail where texts outgrow its memory. Of these files one at a time is needed.
@@ -163,7 +165,7 @@ def _lay_out_texts(connection: duckdb.DuckDBPyConnection, folder: Path) -> None:
     )
 
 
-def _join_texts(connection: duckdb.DuckDBPyConnection, folder: Path) -> Iterator[pa.RecordBatch]:
+def _join_texts(connection: "duckdb.DuckDBPyConnection", folder: Path) -> Iterator[pa.RecordBatch]:
     """The rows of the table `pairs` with their texts, ordered by split, prompt_id and pair_id."""
     from pyarrow import dataset
 
@@ -375,7 +377,7 @@ def count_texts(
 @contextmanager
 def _responses_of(
     pairs: Iterable[Source], splits: Iterable[str], sides: Iterable[str]
-) -> Iterator[duckdb.DuckDBPyConnection]:
+) -> "Iterator[duckdb.DuckDBPyConnection]":
     """A database with a view `sides`: each response of each pair, as prompt_id, response_id, prompt, response."""
     files = {f"pairs_{number}": source for number, source in enumerate(pairs)}
     listed = ", ".join(f"'{split}'" for split in splits)

@@ -4,13 +4,15 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from helpsteer_assets.errors import HelpsteerError
+
+if TYPE_CHECKING:
+    import duckdb
 
 BATCH_ROWS = 10_000
 ROW_GROUP_ROWS = 16_384
@@ -38,13 +40,15 @@ def literal_path(path: Path) -> str:
 
 
 @contextmanager
-def database(scratch: Path | None = None, **tables: Source) -> Iterator[duckdb.DuckDBPyConnection]:
+def database(scratch: Path | None = None, **tables: Source) -> "Iterator[duckdb.DuckDBPyConnection]":
     """A database in memory that knows tables, each by its argument's name.
 
     It has two threads, since assets may run side by side, and 1 GB: what goes beyond lies in files in `scratch` (by
     default the system's folder for temporary files) until the database is closed. The order of rows is a query's
     ORDER BY and nothing else.
     """
+    import duckdb
+
     with tempfile.TemporaryDirectory(prefix=".duckdb-", dir=scratch) as spilled:
         config: dict[str, str | bool | int | float | list[str]] = {}
         config |= {"threads": 2, "memory_limit": "1GB", "temp_directory": spilled, "preserve_insertion_order": False}
@@ -60,7 +64,7 @@ def database(scratch: Path | None = None, **tables: Source) -> Iterator[duckdb.D
 
 
 def stream(
-    connection: duckdb.DuckDBPyConnection, sql: str, parameters: dict[str, Any] | None = None
+    connection: "duckdb.DuckDBPyConnection", sql: str, parameters: dict[str, Any] | None = None
 ) -> pa.RecordBatchReader:
     """The result of a query in batches, made as they are read."""
     # Text columns of one batch must stay below Arrow's 2 GiB, hence batches of a bounded number of rows.

@@ -1,1 +1,1 @@
-"""How policies answer, and how far they are from the SFT model."""
+"""The policies' responses, and the policies' distance from the SFT model."""

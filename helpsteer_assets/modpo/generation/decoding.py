@@ -1,9 +1,9 @@
 """Decoding many prompts at once, each at the cost of its own tokens.
 
-Rows of a batch share the columns of one key-value cache and end at the same column: a row that joins is written so
-that its last token lies where the others have theirs, and one that is finished gives its place to the last row. So a
-finished response costs nothing more, a waiting prompt takes the room it leaves, and a step writes its own keys and
-values only, where a cache that grows by concatenation copies all of them.
+Rows of a batch share the columns of one key-value cache and end at the same column. A row that joins is written so
+that its last token lies in the same column as the others'. A finished row gives its place to the last row. So a
+finished response costs nothing more, a waiting prompt takes its room, and a step writes only its own keys and values; a
+cache that grows by concatenation would copy all of them.
 """
 
 import inspect
@@ -29,58 +29,51 @@ from transformers import (
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from helpsteer_assets.modpo.scoring.batching import plan_batches
+from helpsteer_assets.modpo.settings import Sampling
 
 _log = logging.getLogger(__name__)
 
 PREFILL_TOKENS = 1024
-"""Padded prompt tokens of one prefill forward: enough to fill a matrix product, and little padding."""
+"""Padded prompt tokens of one prefill pass: enough for efficient matrix products, with little padding."""
 
 SPARE_COLUMNS = 64
-"""Columns by which a full cache grows: it is copied once in so many steps."""
+"""Columns by which a full cache grows; it is copied once in that many steps."""
 
 
-@dataclass(frozen=True)
-class Decoding:
+@dataclass(frozen=True, kw_only=True)
+class Decoding(Sampling):
     """How the next token is chosen, and when a response ends."""
 
-    max_new_tokens: int
-    """Longest response, its end-of-text token included."""
     end_id: int
     """The token that ends a response."""
-    max_batch_tokens: int
-    """Tokens for which the key-value cache has room: rows times the longest that one of them may become."""
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0
     seed: int = 0
-    """Of sampling."""
+    """Seed of sampling."""
 
 
 @dataclass
 class _Row:
-    """A prompt under way."""
+    """A prompt that is being answered."""
 
     index: int
-    """Its place among the prompts: with the seed it decides what is sampled."""
+    """Its place among the prompts; seed and index decide what is sampled."""
     prompt_ids: list[int]
     token_ids: list[int] = field(default_factory=list)
     """The response so far."""
 
     @property
     def cached(self) -> int:
-        """Tokens whose keys and values are in the cache: all but the last."""
+        """Tokens with keys and values in the cache: all but the last."""
         return len(self.prompt_ids) + len(self.token_ids) - 1
 
 
 def decode(
     model: PreTrainedModel, prompts: dict[int, list[int]], how: Decoding
 ) -> Iterator[list[tuple[int, list[int]]]]:
-    """Responses as they are finished: lists of (index, token ids), the end-of-text token included where one ended.
+    """Yield responses when they are finished: lists of (index, token ids), with the end-of-text token if there is one.
 
     In fp32 a response depends on its prompt, and where it is sampled on its index and the seed, but not on the prompts
-    that are decoded beside it. In bf16 it may, through rounding; the same prompts then give the same responses.
+    that are decoded beside it. In bf16 rounding may make it depend on them; the same set of prompts then gives the same
+    responses.
 
     Args:
         model: a causal language model in evaluation mode.
@@ -115,10 +108,10 @@ def decode(
 
 
 def _admit(waiting: deque[_Row], live: list[_Row], how: Decoding) -> list[_Row]:
-    """Prompts for which there is room, taken from those that wait; none while too few fit to be worth a forward."""
+    """Take the waiting prompts for which there is room; none while they are too few to be worth a forward pass."""
     if not waiting:
         return []
-    # The longest prompts go first, so that memory that does not suffice fails at once, and none that joins is wider.
+    # The longest prompts go first: too little memory shows at once, and no later prompt is wider.
     widest = max(len(row.prompt_ids) for row in (*live, waiting[0])) + how.max_new_tokens
     places = max(1, how.max_batch_tokens // widest)
     fitting = min(places - len(live), len(waiting))
@@ -134,14 +127,14 @@ class RowCache(Cache):
         super().__init__(layer_class_to_replicate=_RowLayer)
 
     def join(self, prefilled: Cache, room: int) -> None:
-        """Add the rows of another cache, none longer than the longest here; make room for `room` rows in all."""
+        """Add the rows of another cache, none longer than the longest row here. `room`: rows to reserve in all."""
         for number, layer in enumerate(prefilled.layers):
             if len(self.layers) <= number:
                 self.layers.append(_RowLayer())
             self.layers[number].join(layer.keys, layer.values, room)
 
     def drop(self, finished: list[bool]) -> list[int]:
-        """Let rows go; the former places of those that stay, in their new order."""
+        """Remove finished rows; returns the former places of the other rows, in their new order."""
         staying = [place for place, done in enumerate(finished) if not done]
         places = list(range(len(staying)))
         holes = [place for place in places if finished[place]]
@@ -153,26 +146,26 @@ class RowCache(Cache):
         return places
 
     def trim(self, columns: int) -> None:
-        """Let go of all but the last columns."""
+        """Drop all but the last `columns` columns."""
         for layer in self.layers:
             layer.begin = layer.end - columns
 
 
 class _RowLayer(DynamicLayer):
-    """Of one layer: the first `rows` rows and the columns from `begin` to `end` of buffers with room to grow."""
+    """The cache of one layer: the first `rows` rows and columns `begin` to `end` of buffers with room to grow."""
 
     def __init__(self) -> None:
         super().__init__()
         self.rows = self.begin = self.end = 0
 
     def get_seq_length(self) -> int:
-        """Columns that are kept."""
+        """Number of columns."""
         return self.end - self.begin
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add columns [rows, heads, new columns, head size] to all rows; all keys and values."""
+        """Add columns [rows, heads, new columns, head size] to all rows; returns all keys and values."""
         self._reserve(self.rows, key_states, value_states)
         new = slice(self.end, self.end + key_states.shape[2])
         self.keys[: self.rows, :, new] = key_states
@@ -181,7 +174,7 @@ class _RowLayer(DynamicLayer):
         return self._live(self.keys), self._live(self.values)
 
     def join(self, keys: torch.Tensor, values: torch.Tensor, room: int) -> None:
-        """Add rows [new rows, heads, columns, head size] that end where the others end."""
+        """Add rows [new rows, heads, columns, head size]; they end at the same column as the others."""
         self._reserve(room, keys, values)
         if self.rows == 0:
             self.begin, self.end = 0, keys.shape[2]
@@ -191,7 +184,7 @@ class _RowLayer(DynamicLayer):
         self.rows = rows.stop
 
     def keep(self, rows: int, movers: list[int], holes: list[int]) -> None:
-        """Copy the rows `movers` to the places `holes`, and keep the first `rows`."""
+        """Copy the rows `movers` to the places `holes`, then keep the first `rows` rows."""
         if holes:
             for states in (self._live(self.keys), self._live(self.values)):
                 states[holes] = states[movers]
@@ -201,7 +194,7 @@ class _RowLayer(DynamicLayer):
         return states[: self.rows, :, self.begin : self.end]
 
     def _reserve(self, rows: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Make room for so many rows, and for the columns of `keys` after those that are there."""
+        """Make room for `rows` rows, and for the columns of `keys` after the present ones."""
         needed = keys.shape[2]
         if self.keys is None:
             self.keys, self.values = (
@@ -213,7 +206,7 @@ class _RowLayer(DynamicLayer):
         columns = self.end - self.begin
 
         def grown(states: torch.Tensor) -> torch.Tensor:
-            # Zeros: what lies before a short row's first column is masked, and must be finite.
+            # Zeros, because the masked columns before a short row's first one must be finite.
             shape = (max(rows, len(states)), states.shape[1], columns + needed + SPARE_COLUMNS, states.shape[3])
             buffer = states.new_zeros(shape)
             buffer[: self.rows, :, :columns] = self._live(states)
@@ -224,7 +217,7 @@ class _RowLayer(DynamicLayer):
 
 
 def keeps_all_keys(model: PreTrainedModel) -> bool:
-    """Whether the model's memory of a text is keys and values alone, one per token: no recurrent state."""
+    """Whether the model remembers a text by one key and value per token alone, without a recurrent state."""
     return "past_key_values" in _arguments(type(model)) and all(
         type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=model.config).layers
     )
@@ -232,27 +225,27 @@ def keeps_all_keys(model: PreTrainedModel) -> bool:
 
 @cache
 def _arguments(kind: type[PreTrainedModel]) -> frozenset[str]:
-    """What a forward pass of such models takes."""
+    """Names of the arguments of a forward pass."""
     return frozenset(inspect.signature(kind.forward).parameters)
 
 
 def _prefill(model: PreTrainedModel, joining: list[_Row], cache: RowCache, room: int) -> torch.Tensor:
-    """Read prompts, sorted longest first, into the cache; logits [rows, vocabulary] of the responses' first tokens."""
-    found = []
+    """Read prompts, the longest first, into the cache; returns logits [rows, vocabulary] of the first tokens."""
+    logits = []
     for places in plan_batches([len(row.prompt_ids) for row in joining], PREFILL_TOKENS):
         prompts = [joining[place].prompt_ids for place in places]
         width = len(prompts[0])
         input_ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=model.device)
         lengths = torch.tensor([len(ids) for ids in prompts], device=model.device)
-        # Sliding windows are masks here: each layer keeps all keys, so that rows of any length can stand side by side.
+        # Every layer keeps all keys, and a sliding window is a mask: so rows of any length can share the cache.
         prefilled = DynamicCache()
-        found.append(_forward(model, input_ids, lengths, prefilled))
+        logits.append(_forward(model, input_ids, lengths, prefilled))
         cache.join(prefilled, room)
-    return torch.cat(found)
+    return torch.cat(logits)
 
 
 def _step(model: PreTrainedModel, live: list[_Row], cache: RowCache) -> torch.Tensor:
-    """Read the last token of every row; logits [rows, vocabulary] of the next."""
+    """Read the last token of every row; returns logits [rows, vocabulary] of the next one."""
     input_ids = torch.tensor([row.token_ids[-1:] for row in live], device=model.device)
     lengths = torch.tensor([row.cached + 1 for row in live], device=model.device)
     return _forward(model, input_ids, lengths, cache)
@@ -265,7 +258,7 @@ def _forward(model: PreTrainedModel, input_ids: torch.Tensor, lengths: torch.Ten
         model: the model.
         input_ids: tokens to read, padded on the left.
         lengths: [rows], tokens of each row, cached and new, without padding.
-        cache: what was read before; gets the new keys and values.
+        cache: keys and values of earlier tokens; the new ones are added.
     """
     new = input_ids.shape[1]
     width = cache.get_seq_length() + new
@@ -286,8 +279,8 @@ class _Choice:
 
     def __init__(self, how: Decoding) -> None:
         self._how = how
-        # Processors of transformers: the first kind look at the text, one row at a time, for they would take padding
-        # for text; the second kind at the scores alone.
+        # transformers' processors. Those of the first kind read the text, one row at a time, because they would take
+        # padding for text. Those of the second kind read the scores only.
         self._of_text, self._of_scores = LogitsProcessorList(), LogitsProcessorList()
         if how.repetition_penalty != 1:
             self._of_text.append(RepetitionPenaltyLogitsProcessor(how.repetition_penalty))
@@ -305,12 +298,12 @@ class _Choice:
     def scores(
         self, indices: list[int], steps: list[int], texts: Iterable[torch.Tensor], logits: torch.Tensor
     ) -> torch.Tensor:
-        """Scores [rows, vocabulary] whose largest is the next token.
+        """Scores [rows, vocabulary]; the token with the largest score is the next one.
 
-        The largest of log-probabilities with Gumbel noise is a sample of the distribution (Gumbel, 1954).
+        The largest log-probability plus Gumbel noise is a sample of the distribution (Gumbel, 1954).
 
         Args:
-            indices: of the prompts.
+            indices: index of each row's prompt.
             steps: tokens that each response has so far.
             texts: token ids of prompt and response so far, by row.
             logits: [rows, vocabulary], fp32.
@@ -324,8 +317,8 @@ class _Choice:
 def gumbel_noise(seed: int, indices: list[int], steps: list[int], like: torch.Tensor) -> torch.Tensor:
     """Standard Gumbel noise [rows, vocabulary], float64, of the shape and on the device of `like`.
 
-    A function of seed, prompt, step and token, computed by hashing them: no generator has a state that other rows
-    could advance, and every device gives the same numbers.
+    It is a hash of seed, prompt, step and token. So there is no generator state that other rows could advance, and
+    every device gives the same numbers.
     """
     prompts, steps_ = (torch.tensor(numbers, device=like.device) for numbers in (indices, steps))
     keys = _mixed(_mixed(_mixed(torch.tensor(seed, device=like.device)) + prompts) + steps_)
@@ -338,7 +331,7 @@ _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 
 
 def _mixed(x: torch.Tensor) -> torch.Tensor:
-    """Every bit of 64-bit integers spread over all (the finalizer of SplitMix64: Steele, Lea and Flood, 2014)."""
+    """64-bit integers hashed by the finalizer of SplitMix64 (Steele, Lea and Flood, 2014)."""
     x = x + _GOLDEN
     x = (x ^ _shifted(x, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
     x = (x ^ _shifted(x, 27)) * (0x94D049BB133111EB - 2**64)
@@ -346,14 +339,14 @@ def _mixed(x: torch.Tensor) -> torch.Tensor:
 
 
 def _shifted(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical shift to the right; torch's repeats the sign."""
+    """Logical shift to the right; torch's own shift repeats the sign bit."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _decode_by_generate(
     model: PreTrainedModel, rows: list[_Row], how: Decoding, choose: _Choice
 ) -> Iterator[list[tuple[int, list[int]]]]:
-    """The same by transformers' generate(), in batches of prompts of one length: recurrent states read padding too."""
+    """`decode` by transformers' generate(), in batches of prompts of one length, for recurrent states read padding."""
     config = GenerationConfig(
         max_new_tokens=how.max_new_tokens, do_sample=False, eos_token_id=how.end_id, pad_token_id=how.end_id
     )
@@ -380,9 +373,9 @@ def _decode_by_generate(
 
 @contextmanager
 def _without_own_defaults(model: PreTrainedModel) -> Iterator[None]:
-    """generate() fills what a given config leaves open from the model's generation_config.json: here it holds nothing.
+    """Empty the model's own generation config, from which generate() takes what the given config does not state.
 
-    Else what comes with a base model (suppressed tokens, a shortest length, ...) would change how policies decode.
+    Otherwise a base model's defaults (suppressed tokens, a minimal length, ...) would change how policies decode.
     """
     own = model.generation_config
     model.generation_config = GenerationConfig()

@@ -1,12 +1,12 @@
 """KL divergence of a policy to the SFT model, estimated from the policy's own samples.
 
 KL(p || q) = E_{y ~ p} [log p(y|x) - log q(y|x)]: the mean of the log-ratio over samples of p is unbiased, and may be
-negative by chance (estimator k1 of Schulman, "Approximating KL divergence", 2020). That holds for samples of p itself,
-so nothing that alters how responses are chosen may be at work.
+negative by chance (estimator k1 of Schulman, "Approximating KL divergence", 2020). This holds for samples of p itself,
+so responses must be sampled without any setting that alters p.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,9 +16,9 @@ from numpy.typing import ArrayLike
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.comparison.bootstrap import Floats
 from helpsteer_assets.modpo.progress import Progress, silent
+from helpsteer_assets.modpo.settings import Sampling
 
 if TYPE_CHECKING:
-    from helpsteer_assets.experiment.settings import GenerationSettings
     from helpsteer_assets.modpo.generation.responses import Generation
 
 UNALTERED = {
@@ -31,13 +31,13 @@ UNALTERED = {
 """Settings under which a response is a sample of the policy itself."""
 
 _SEEDS = 2**32
-"""An experiment's seed lies below it."""
+"""Upper bound of an experiment's seed."""
 
 
 def sample_responses(
     answer: "Callable[..., list[Generation]]",
     prompts: Sequence[str],
-    settings: "GenerationSettings",
+    settings: Sampling,
     samples: int,
     *,
     seed: int,
@@ -46,19 +46,19 @@ def sample_responses(
 ) -> "list[list[Generation]]":
     """Samples of the policy itself: [samples][prompts], cut at max_new_tokens.
 
-    Each sample of all prompts is a generation of its own with a seed of its own. So a prompt's samples are independent
-    of one another and of what the experiment's own seed gives, and more samples leave the first ones as they are.
+    For each sample, all prompts are answered with another seed. So a prompt's samples are independent of each other
+    and of the responses of the experiment's own seed, and more samples do not change the first ones.
 
     Args:
-        answer: `generation.generate` or `generate_by`, without its first arguments.
+        answer: `responses.generate` or `generate_by`, without its first arguments.
         prompts: the prompts as text.
-        settings: engine, lengths and room; how to choose tokens is not read from them.
+        settings: engine, lengths and room; `UNALTERED` takes the place of its other settings.
         samples: responses per prompt.
-        seed: the experiment's.
-        progress: called with the samples done, of all prompts.
-        checkpoints: a folder that keeps finished responses, from which a killed sampling goes on.
+        seed: the experiment's seed.
+        progress: called with the responses done, of all samples.
+        checkpoints: a folder for finished responses, from which a killed sampling resumes.
     """
-    unaltered = settings.model_copy(update=UNALTERED)
+    unaltered = replace(settings, **UNALTERED)
     return [
         answer(
             prompts,
@@ -72,7 +72,7 @@ def sample_responses(
 
 
 def _part(progress: Progress, number: int, parts: int) -> Progress:
-    """Progress of one of so many equal parts."""
+    """The progress of part `number` of `parts` equal ones."""
 
     def report(done: int, total: int, **numbers: float) -> None:
         progress(number * total + done, parts * total, **numbers)
@@ -83,8 +83,8 @@ def _part(progress: Progress, number: int, parts: int) -> Progress:
 def kl_estimate(log_ratios: ArrayLike) -> tuple[float, float | None]:
     """KL divergence, the mean over prompts, and its standard error, both in nats.
 
-    Samples of one prompt are not independent, so the error comes from the spread of the prompts' means; None for a
-    single prompt.
+    Samples of one prompt are not independent, so the error is computed from the spread of the prompts' means. It is
+    None for a single prompt.
 
     Args:
         log_ratios: [prompts, samples], log p_policy - log p_sft, nats.
@@ -96,7 +96,7 @@ def kl_estimate(log_ratios: ArrayLike) -> tuple[float, float | None]:
 
 @dataclass(frozen=True)
 class KlByPrompt:
-    """Estimates per prompt, by sorted prompt id: `kl` [N] in nats, `capped` [N] the share of its samples cut."""
+    """Estimates per prompt, by sorted prompt id: `kl` [N] in nats, `capped` [N] the share of its cut samples."""
 
     prompt_ids: list[str]
     kl: Floats
@@ -104,14 +104,14 @@ class KlByPrompt:
 
 
 def kl_by_prompt(prompt_ids: Sequence[str], log_ratios: ArrayLike, capped: Sequence[bool]) -> KlByPrompt:
-    """KL(policy || SFT) of each prompt's responses, from samples of the policy; all arguments one entry per sample.
+    """KL(policy || SFT) of each prompt's responses, from samples of the policy. Arguments have one entry per sample.
 
-    `log_ratios` are log p_policy(y|x) - log p_sft(y|x) in nats of responses y drawn from the policy itself, at
-    temperature 1 with nothing altered; `capped` tells which were cut at the length limit. The estimate is their plain
-    mean: k1 of Schulman, "Approximating KL Divergence", 2020. It is unbiased and may by chance be negative. A sample
-    cut after T tokens holds the log-ratio of these T tokens, so capped samples give the KL of the responses' first T
-    tokens: never more than that of whole responses (data-processing inequality; Cover and Thomas, "Elements of
-    Information Theory", 2006, section 2.8), so with capped samples the estimate is of a lower bound.
+    `log_ratios` are log p_policy(y|x) - log p_sft(y|x) in nats, of responses y drawn from the policy itself, at
+    temperature 1 with nothing altered; `capped` marks those that were cut at the length limit. The estimate is their
+    plain mean: k1 of Schulman, "Approximating KL Divergence", 2020. It is unbiased and may by chance be negative. A
+    sample cut after T tokens has the log-ratio of these T tokens, so capped samples give the KL of the responses' first
+    T tokens. That is never more than the KL of whole responses (data-processing inequality; Cover and Thomas, "Elements
+    of Information Theory", 2006, section 2.8): with capped samples, a lower bound is estimated.
 
     Raises HelpsteerError where a log-ratio is NaN or infinite.
     """

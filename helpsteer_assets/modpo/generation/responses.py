@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,12 +12,10 @@ from helpsteer_assets.files.rows import ResumableRows
 from helpsteer_assets.modpo.generation.decoding import Decoding, decode
 from helpsteer_assets.modpo.models.tokenization import encode_prompts, end_of_text_id
 from helpsteer_assets.modpo.progress import Progress, silent
-
-if TYPE_CHECKING:
-    from helpsteer_assets.experiment.settings import GenerationSettings
+from helpsteer_assets.modpo.settings import Sampling
 
 SHARE_OF_PROMPTS = 256
-"""Prompts that are decoded together: where rounding depends on the batch, what a killed generation begins again."""
+"""Prompts that are decoded together. Where rounding depends on the batch, a killed generation begins a share anew."""
 
 Engine = Callable[[dict[int, list[int]], Decoding], Iterator[list[tuple[int, list[int]]]]]
 """Decodes prompts (token ids by index); yields lists of (index, token ids of the response), in any order."""
@@ -41,28 +38,24 @@ def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Items[str],
-    settings: "GenerationSettings",
+    settings: Sampling,
     *,
     seed: int,
     progress: Progress = silent,
     checkpoint: Path | None = None,
-    shards: int = 1,
-    shard: int | None = None,
 ) -> list[Generation]:
     """One response per prompt, in the order of the prompts.
 
-    In fp32 a response depends neither on the prompts beside it, nor on `max_batch_tokens` and `shards`.
+    In fp32 a response depends neither on the prompts beside it nor on `max_batch_tokens`.
 
     Args:
         model: the policy, its adapter merged.
         tokenizer: its tokenizer.
         prompts: the prompts as text.
         settings: how to decode.
-        seed: of sampling; a response is drawn by seed and place of its prompt.
-        progress: called with the responses done.
-        checkpoint: a file that keeps finished responses, from which a killed generation goes on.
-        shards: parts of about equal work into which the prompts are divided, each with a checkpoint of its own.
-        shard: answer those of this part only, in [0, shards); None: of all parts, what their checkpoints lack.
+        seed: seed of sampling; it and the place of its prompt decide a response.
+        progress: called with the number of finished responses.
+        checkpoint: a file for finished responses, from which a killed generation resumes.
     """
     model.eval()
 
@@ -78,8 +71,6 @@ def generate(
         exact=model.dtype == torch.float32,
         progress=progress,
         checkpoint=checkpoint,
-        shards=shards,
-        shard=shard,
     )
 
 
@@ -87,75 +78,50 @@ def generate_by(
     engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Items[str],
-    settings: "GenerationSettings",
+    settings: Sampling,
     *,
     seed: int,
     exact: bool,
     progress: Progress = silent,
     checkpoint: Path | None = None,
-    shards: int = 1,
-    shard: int | None = None,
 ) -> list[Generation]:
-    """As `generate`, whatever decodes: the same tokens of prompts, rules of ending, and records.
+    """`generate` with any engine: prompts have the same tokens, responses end by the same rules.
 
     Args:
-        engine: what decodes.
+        engine: the engine that decodes.
         tokenizer: the policy's tokenizer.
         prompts: the prompts as text.
         settings: how to decode.
-        seed: of sampling.
-        exact: whether a response is the same whatever prompts are decoded beside it.
-        progress: called with the responses done.
-        checkpoint: a file that keeps finished responses.
-        shards: parts into which the prompts are divided.
-        shard: the part to answer; None: all of them.
+        seed: seed of sampling.
+        exact: whether a response does not depend on the prompts that are decoded beside it.
+        progress: called with the number of finished responses.
+        checkpoint: a file for finished responses.
     """
     end_id = end_of_text_id(tokenizer)
-    how = Decoding(
-        max_new_tokens=settings.max_new_tokens,
-        end_id=end_id,
-        max_batch_tokens=settings.max_batch_tokens,
-        do_sample=settings.do_sample,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        repetition_penalty=settings.repetition_penalty,
-        no_repeat_ngram_size=settings.no_repeat_ngram_size,
-        seed=seed,
-    )
+    how = Decoding(**asdict(settings), end_id=end_id, seed=seed)
     encoded = encode_prompts(tokenizer, list(prompts), settings.max_prompt_length)
     longest_first = sorted(range(len(prompts)), key=lambda index: (-len(encoded[index][0]), index))
-    # Dealt out in turn, so that each part has long and short prompts.
-    parts = {number: longest_first[number::shards] for number in (range(shards) if shard is None else [shard])}
-    kept = {number: ResumableRows(_checkpoint_of(checkpoint, number, shards)) for number in parts}
-    found = {row.pop("index"): Generation(**row) for rows in kept.values() for row in rows.read()}
-    wanted = sorted(index for part in parts.values() for index in part)
-    for number, part in parts.items():
-        for start in range(0, len(part), SHARE_OF_PROMPTS):
-            share = part[start : start + SHARE_OF_PROMPTS]
-            missing = [index for index in share if index not in found]
-            if not missing:
-                continue
-            if not exact:
-                # Beside fewer prompts a response could come out differently: begin this share again as a whole.
-                missing = share
-            for finished in engine({index: encoded[index][0].tolist() for index in missing}, how):
-                made = {
-                    index: Generation(
-                        response=tokenizer.decode(token_ids, skip_special_tokens=True),
-                        token_ids=token_ids,
-                        finish_reason="eos" if token_ids[-1] == end_id else "length",
-                        prompt_truncated=encoded[index][1],
-                    )
-                    for index, token_ids in finished
-                }
-                kept[number].append([{"index": index, **asdict(generation)} for index, generation in made.items()])
-                found |= made
-                progress(len(found), len(wanted))
-    return [found[index] for index in wanted]
-
-
-def _checkpoint_of(checkpoint: Path | None, number: int, shards: int) -> Path | None:
-    """Where a part's finished responses are kept."""
-    if checkpoint is None or shards == 1:
-        return checkpoint
-    return checkpoint.with_stem(f"{checkpoint.stem}-{number + 1}-of-{shards}")
+    kept = ResumableRows(checkpoint)
+    finished = {row.pop("index"): Generation(**row) for row in kept.read()}
+    for start in range(0, len(longest_first), SHARE_OF_PROMPTS):
+        share = longest_first[start : start + SHARE_OF_PROMPTS]
+        missing = [index for index in share if index not in finished]
+        if not missing:
+            continue
+        if not exact:
+            # Beside fewer prompts a response could be another one, so the whole share begins anew.
+            missing = share
+        for decoded in engine({index: encoded[index][0].tolist() for index in missing}, how):
+            made = {
+                index: Generation(
+                    response=tokenizer.decode(token_ids, skip_special_tokens=True),
+                    token_ids=token_ids,
+                    finish_reason="eos" if token_ids[-1] == end_id else "length",
+                    prompt_truncated=encoded[index][1],
+                )
+                for index, token_ids in decoded
+            }
+            kept.append([{"index": index, **asdict(generation)} for index, generation in made.items()])
+            finished |= made
+            progress(len(finished), len(prompts))
+    return [finished[index] for index in range(len(prompts))]

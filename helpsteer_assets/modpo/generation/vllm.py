@@ -1,7 +1,7 @@
 """Decoding by vLLM (the extra `vllm`): one engine for the SFT model, a LoRARequest per policy.
 
-Prompts go to it as our own token ids, and responses end by our own rules, so that its records are those of the other
-engine. Written to vLLM's documented interface; never run in the making, for want of a GPU.
+It gets prompts as our own token ids, and responses end by our own rules, so that its records have the form of the other
+engine's. It was written from vLLM's documentation and has never run: there was no GPU.
 """
 
 from collections.abc import Iterator
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from helpsteer_assets.modpo.generation.responses import Engine
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM makes room for."""
+"""The ranks that vLLM can reserve memory for."""
 
 
 def require_vllm(precision: str, lora_rank: int) -> None:
-    """Raise HelpsteerError where vLLM is not installed, or cannot serve adapters of this precision and rank."""
+    """Raise HelpsteerError where vLLM is not installed or cannot serve adapters of this precision and rank."""
     if find_spec("vllm") is None:
         raise HelpsteerError(
             "generation.engine is vllm, which is not installed; pip install 'helpsteer_assets[vllm]' on a machine with "
@@ -40,7 +40,7 @@ def require_vllm(precision: str, lora_rank: int) -> None:
 
 
 class VllmEngine:
-    """vLLM on a base model, which serves any number of its adapters; asleep, it leaves the GPU's memory to others.
+    """vLLM on a base model with any number of its adapters. While it sleeps, the GPU's memory is free for others.
 
     Raises HelpsteerError where vLLM is missing or cannot serve such adapters.
     """
@@ -51,9 +51,9 @@ class VllmEngine:
         """
         Args:
             base: folder of the SFT model.
-            precision: of its weights; `bf16`.
-            max_length: longest prompt with its response, in tokens.
-            lora_rank: of the adapters.
+            precision: precision of its weights, `bf16`.
+            max_length: most tokens of a prompt with its response.
+            lora_rank: rank of the adapters.
             trust_remote_code: run the modelling code that comes with the model.
         """
         require_vllm(precision, lora_rank)
@@ -66,21 +66,21 @@ class VllmEngine:
             enable_lora=True,
             max_lora_rank=next(rank for rank in LORA_RANKS if rank >= lora_rank),
             trust_remote_code=trust_remote_code,
-            generation_config="vllm",  # not what comes with the model: it would change how policies decode
+            generation_config="vllm",  # the model's own would change how policies decode
             enable_sleep_mode=True,
         )
         self._adapters: dict[Path, int] = {}
 
     def sleep(self) -> None:
-        """Leave the GPU's memory to others."""
+        """Free the GPU's memory for others."""
         self._llm.sleep(level=1)
 
     def wake(self) -> None:
-        """Take it back."""
+        """Take the GPU's memory back."""
         self._llm.wake_up()
 
     def policy(self, adapter: Path | None) -> "Engine":
-        """What decodes for one policy; None: the base model itself."""
+        """The engine of one policy. `adapter` None: the base model itself."""
 
         def decode(prompts: dict[int, list[int]], how: "Decoding") -> Iterator[list[tuple[int, list[int]]]]:
             from vllm import SamplingParams
@@ -113,7 +113,7 @@ def sampling_arguments(how: "Decoding", index: int) -> dict[str, Any]:
         choice = {"temperature": how.temperature, "top_p": how.top_p, "seed": seed}
     return choice | {
         "max_tokens": how.max_new_tokens,
-        # One token ends a response; others that the model's own files may name do not.
+        # Only `end_id` ends a response, whatever other tokens the model's files name.
         "ignore_eos": True,
         "stop_token_ids": [how.end_id],
         "repetition_penalty": how.repetition_penalty,
@@ -122,6 +122,6 @@ def sampling_arguments(how: "Decoding", index: int) -> dict[str, Any]:
 
 
 def response_ids(token_ids: "list[int] | tuple[int, ...]", finish_reason: str | None, end_id: int) -> list[int]:
-    """The response's tokens, the one that ended it included, whether or not vLLM reports it."""
+    """The response's tokens with the one that ended it, which vLLM may leave out."""
     ids = list(token_ids)
     return [*ids, end_id] if finish_reason == "stop" and ids[-1:] != [end_id] else ids

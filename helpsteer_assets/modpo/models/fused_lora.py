@@ -1,7 +1,7 @@
 """LoRA layers in fewer passes over memory: y = x W^T + s (x A^T) B^T as one autograd function.
 
-peft's layer makes the base output, the adapter's, their scaled copy and the sum, and its backward as many; for a frozen
-W the products below are all that is needed, each adding to what is there.
+peft's layer makes tensors for the base output, the adapter's output, its scaled copy and the sum, and its backward pass
+makes as many. For a frozen W the products below suffice; they add to an existing tensor where possible.
 """
 
 from typing import Any
@@ -31,7 +31,7 @@ class FusedLoraLinear(Linear):
         )
 
     def _fusible(self, x: torch.Tensor) -> str | None:
-        """The active adapter, if it is the only one and does nothing but LoRA."""
+        """The active adapter, if it is the only one and is plain LoRA; else None."""
         if self.disable_adapters or self.merged:
             return None
         active = [name for name in self.active_adapters if name in self.lora_A]
@@ -84,6 +84,6 @@ class _LoraLinear(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             a_gradient = (raised.t() @ flat).to(lora_a.dtype)
         if ctx.needs_input_grad[4]:
-            # As a product with few rows rather than few columns: matrix libraries are faster at it.
+            # Matrix libraries are faster at a product with few rows than with few columns.
             b_gradient = (lowered.t() @ g).mul_(ctx.scaling).t().to(lora_b.dtype)
         return x_gradient, None, None, a_gradient, b_gradient, None

@@ -1,4 +1,4 @@
-"""Lending a loaded model to work that changes it, and having it back as it was."""
+"""Lend a loaded model to code that changes it, and restore it afterwards."""
 
 import copy
 from collections.abc import Iterator
@@ -14,10 +14,10 @@ from helpsteer_assets.modpo.models.loading import load_adapters
 
 
 class Snapshot:
-    """What a model is made of: its modules, parameters, hooks, modes and configuration, but not the parameters' values.
+    """A model's modules, parameters, hooks, modes and configuration, but not the values of its parameters.
 
-    peft, trainers and compilation replace modules, freeze parameters, attach hooks and set attributes. All of these
-    stand in the modules' own dictionaries, so that putting those back undoes them, whoever did it.
+    peft and trainers replace modules, freeze parameters, attach hooks and set attributes. All of this is kept in the
+    modules' own dictionaries, so restoring the dictionaries undoes it.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -33,7 +33,7 @@ class Snapshot:
         self._trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 
     def restore(self) -> None:
-        """Make the model what it was."""
+        """Bring the model back to its state at the snapshot."""
         for module, kind in self._classes:
             module.__class__ = kind
         for part, contents in self._contents:
@@ -45,7 +45,7 @@ class Snapshot:
 
 
 def _copied(contents: dict[str, Any]) -> dict[str, Any]:
-    """With containers of its own: modules, parameters and hooks stand in such."""
+    """A copy with its own containers: modules, parameters and hooks are kept in containers."""
     return {
         name: copy.copy(value) if isinstance(value, dict | list | set) else value for name, value in contents.items()
     }
@@ -53,9 +53,9 @@ def _copied(contents: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def merged(model: PreTrainedModel, adapter: Path) -> Iterator[PreTrainedModel]:
-    """The policy of an adapter: the model with the adapter merged into its weights, for as long as the context lasts.
+    """The policy of an adapter: within the context, the adapter is merged into the model's weights.
 
-    The weights are kept in the host's memory and put back, for subtracting what was added would leave rounding.
+    The original weights are kept in the host's memory and put back: subtracting the adapter leaves rounding errors.
     """
     snapshot = Snapshot(model)
     peft_model = load_adapters(model, {"policy": adapter})

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -25,18 +24,16 @@ from transformers.utils import logging as transformers_logging
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.models.fused_lora import fuse_lora
 from helpsteer_assets.modpo.models.tokenization import end_of_text_id
+from helpsteer_assets.modpo.settings import Compute, Lora
 
-if TYPE_CHECKING:
-    from helpsteer_assets.experiment.settings import LoraSettings, ModelSettings, RunSettings
-
-# A bar per loaded checkpoint drowns the progress that matters.
+# A progress bar for each loaded checkpoint would hide the progress of the work.
 transformers_logging.disable_progress_bar()
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
-def choose_device(run: "RunSettings", precision: str) -> torch.device:
+def choose_device(run: Compute, precision: str) -> torch.device:
     """The device to compute on, with the thread count set.
 
     Raises HelpsteerError where the device is missing or lacks the stated precision.
@@ -50,21 +47,21 @@ def choose_device(run: "RunSettings", precision: str) -> torch.device:
         )
     if run.threads is not None:
         torch.set_num_threads(run.threads)
-    # Saturated logits make denormal numbers, on which CPU steps are an order of magnitude slower.
+    # Saturated logits lead to denormal numbers, which slow a CPU down by an order of magnitude.
     torch.set_flush_denormal(True)
     return device
 
 
-def batch_tokens(run: "RunSettings", device: torch.device) -> int:
+def batch_tokens(run: Compute, device: torch.device) -> int:
     """Tokens in one forward and backward pass.
 
-    A CPU is busy with few, and slows down where activations outgrow its caches.
+    A CPU needs few tokens to be busy, and slows down where activations outgrow its caches.
     """
     return run.batch_tokens or (4096 if device.type == "cuda" else 1024)
 
 
-def scoring_batch_tokens(run: "RunSettings", device: torch.device) -> int:
-    """Tokens in one forward pass without gradients, which keeps no activations."""
+def scoring_batch_tokens(run: Compute, device: torch.device) -> int:
+    """Tokens in one forward pass without gradients: more than in training, for no activations are kept."""
     return 4 * batch_tokens(run, device)
 
 
@@ -75,8 +72,8 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrained
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever the files or the model's own code raise
-        raise HelpsteerError(f"no tokenizer can be loaded from {path}: {_in_words(error)}") from error
+    except Exception as error:  # of any kind: files and the model's own code raise it
+        raise HelpsteerError(f"no tokenizer can be loaded from {path}: {in_words(error)}") from error
     if "strftime_now" in str(tokenizer.chat_template or ""):
         raise HelpsteerError(
             f"the chat template of {path} writes today's date into every prompt, so that tomorrow's tokens would "
@@ -89,9 +86,9 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrained
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, embeddings: int) -> None:
-    """Raise HelpsteerError where ordinary text or the special tokens make token ids that a model does not embed.
+    """Raise HelpsteerError where ordinary text or the special tokens have token ids that a model does not embed.
 
-    Further tokens may lie beyond: some models ship with such, which stand in no text (Gemma 3's images).
+    Other added tokens may have larger ids: some models ship with tokens that occur in no text (Gemma 3's images).
     """
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id]
     added = set(tokenizer.added_tokens_decoder) - set(special)
@@ -108,7 +105,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, embeddings: int) -> Non
 
 
 def require_whole_model(folder: Path) -> None:
-    """Raise HelpsteerError where a folder holds an adapter: transformers would load the adapter's own base under it."""
+    """Raise HelpsteerError where a folder holds an adapter: transformers would load the base model that it names."""
     if (folder / ADAPTER_CONFIG).exists():
         raise HelpsteerError(
             f"{folder} holds an adapter ({ADAPTER_CONFIG}), and a whole model is needed: merge the adapter into its "
@@ -118,9 +115,9 @@ def require_whole_model(folder: Path) -> None:
 
 
 def require_safetensors(folder: Path) -> None:
-    """Raise HelpsteerError unless a model folder's weights are safetensors, all there and none cut short.
+    """Raise HelpsteerError unless a model folder's weights are complete safetensors files.
 
-    Only their headers are read. Pickled weights don't count: reading a pickle runs whatever code stands in it.
+    Only their headers are read. Pickled weights are refused, because reading a pickle runs the code in it.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists():
@@ -129,7 +126,7 @@ def require_safetensors(folder: Path) -> None:
         try:
             files = [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise HelpsteerError(f"{index} is damaged ({_in_words(error)}); get the model's files again") from error
+            raise HelpsteerError(f"{index} is damaged ({in_words(error)}); get the model's files again") from error
     elif pickles := sorted(path.name for path in folder.glob("pytorch_model*.bin")):
         raise HelpsteerError(
             f"{folder} holds its weights as pickles only ({pickles[0]}), which run code when they are read and are "
@@ -152,16 +149,16 @@ def _require_intact(file: Path) -> None:
         with safe_open(file, framework="pt") as opened:
             opened.keys()
     except (OSError, SafetensorError) as error:
-        reason = "missing" if isinstance(error, FileNotFoundError) else f"damaged or incomplete ({_in_words(error)})"
+        reason = "missing" if isinstance(error, FileNotFoundError) else f"damaged or incomplete ({in_words(error)})"
         raise HelpsteerError(f"{file} is {reason}; get it again") from error
 
 
 def load_model(
     path: Path, *, precision: str, device: torch.device | str = "cpu", trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """A causal language model from a folder, in the stated precision, in evaluation mode.
+    """A causal language model from a folder, in the stated precision and in evaluation mode.
 
-    Raises HelpsteerError where there is none, or one whose weights are not all there and finite.
+    Raises HelpsteerError where there is none, or weights are missing or not finite.
     """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     require_whole_model(path)
@@ -175,8 +172,8 @@ def load_model(
             ignore_mismatched_sizes=True,  # they are refused below
             output_loading_info=True,
         )
-    except Exception as error:  # whatever the files or the model's own code raise
-        raise HelpsteerError(f"no causal language model can be loaded from {path}: {_in_words(error)}") from error
+    except Exception as error:  # of any kind: files and the model's own code raise it
+        raise HelpsteerError(f"no causal language model can be loaded from {path}: {in_words(error)}") from error
     if mismatched := sorted(loading["mismatched_keys"]):
         name, there, expected = mismatched[0]
         raise HelpsteerError(
@@ -184,7 +181,7 @@ def load_model(
             f"the config {list(expected)} ({len(mismatched)} such weights); get the model's files again"
         )
     if loading["missing_keys"]:
-        # transformers would make them up at random, with a warning.
+        # transformers only warns, and fills them with random numbers.
         missing = ", ".join(sorted(loading["missing_keys"])[:3])
         raise HelpsteerError(
             f"the model in {path} lacks weights of a causal language model ({missing}, ...: "
@@ -200,19 +197,19 @@ def load_model(
 
 
 def non_finite(parameters: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
-    """The names of those that hold a NaN or an infinity."""
+    """Names of the parameters that hold a NaN or an infinity."""
     return [name for name, parameter in parameters if not bool(torch.isfinite(parameter).all())]
 
 
 def _read_config(path: Path, trust_remote_code: bool) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever the files or the model's own code raise
-        raise HelpsteerError(f"no model config can be read from {path}: {_in_words(error)}") from error
+    except Exception as error:  # of any kind: files and the model's own code raise it
+        raise HelpsteerError(f"no model config can be read from {path}: {in_words(error)}") from error
 
 
-def _in_words(error: Exception) -> str:
-    """An error of a library in one line."""
+def in_words(error: Exception) -> str:
+    """A library's error in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:400]}" if text else type(error).__name__
 
@@ -231,18 +228,18 @@ class ModelSize:
     experts counts with all of its weights, though a token passes through few."""
 
 
-def model_size(path: Path, lora: "LoraSettings", *, trust_remote_code: bool = False) -> ModelSize:
-    """Counted from a model folder's config, without weights and without memory for them.
+def model_size(path: Path, lora: Lora, *, trust_remote_code: bool = False) -> ModelSize:
+    """The size of a model with a LoRA, from the model folder's config alone: no weights are read or allocated.
 
-    Raises HelpsteerError where the folder describes no causal language model, or one that the LoRA does not fit.
+    Raises HelpsteerError where the folder describes no causal language model, or the LoRA does not fit the model.
     """
     require_whole_model(path)
     config = _read_config(path, trust_remote_code)
     with torch.device("meta"):  # shapes without memory
         try:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        except Exception as error:  # whatever the config or the model's own code raise
-            raise HelpsteerError(f"{path} describes no causal language model: {_in_words(error)}") from error
+        except Exception as error:  # of any kind: the config and the model's own code raise it
+            raise HelpsteerError(f"{path} describes no causal language model: {in_words(error)}") from error
         policy = attach_lora(model, lora, 0)
     adapter_parameters = sum(weight.numel() for name, weight in policy.named_parameters() if ".lora_" in name)
     parameters = policy.num_parameters() - adapter_parameters
@@ -252,21 +249,21 @@ def model_size(path: Path, lora: "LoraSettings", *, trust_remote_code: bool = Fa
 
 
 def context_length(path: Path, *, trust_remote_code: bool = False) -> int | None:
-    """Tokens that the model can attend to, None where its config does not say."""
+    """The longest text of the model in tokens, None where its config does not say."""
     return getattr(_read_config(path, trust_remote_code).get_text_config(), "max_position_embeddings", None)
 
 
-def check_lengths(settings: "ModelSettings", path: Path, needed: int, key: str) -> None:
-    """Raise HelpsteerError where a stage asks for more tokens than the model's context holds."""
-    limit = context_length(path, trust_remote_code=settings.trust_remote_code)
+def check_lengths(path: Path, needed: int, key: str, *, base: str, trust_remote_code: bool = False) -> None:
+    """Raise HelpsteerError where the setting `key` needs more tokens than the context of the model `base` has."""
+    limit = context_length(path, trust_remote_code=trust_remote_code)
     if limit is not None and needed > limit:
         raise HelpsteerError(
-            f"{key} ask(s) for {needed} tokens of context, and {settings.base} has {limit}; lower {key} or choose a "
+            f"{key} ask(s) for {needed} tokens of context, and {base} has {limit}; lower {key} or choose a "
             "base model with a longer context"
         )
 
 
-def attach_lora(model: PreTrainedModel, lora: "LoraSettings", seed: int) -> PeftModel:
+def attach_lora(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
     """A new LoRA on every targeted linear layer; its initial weights depend on the seed alone."""
     set_seed(seed)
     config = LoraConfig(
@@ -277,7 +274,7 @@ def attach_lora(model: PreTrainedModel, lora: "LoraSettings", seed: int) -> Peft
         task_type="CAUSAL_LM",
     )
     if isinstance(lora.target_modules, list):
-        # peft passes over a name that fits nothing as long as another does.
+        # peft ignores a name that fits no layer, as long as another name fits one.
         head = model.get_output_embeddings()
         layers = [
             n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head
@@ -292,15 +289,15 @@ def attach_lora(model: PreTrainedModel, lora: "LoraSettings", seed: int) -> Peft
     with _peft_uses_an_old_name():
         peft_model = get_peft_model(model, config)
     (attached,) = peft_model.peft_config.values()
-    # A set, which every process would save in an order of its own.
+    # It is a set, and each process would save it in another order.
     attached.target_modules = sorted(attached.target_modules)
     return fuse_lora(peft_model)
 
 
 def load_adapters(model: PreTrainedModel, adapters: dict[str, Path]) -> PeftModel:
-    """Load adapters by name onto a model, for scoring.
+    """Load adapters, given by name, onto a model for scoring.
 
-    Raises HelpsteerError where one is damaged, or was trained on a model of another shape.
+    Raises HelpsteerError where an adapter is damaged or was trained on a model of another shape.
     """
     peft_model: PeftModel | None = None
     for name, path in adapters.items():
@@ -311,27 +308,27 @@ def load_adapters(model: PreTrainedModel, adapters: dict[str, Path]) -> PeftMode
                     peft_model = PeftModel.from_pretrained(model, path, adapter_name=name)
                 else:
                     peft_model.load_adapter(path, adapter_name=name)
-        except Exception as error:  # whatever does not fit
+        except Exception as error:  # of any kind: peft and torch raise many
             raise HelpsteerError(
-                f"the adapter {path} cannot be loaded onto the model: {_in_words(error)}. It is damaged, or was "
+                f"the adapter {path} cannot be loaded onto the model: {in_words(error)}. It is damaged, or was "
                 "trained on another base model"
             ) from error
-        # What the file lacks, peft leaves as it was initialised, and what is too much it passes over.
+        # peft does not complain: missing weights keep their initial values, and unknown ones are ignored.
         expected = get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False).keys()
         with safe_open(path / ADAPTER_WEIGHTS, framework="pt") as file:
-            found = set(file.keys())
-        if wrong := sorted(found ^ set(expected)):
+            stored = set(file.keys())
+        if wrong := sorted(stored ^ set(expected)):
             raise HelpsteerError(
                 f"the adapter {path} does not fit the model: it was trained on another base model ({len(wrong)} "
                 f"weights stand on one side only, the first: {wrong[0]})"
             )
-    assert peft_model is not None  # nobody loads no adapter
+    assert peft_model is not None  # callers name at least one adapter
     return fuse_lora(peft_model).eval()
 
 
 @contextmanager
 def _peft_uses_an_old_name() -> Iterator[None]:
-    """transformers warns about a name that peft still uses: nothing that who runs this can change."""
+    """Silence a warning of transformers about a name that peft still uses; the user cannot change that."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         yield

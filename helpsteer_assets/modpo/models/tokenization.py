@@ -1,12 +1,11 @@
-"""The one tokenization, used alike in training, scoring and generation.
+"""The tokenization, which is the same in training, scoring and generation.
 
-Prompt and response are tokenized separately, so that a prompt has the same tokens whatever response follows it: no
-token can merge across the boundary. Text beyond the limits is cut by one rule, the same for every response of a
-prompt: the prompt keeps its last `max_prompt_length` tokens; a response is cut at its end, and a cut response gets no
-end-of-text token.
+Prompt and response are tokenized separately: no token can merge across the boundary, so a prompt has the same tokens
+before any response. Long texts are cut by one rule for every response of a prompt: the prompt keeps its last
+`max_prompt_length` tokens; a response is cut at its end, and a cut response gets no end-of-text token.
 
-Texts go to the tokenizer many at a time, which a tokenizer with a Rust backend spreads over threads; the token ids of
-a data set lie in flat arrays of 4 bytes a token.
+Many texts at a time go to the tokenizer, and one with a Rust backend spreads them over threads. The token ids of a data
+set are kept in flat arrays of 4 bytes a token.
 """
 
 from array import array
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 FALLBACK_TEMPLATE = "\n\nHuman:\n{prompt}\n\nAssistant:\n"
-"""The described pipeline's template, for a tokenizer that has no chat template."""
+"""The prompt's template for a tokenizer that has no chat template."""
 
 _BATCH_TEXTS = 2048
 
@@ -54,9 +53,9 @@ class Sequence:
 
 
 class EncodedResponses(Mapping[str, Sequence]):
-    """Sequences by response_id, in their table's order; the sequences of one prompt share its token ids.
+    """Sequences by response_id, in the order of their table. The sequences of one prompt share its token ids.
 
-    Their arrays are views of one that holds all token ids: nobody writes to them.
+    The arrays are views of one that holds all token ids, and must not be written to.
     """
 
     def __init__(self) -> None:
@@ -85,7 +84,7 @@ class EncodedResponses(Mapping[str, Sequence]):
         max_length: int,
         max_prompt_length: int,
     ) -> None:
-        """Encode rows, given by column."""
+        """Encode rows, which are given as columns."""
         new: dict[str, str] = {}
         for prompt_id, prompt in zip(rows["prompt_id"], rows["prompt"], strict=True):
             if prompt_id not in self._prompt_numbers:
@@ -106,7 +105,7 @@ class EncodedResponses(Mapping[str, Sequence]):
 
 
 class _TokenLists:
-    """Lists of token ids, one after another in one array."""
+    """Lists of token ids, stored one after another in one array."""
 
     def __init__(self) -> None:
         self._ids = array("i")
@@ -124,12 +123,12 @@ class _TokenLists:
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """The prompt as the model reads it, up to where the response begins."""
+    """The text that the model reads before the response: the prompt in its template."""
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
         try:
             return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # whatever the template's own code raises
+        except Exception as error:  # of any kind: the template is code
             raise HelpsteerError(
                 f"the chat template of {tokenizer.name_or_path} fails: {type(error).__name__}: {error}; mend it "
                 "(chat_template.jinja, or chat_template in tokenizer_config.json)"
@@ -138,21 +137,21 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, max_length: int) -> tuple[TokenIds, bool]:
-    """As `encode_prompts`, of one prompt."""
+    """`encode_prompts` for one prompt."""
     return encode_prompts(tokenizer, [prompt], max_length)[0]
 
 
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_length: int
 ) -> list[tuple[TokenIds, bool]]:
-    """Per prompt the token ids of the rendered prompt, its last `max_length` ones, and whether it was cut."""
+    """For each prompt the last `max_length` token ids of the rendered prompt, and whether it was cut."""
     return [
         (np.array(ids[-max_length:], np.int32), len(ids) > max_length) for ids in _prompt_tokens(tokenizer, prompts)
     ]
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, response: str, max_length: int) -> tuple[TokenIds, bool]:
-    """Token ids of the response with its end-of-text token, cut to `max_length` (then without it), and whether cut."""
+    """Token ids of the response and its end-of-text token, and whether they were cut to `max_length` (without it)."""
     (whole,) = _tokens(tokenizer, [response])
     ids, cut = _cut_response(whole, end_of_text_id(tokenizer), max_length)
     return np.array(ids, np.int32), cut
@@ -171,9 +170,9 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def encode_responses(
     tokenizer: PreTrainedTokenizerBase, responses: "pa.Table", max_length: int, max_prompt_length: int
 ) -> EncodedResponses:
-    """Token ids by response_id of a table with columns prompt_id, response_id, prompt, response.
+    """Token ids by response_id, of a table with columns prompt_id, response_id, prompt, response.
 
-    A response gets what its prompt leaves of `max_length`: the same room for every response of a prompt.
+    A response gets the tokens of `max_length` that its prompt leaves: every response of a prompt has the same room.
     """
     encoded = EncodedResponses()
     for rows in _batches(responses, ("prompt_id", "response_id", "prompt", "response")):
@@ -182,7 +181,7 @@ def encode_responses(
 
 
 def count_response_tokens(tokenizer: PreTrainedTokenizerBase, responses: "pa.Table") -> dict[str, int]:
-    """Tokens of every uncut response, its end-of-text token included, by response_id."""
+    """Number of tokens of every uncut response, its end-of-text token included, by response_id."""
     counts: dict[str, int] = {}
     for rows in _batches(responses, ("response_id", "response")):
         encoded = _tokens(tokenizer, rows["response"])
@@ -202,7 +201,7 @@ def _tokens(
     """Token ids of each whole text."""
     ids: list[list[int]] = []
     for start in range(0, len(texts), _BATCH_TEXTS):
-        # Not verbose: a text longer than the model's context is no surprise, it is cut here afterwards.
+        # A verbose tokenizer warns about texts longer than the model's context; they are cut afterwards.
         ids += tokenizer(
             texts[start : start + _BATCH_TEXTS],
             add_special_tokens=add_special_tokens,

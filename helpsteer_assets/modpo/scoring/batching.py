@@ -18,7 +18,7 @@ class Batch:
     attention_mask: torch.Tensor
     """1 on tokens, 0 on padding, int64."""
     response_mask: torch.Tensor
-    """True on the tokens of the response: by position, for the pad token may be the end-of-text token."""
+    """True on the tokens of the response, told by position: the pad token may be the end-of-text token."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device."""
@@ -40,9 +40,9 @@ def collate(sequences: Items[Sequence], pad_id: int) -> Batch:
 
 
 def plan_batches(lengths: Items[int], max_tokens: int) -> list[list[int]]:
-    """Indices grouped into batches of similar length whose padded size stays within `max_tokens`.
+    """Group indices into batches of similar lengths whose padded size is up to `max_tokens`.
 
-    Longest first, so that what does not fit in memory fails at once. An item longer than `max_tokens` makes a batch of
+    The longest come first, so that too little memory shows at once. An item longer than `max_tokens` makes a batch of
     its own.
     """
     batches: list[list[int]] = []

@@ -1,9 +1,9 @@
 """The output layer fused with the log-probability of given tokens.
 
-A loss over responses needs one number per token out of a row of vocabulary size. Here the logits live a chunk of rows
-at a time, and the gradient with respect to the hidden states is made in the forward pass, while the chunk is there:
-two matrix products per chunk in all, nothing recomputed, nothing of size [tokens, vocabulary] kept. That is possible
-since what follows, per-sequence sums and a scalar loss, multiplies the gradient of each token by one number.
+A loss over responses needs one number per token out of a row of vocabulary size. Here the logits are made for a chunk
+of rows at a time, and the gradient with respect to the hidden states is made in the forward pass, while the chunk is in
+memory: two matrix products per chunk, nothing recomputed, nothing of size [tokens, vocabulary] kept. This works because
+all later operations, per-sequence sums and a scalar loss, multiply the gradient of each token by one number.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ CHUNK_ELEMENTS = 2**24
 
 @dataclass(frozen=True)
 class LogProbHead:
-    """How a model makes logits of hidden states h: softcap(scale * (h W^T + bias))."""
+    """The output layer of a model: logits = softcap(scale * (h W^T + bias)) of hidden states h."""
 
     weight: torch.Tensor
     """[vocabulary, hidden]"""
@@ -37,16 +37,16 @@ class LogProbHead:
             targets: [tokens] token ids.
 
         Returns:
-            [tokens] float64. Logits and probabilities are fp32 (fp64 of fp64 hidden states); what is left of a token
-            is not rounded to fp32 again, for sums of hundreds of them are subtracted from each other.
+            [tokens] float64. Logits and probabilities are computed in fp32 (in fp64 for fp64 hidden states). The result
+            is not rounded to fp32, because sums of hundreds of tokens are subtracted from each other.
         """
         return _LogProb.apply(hidden, targets, self)
 
 
 def find_head(model: PreTrainedModel) -> LogProbHead | None:
-    """The head of a model, or None where it is something else than a linear layer or wants a gradient.
+    """The head of a model, or None where it is not a linear layer or is trained.
 
-    Whether a model does more to its logits than the config's known keys say is for the caller to try.
+    A model may change its logits in ways that its config does not tell: the caller has to compare the results.
     """
     layer = model.get_output_embeddings()
     if type(layer) is not torch.nn.Linear:
@@ -66,10 +66,10 @@ class _LogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: torch.Tensor, targets: torch.Tensor, head: LogProbHead) -> torch.Tensor:
         accurate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        found = torch.empty(len(hidden), dtype=torch.float64, device=hidden.device)
+        log_probs = torch.empty(len(hidden), dtype=torch.float64, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         rows = min(len(hidden), max(1, CHUNK_ELEMENTS // len(head.weight)))
-        # Taken once: memory of this size comes from the system page by page, each time anew.
+        # Allocated once for all chunks: the system hands out memory of this size slowly, page by page.
         memory = torch.empty(2, rows, len(head.weight), dtype=accurate, device=hidden.device)
         for start in range(0, len(hidden), max(rows, 1)):
             part = slice(start, start + rows)
@@ -88,9 +88,9 @@ class _LogProb(torch.autograd.Function):
                 slope = 1 - logits.square() if gradient is not None else None
                 logits *= head.softcap
             torch.softmax(logits, dim=1, out=probabilities)
-            # The largest probability is accurate however many there are: log sum exp = logit - log p there.
+            # log sum exp = logit - log p for every token; the most probable one has the most accurate p.
             log_sum = logits.amax(1).double() - probabilities.amax(1).double().log()
-            found[part] = logits.gather(1, of_chunk)[:, 0].double() - log_sum
+            log_probs[part] = logits.gather(1, of_chunk)[:, 0].double() - log_sum
             if gradient is None:
                 continue
             # d log p(target) / d logits = one-hot(target) - p
@@ -103,7 +103,7 @@ class _LogProb(torch.autograd.Function):
             torch.mm(by_logit.to(hidden.dtype), head.weight, out=gradient[part])
         if gradient is not None:
             ctx.save_for_backward(gradient)
-        return found
+        return log_probs
 
     @staticmethod
     @once_differentiable

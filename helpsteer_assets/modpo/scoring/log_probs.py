@@ -1,8 +1,8 @@
 """Summed log-probabilities of responses: log p(y|x), the end-of-text token included.
 
 `padded_log_probs` is the plain way: every sequence by itself, padded, all logits. `response_log_probs` computes the
-same numbers from packed prompt trees, with the head fused: the way everything here takes wherever the model allows it,
-which is tried out once per model on a small tree.
+same numbers from packed prompt trees and with a fused head, as far as the model allows it. That is tried out once per
+model on a small tree, against the plain way.
 """
 
 import logging
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.files.rows import ResumableRows
+from helpsteer_assets.modpo.models.loading import in_words
 from helpsteer_assets.modpo.models.tokenization import Sequence
 from helpsteer_assets.modpo.progress import Progress, silent
 from helpsteer_assets.modpo.scoring.batching import Batch, collate
@@ -28,8 +29,7 @@ from helpsteer_assets.modpo.scoring.log_prob_head import find_head
 from helpsteer_assets.modpo.scoring.tree_attention import (
     TreeLayout,
     check_layers,
-    fastest_kernel,
-    is_plain_attention,
+    require_varlen,
     tree_attention,
 )
 from helpsteer_assets.modpo.scoring.trees import TreeBatch, pack, plan_trees, unpack
@@ -40,22 +40,25 @@ SCORING_BATCH_TOKENS = 8192
 """Tokens in one scoring batch."""
 
 BASE = "base"
-"""Stands for the model with its adapters switched off."""
+"""The name for the model with its adapters switched off."""
 
 
 @dataclass(frozen=True)
 class Method:
     """How a model's log-probabilities are computed."""
 
-    attention: str
-    """`tree`: by `tree_attention`; `mask`: the tree as a 4D mask for the model's own attention; `padded`."""
-    kernel: str = "split"
-    """Of `tree_attention`."""
+    kernel: str | None
+    """The kernel of `tree_attention`, `varlen` or `split`; None: from padded batches, without trees."""
     fused: bool = False
-    """Whether by a `LogProbHead`, where the head is frozen; else by the model's own, at the predicted positions."""
+    """Whether by a `LogProbHead`, where the head is frozen; else by the model's own head at the predicted positions."""
+
+    def __str__(self) -> str:
+        if self.kernel is None:
+            return "from padded batches"
+        return f"from prompt trees ({self.kernel} attention, {'fused' if self.fused else 'its own'} head)"
 
 
-PADDED = Method("padded")
+PADDED = Method(None)
 
 _methods: WeakKeyDictionary[PreTrainedModel, Method] = WeakKeyDictionary()
 
@@ -69,7 +72,7 @@ def padded_log_probs(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
     Returns:
         [batch] float64, in nats: the sum over the response's tokens. Token terms are computed in fp32 (fp64 for an
-        fp64 model) and summed in fp64, since differences of sums of hundreds of terms are what the loss is made of.
+        fp64 model) and summed in fp64, because the loss is made of differences of such sums.
     """
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
     targets = batch.response_mask[:, 1:]  # position t predicts token t + 1
@@ -81,43 +84,39 @@ def padded_log_probs(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def response_log_probs(model: torch.nn.Module, batch: TreeBatch) -> torch.Tensor:
-    """log p(y|x) of each response of the trees: [responses] float64, in nats, as `padded_log_probs` has them.
+    """log p(y|x) of each response of the trees: [responses] float64, in nats, the numbers of `padded_log_probs`.
 
-    Where activations are recomputed in the backward pass, that must happen within `attention_for(model)`, too.
+    Where the backward pass recomputes activations, it must run within `attention_for(model)`, too.
     """
     return log_probs_by(method_for(model), model, batch)
 
 
 def attention_for(model: torch.nn.Module) -> AbstractContextManager[None]:
-    """The attention that `response_log_probs` computes a model with."""
-    by_tree = method_for(model).attention == "tree"
+    """A context in which the model attends as in `response_log_probs`."""
+    by_tree = method_for(model) != PADDED
     return tree_attention(_language_model(model)) if by_tree else nullcontext()
 
 
 def log_probs_by(method: Method, model: torch.nn.Module, batch: TreeBatch) -> torch.Tensor:
-    """As `response_log_probs`, by a given method."""
-    language_model = _language_model(model)
-    if method.attention == "padded":
+    """`response_log_probs` by a given method."""
+    if method.kernel is None:
         return padded_log_probs(model, collate(unpack(batch), pad_id=0).to(batch.input_ids.device))
-    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
-    layout = TreeLayout(batch, method.kernel)
-    if method.attention == "mask":
-        inputs["attention_mask"] = layout.full_mask(language_model.dtype)
-        attention = nullcontext()
-    else:
-        inputs["tree"] = layout
-        attention = tree_attention(language_model)
+    language_model = _language_model(model)
+    inputs = {
+        "input_ids": batch.input_ids,
+        "position_ids": batch.position_ids,
+        "use_cache": False,
+        "tree": TreeLayout(batch, method.kernel),
+    }
     head = find_head(language_model) if method.fused else None
-    with attention:
+    with tree_attention(language_model):
         if head is not None:
             hidden = language_model.base_model(**inputs).last_hidden_state[0]
+            token_log_probs = head(hidden.index_select(0, batch.predictors), batch.targets)
         else:
             logits = language_model(**inputs, logits_to_keep=batch.predictors).logits[0]
-    if head is not None:
-        token_log_probs = head(hidden.index_select(0, batch.predictors), batch.targets)
-    else:
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        token_log_probs = -F.cross_entropy(logits, batch.targets, reduction="none")
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            token_log_probs = -F.cross_entropy(logits, batch.targets, reduction="none")
     return _sums(token_log_probs, batch.rows, batch.responses)
 
 
@@ -127,7 +126,7 @@ def _sums(token_log_probs: torch.Tensor, rows: torch.Tensor, responses: int) -> 
 
 
 def method_for(model: torch.nn.Module) -> Method:
-    """The fastest method that gives this model's numbers; found once per model."""
+    """The fastest method that gives this model's numbers; tried out once per model."""
     language_model = _language_model(model)
     if language_model not in _methods:
         _methods[language_model] = _find_method(language_model)
@@ -136,56 +135,49 @@ def method_for(model: torch.nn.Module) -> Method:
 
 @torch.no_grad()
 def _find_method(model: PreTrainedModel) -> Method:
-    config = model.config.get_text_config()
     vocabulary = model.get_input_embeddings().num_embeddings
     # A prompt with three responses, one of them a single token, and a second prompt.
     ids = [(7 * i + 3) % vocabulary for i in range(24)]
     sequences = [Sequence(ids[:6], ids[6:10]), Sequence(ids[:6], ids[11:12]), Sequence(ids[:6], ids[12:18])]
     sequences.append(Sequence(ids[18:21], ids[21:]))
-    batch, _ = pack(sequences)
-    batch = batch.to(model.device)
-    heads = getattr(config, "num_attention_heads", 1)
-    head_size = getattr(config, "head_dim", None) or getattr(config, "hidden_size", heads) // heads
-    kernel = fastest_kernel(
-        str(model.device), model.dtype, heads, getattr(config, "num_key_value_heads", None) or heads, head_size
-    )
-    candidates = [Method("tree", kernel, fused=True), Method("tree", kernel)]
-    if is_plain_attention(config) and model.dtype in (torch.float32, torch.float64):
-        candidates.append(Method("mask"))  # in 16 bits, rounding hides what a mask does not say
-    reason = ""
+    batch = pack(sequences)[0].to(model.device)
+    in_16_bits = model.dtype in (torch.bfloat16, torch.float16)
+    kernels = ("varlen", "split") if in_16_bits and model.device.type == "cuda" else ("split",)
+    problems: dict[str, Method] = {}
     with _evaluating(model):
         truth = log_probs_by(PADDED, model, batch)
-        tolerance = (1e-4 if model.dtype in (torch.float32, torch.float64) else 5e-2) * (1 + truth.abs())
-        for candidate in candidates:
+        tolerance = (5e-2 if in_16_bits else 1e-4) * (1 + truth.abs())
+        for method in (Method(kernel, fused) for kernel in kernels for fused in (True, False)):
             try:
-                if candidate.attention == "tree":
-                    _check_layers(model, batch)
-                difference = (log_probs_by(candidate, model, batch) - truth).abs()
-            except Exception as error:  # whatever a model's own code has against it
-                reason = reason or f"{type(error).__name__}: {error}"
-                continue
-            if bool((difference <= tolerance).all()):
+                _require_agreement(method, model, batch, truth, tolerance)
                 break
-            reason = reason or f"log-probabilities differ by up to {difference.max().item():.2g} nats"
+            except Exception as error:  # of any kind: a kernel or the model's own code raises it
+                problems.setdefault(in_words(error), method)
         else:
-            candidate = PADDED
-    if reason:
-        logger.warning(
-            "%s: no prompt trees with a fused head (%s); log-probabilities are computed %s",
-            type(model).__name__,
-            reason,
-            {"tree": "with the model's own head", "mask": "with a 4D mask", "padded": "from padded batches"}[
-                candidate.attention
-            ],
-        )
-    return candidate
+            method = PADDED
+    if problems:
+        why = "; ".join(f"not {refused}: {problem}" for problem, refused in problems.items())
+        logger.warning("%s: log-probabilities are computed %s, %s", type(model).__name__, method, why)
+    return method
 
 
-def _check_layers(model: PreTrainedModel, batch: TreeBatch) -> None:
+def _require_agreement(
+    method: Method, model: PreTrainedModel, batch: TreeBatch, truth: torch.Tensor, tolerance: torch.Tensor
+) -> None:
+    """Raise an error unless a method gives the log-probabilities `truth` [responses], up to `tolerance`."""
+    config = model.config.get_text_config()
+    if method.kernel == "varlen":
+        heads = config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        require_varlen(model.device, model.dtype, heads, getattr(config, "num_key_value_heads", None) or heads, size)
+    # A layer that does not attend by the tree may change the numbers of so small a batch too little to be noticed.
     layout = TreeLayout(batch, "split")
     with tree_attention(model):
         model.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, tree=layout)
-    check_layers(model.config.get_text_config(), layout.windows)
+    check_layers(config, layout.windows)
+    difference = (log_probs_by(method, model, batch) - truth).abs()
+    if not bool((difference <= tolerance).all()):
+        raise ValueError(f"they differ by up to {difference.max().item():.2g} nats")
 
 
 @contextmanager
@@ -233,9 +225,9 @@ def score_sequences(
     _check_token_ids(model, sequences)
     model.eval()
     kept = ResumableRows(checkpoint)
-    found = {int(row["index"]): row["log_probs"] for row in kept.read()}
+    scored = {int(row["index"]): row["log_probs"] for row in kept.read()}
     for indices in plan_trees(sequences, batch_tokens):
-        if all(index in found for index in indices):
+        if all(index in scored for index in indices):
             continue
         batch, rows = pack(sequences[index] for index in indices)
         batch = batch.to(model.device)
@@ -243,10 +235,10 @@ def score_sequences(
         _check_finite(by_adapter, adapters, _language_model(model).dtype)
         finished = [{"index": index, "log_probs": by_adapter[row]} for index, row in zip(indices, rows, strict=True)]
         kept.append(finished)
-        found |= {row["index"]: row["log_probs"] for row in finished}
-        progress(len(found), len(sequences))
+        scored |= {row["index"]: row["log_probs"] for row in finished}
+        progress(len(scored), len(sequences))
     return {
-        adapter: [found[index][column] for index in range(len(sequences))] for column, adapter in enumerate(adapters)
+        adapter: [scored[index][column] for index in range(len(sequences))] for column, adapter in enumerate(adapters)
     }
 
 

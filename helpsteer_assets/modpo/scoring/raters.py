@@ -1,8 +1,8 @@
-"""Raters: who gives generated responses their attribute ratings.
+"""Raters give attribute ratings to generated responses.
 
-A rater is a function of prompts and responses. The embedded one applies the demo generator's own rules; a reward model
-is a sequence-classification checkpoint whose outputs are mapped to attributes. Its weights are read from safetensors,
-never from pickles.
+A rater is a function of prompts and responses. The embedded one applies the demo generator's own rules. A reward model
+is a sequence-classification checkpoint with outputs that are mapped to attributes; its weights are read from
+safetensors, never from pickles.
 """
 
 import json
@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -20,9 +20,7 @@ from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.data.attributes import ATTRIBUTES
 from helpsteer_assets.modpo.models.loading import require_safetensors, require_whole_model
 from helpsteer_assets.modpo.progress import Progress, silent
-
-if TYPE_CHECKING:
-    from helpsteer_assets.experiment.settings import RewardModelSettings
+from helpsteer_assets.modpo.settings import RewardModel
 
 
 class Rater(Protocol):
@@ -31,7 +29,7 @@ class Rater(Protocol):
     def __call__(
         self, prompts: list[str], responses: list[str], progress: Progress = silent
     ) -> dict[str, list[float | None]]:
-        """Rate `responses[i]` as an answer to `prompts[i]`: attribute -> one rating (or None) per response."""
+        """Rate `responses[i]` as an answer to `prompts[i]`: by attribute one rating (or None) per response."""
         ...
 
 
@@ -64,7 +62,7 @@ class RewardModelRater:
     Raises HelpsteerError where the folder holds no reward model that these settings can use.
     """
 
-    def __init__(self, path: Path, settings: "RewardModelSettings", device: str = "cpu") -> None:
+    def __init__(self, path: Path, settings: RewardModel, device: str = "cpu") -> None:
         """Load the model and its tokenizer; nothing is fetched."""
         self._path = Path(path)
         self._settings = settings
@@ -83,10 +81,10 @@ class RewardModelRater:
     def __call__(
         self, prompts: list[str], responses: list[str], progress: Progress = silent
     ) -> dict[str, list[float | None]]:
-        """Rate each response; only the attributes in `heads` are rated. Text keeps its last `max_length` tokens."""
+        """Rate each response on the attributes in `heads`. A text keeps its last `max_length` tokens."""
         rows = [self._encode(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
         rated: dict[str, list[float | None]] = {name: [None] * len(rows) for name in self._settings.heads}
-        # Longest first: padding is least, and a batch that does not fit in memory fails at once.
+        # The longest come first: there is little padding, and too little memory shows at once.
         order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
         for start in range(0, len(order), self._settings.batch_size):
             batch = order[start : start + self._settings.batch_size]
@@ -102,12 +100,12 @@ class RewardModelRater:
             messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
             try:
                 text = self._tokenizer.apply_chat_template(messages, tokenize=False)
-            except Exception as error:  # whatever the template's own code raises
+            except Exception as error:  # of any kind: the template is code
                 raise HelpsteerError(
                     f"the chat template of the reward model {self._path} fails: {_first_line(error)}; mend it "
                     "(chat_template.jinja, or chat_template in tokenizer_config.json)"
                 ) from error
-            # The template writes the special tokens itself; the tokenizer would add a second beginning of text.
+            # The template writes the special tokens; the tokenizer would add a second beginning-of-text token.
             ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         else:
             ids = self._tokenizer(f"{prompt}\n\n{response}")["input_ids"]
@@ -116,9 +114,9 @@ class RewardModelRater:
     def _forward(self, rows: list[list[int]]) -> torch.Tensor:
         """Outputs [B, heads] in fp32 of token rows, padded on the right."""
         config = self._model.config.get_text_config()
-        # A decoder's head reads the last token that is no padding and finds it by its id. The checkpoint's own
-        # padding id stands, since the model was trained to be read so. Where it states none (or none that can be
-        # embedded, as the first Llamas' -1), an id that no row holds makes that the true last token.
+        # A decoder's head reads the last token that is not padding, which it tells by the padding id. The checkpoint's
+        # own padding id is used, as in its training. Where it states none, or one that cannot be embedded (-1 in the
+        # first Llamas), padding gets an id that no row holds.
         stated = config.pad_token_id
         usable = stated is not None and 0 <= stated < config.vocab_size
         padding = stated if usable else _unused_id(rows, config.vocab_size)
@@ -138,10 +136,10 @@ class RewardModelRater:
             config.pad_token_id = stated
         outputs = getattr(output, self._settings.output, None)
         if outputs is None or outputs.ndim != 2:
-            found = ", ".join(output) if outputs is None else f"{self._settings.output} of shape {list(outputs.shape)}"
+            there = ", ".join(output) if outputs is None else f"{self._settings.output} of shape {list(outputs.shape)}"
             raise HelpsteerError(
                 f"the reward model {self._path} has no `{self._settings.output}` of shape [responses, heads] in its "
-                f"output (found: {found}); set evaluation.rater.output to `logits` or `rewards`"
+                f"output (found: {there}); set evaluation.rater.output to `logits` or `rewards`"
             )
         beyond = {name: head for name, head in self._settings.heads.items() if not 0 <= head < outputs.shape[1]}
         if beyond:
@@ -187,7 +185,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _require_trust(path: Path, config: dict[str, Any], trusted: bool) -> None:
-    # transformers would fall back on its own class of that model type, with other outputs than the authors meant.
+    # Without it, transformers takes its own class of that model type, which has other outputs than the authors meant.
     named = config.get("auto_map") or {}
     code = named.get("AutoModelForSequenceClassification") or named.get("AutoConfig")
     if code and not trusted:
@@ -200,7 +198,7 @@ def _require_trust(path: Path, config: dict[str, Any], trusted: bool) -> None:
 def _load_tokenizer(path: Path, trusted: bool) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trusted, local_files_only=True)
-    except Exception as error:  # Whatever the files or the model's own code raise.
+    except Exception as error:  # of any kind: files and the model's own code raise it
         raise HelpsteerError(
             f"the tokenizer of the reward model {path} cannot be loaded: {_first_line(error)}; put the tokenizer's "
             "files into the folder"
@@ -220,7 +218,7 @@ def _load_model(path: Path, trusted: bool, device: torch.device) -> PreTrainedMo
                 use_safetensors=True,
                 output_loading_info=True,
             )
-    except Exception as error:  # Whatever the files or the model's own code raise.
+    except Exception as error:  # of any kind: files and the model's own code raise it
         raise HelpsteerError(
             f"the reward model {path} cannot be loaded as a sequence-classification model: {_first_line(error)}"
         ) from error
@@ -236,7 +234,7 @@ def _load_model(path: Path, trusted: bool, device: torch.device) -> PreTrainedMo
 
 @contextmanager
 def _former_names() -> Iterator[None]:
-    """Lets modelling code written for transformers 4, such as ArmoRM's, import a docstring that 5 has no more."""
+    """Let modelling code written for transformers 4, such as ArmoRM's, import a docstring that 5 no longer has."""
     name = "LLAMA_INPUTS_DOCSTRING"
     if hasattr(modeling_llama, name):
         yield

@@ -31,14 +31,14 @@ class TreeBatch:
     predictors: torch.Tensor
     """[M] index into N of the token that predicts each response token: the one before it in its sequence, int64."""
     targets: torch.Tensor
-    """[M] the response tokens, int64. (The first token of a response to an empty prompt is predicted by nothing.)"""
+    """[M] the response tokens, int64, without the first token of a response to an empty prompt."""
     rows: torch.Tensor
     """[M] the response that each target belongs to, int64."""
     keys: torch.Tensor
     """[K] index into N of the keys of every segment, one segment after another, int64.
 
-    A segment is what one causal attention covers: a prompt with its first response, or a further response, whose keys
-    are its prompt's and its own.
+    A segment is covered by one causal attention. It is a prompt with its first response, or a further response; the
+    latter's keys are its prompt's and its own.
     """
     query_bounds: torch.Tensor
     """[segments + 1] where the segments' tokens begin and end in N, int32."""
@@ -47,7 +47,7 @@ class TreeBatch:
     sizes: tuple[tuple[int, ...], ...]
     """Tokens of the prompt and of each response, by tree; on the host, so that a step needs no synchronisation."""
     order: tuple[tuple[int, ...], ...]
-    """The response (a number below `responses`) at each place of each tree."""
+    """The row of each response, by tree: its place among all `responses`."""
 
     @property
     def responses(self) -> int:
@@ -171,22 +171,22 @@ def pack(sequences: Iterable[Sequence]) -> tuple[TreeBatch, list[int]]:
 def unpack(batch: TreeBatch) -> list[Sequence]:
     """One sequence per response, in the order of the rows."""
     ids = batch.input_ids[0].cpu().numpy()
-    found: list[tuple[int, Sequence]] = []
+    unpacked: list[tuple[int, Sequence]] = []
     start = 0
     for sizes, rows in zip(batch.sizes, batch.order, strict=True):
         prompt_ids = ids[start : start + sizes[0]]
         start += sizes[0]
         for size, row in zip(sizes[1:], rows, strict=True):
-            found.append((row, Sequence(prompt_ids, ids[start : start + size])))
+            unpacked.append((row, Sequence(prompt_ids, ids[start : start + size])))
             start += size
-    return [sequence for _, sequence in sorted(found, key=lambda item: item[0])]
+    return [sequence for _, sequence in sorted(unpacked, key=lambda item: item[0])]
 
 
 def plan_trees(sequences: Items[Sequence], max_tokens: int) -> list[list[int]]:
-    """Indices grouped into batches of whole trees that stay within `max_tokens`.
+    """Group indices into batches of whole trees of up to `max_tokens`.
 
-    Largest tree first, so that what does not fit in memory fails at once. The responses of a prompt stay together as
-    far as they fit into one batch; a sequence longer than `max_tokens` makes a batch of its own.
+    The largest tree comes first, so that too little memory shows at once. The responses of a prompt stay together as
+    far as they fit into one batch. A sequence longer than `max_tokens` makes a batch of its own.
     """
     by_prompt: dict[bytes, list[int]] = {}
     for index, sequence in enumerate(sequences):

@@ -1,10 +1,10 @@
-"""Which checkpoints of a training can be gone on from. Imports no torch: `helpsteer status` reads it.
+"""The checkpoints of a training, and which of them it can resume from. Imports no torch: `helpsteer status` reads it.
 
-transformers writes `checkpoint-<step>` folders file by file. One counts once `complete.json` lies in it, which is
-written last and holds the size and sha256 of every other file: a process killed while writing one leaves a folder that
-the next attempt throws away, and so does it with one that was damaged since. A training goes on from the newest
-checkpoint that is whole and whose best checkpoint is whole; the last two and the best of each are kept for that. Older
-ones are deleted only after a new one is complete.
+transformers writes `checkpoint-<step>` folders file by file. A checkpoint is complete when `complete.json` lies in it:
+that is written last and holds the size and sha256 of every other file. The next attempt deletes incomplete and damaged
+checkpoints. A training resumes from the newest intact checkpoint, if the best checkpoint of that time is intact, too.
+To make that likely, the last two checkpoints and the best one of each are kept. Older ones are deleted only after a new
+one is complete.
 """
 
 import json
@@ -23,12 +23,12 @@ logger = logging.getLogger(__name__)
 
 
 def checkpoint_folder(folder: Path, step: int) -> Path:
-    """Where transformers writes the checkpoint of a step."""
+    """The folder that transformers writes the checkpoint of a step into."""
     return folder / f"checkpoint-{step}"
 
 
 def mark_complete(checkpoint: Path, step: int, steps: int, *, best: int | None = None, finished: bool = False) -> None:
-    """Mark a checkpoint, all of whose files are written, as complete: at `step` of `steps`.
+    """Mark a checkpoint as complete; all of its files must have been written.
 
     Args:
         checkpoint: its folder.
@@ -39,7 +39,7 @@ def mark_complete(checkpoint: Path, step: int, steps: int, *, best: int | None =
     """
     files = listing(checkpoint, sorted(path.name for path in checkpoint.iterdir()))
     for path in [*checkpoint.iterdir(), checkpoint]:
-        # Else a machine that dies could leave complete.json on the disk and not what it vouches for.
+        # Otherwise, if the machine dies, complete.json may be on the disk and the other files not.
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
@@ -50,7 +50,7 @@ def mark_complete(checkpoint: Path, step: int, steps: int, *, best: int | None =
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint that was complete, by size and sha256; None if nothing is."""
+    """The damage of a checkpoint, told by sizes and sha256; None if it is intact."""
     complete = _read(checkpoint)
     if complete is None or complete["step"] != step_of(checkpoint):
         return f"{COMPLETE} is missing or damaged"
@@ -63,17 +63,17 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def is_finished(checkpoint: Path) -> bool:
-    """Whether a whole checkpoint is the end of its training."""
+    """Whether a training ended with this checkpoint."""
     complete = _read(checkpoint)
     return complete is not None and bool(complete["finished"])
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint to go on from; half-written and damaged ones, and all after it, are removed."""
+    """The checkpoint to resume from, or None. Removes incomplete and damaged ones, and all that are newer."""
     whole: dict[int, Path] = {}
     for checkpoint in folder.glob("checkpoint-*"):
         if not (checkpoint / COMPLETE).exists():
-            shutil.rmtree(checkpoint)  # a death left it half-written or half-removed
+            shutil.rmtree(checkpoint)  # the process died while it wrote or removed it
         elif (problem := damage(checkpoint)) is not None:
             logger.warning("%s is damaged and thrown away: %s", checkpoint, problem)
             _remove(checkpoint)
@@ -89,40 +89,40 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def prune(folder: Path) -> None:
-    """Delete all checkpoints but the newest two and the best of each."""
-    complete = sorted(_complete(folder), key=lambda found: int(found["step"]))[-2:]
-    kept = {found[key] for found in complete for key in ("step", "best")}
+    """Delete all checkpoints but the newest two and the best one of each."""
+    newest = sorted(_complete(folder), key=lambda entry: int(entry["step"]))[-2:]
+    kept = {entry[key] for entry in newest for key in ("step", "best")}
     for checkpoint in folder.glob("checkpoint-*"):
         if step_of(checkpoint) not in kept:
             _remove(checkpoint)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint folder's name ends in."""
+    """The step in a checkpoint folder's name."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
 def checkpoint_progress(folder: Path) -> tuple[int, int] | None:
     """Step of the newest complete checkpoint and the steps of the whole training, None where there is none."""
-    newest = max(_complete(folder), key=lambda found: int(found["step"]), default=None)
+    newest = max(_complete(folder), key=lambda entry: int(entry["step"]), default=None)
     return None if newest is None else (newest["step"], newest["of"])
 
 
 def _remove(checkpoint: Path) -> None:
-    # First what makes it count.
+    # complete.json goes first: a checkpoint that is half removed must not count.
     (checkpoint / COMPLETE).unlink(missing_ok=True)
     shutil.rmtree(checkpoint)
 
 
 def _complete(folder: Path) -> Iterator[dict[str, Any]]:
     for checkpoint in folder.glob("checkpoint-*"):
-        if (found := _read(checkpoint)) is not None:
-            yield found
+        if (entry := _read(checkpoint)) is not None:
+            yield entry
 
 
 def _read(checkpoint: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads((checkpoint / COMPLETE).read_bytes())
+        entry = json.loads((checkpoint / COMPLETE).read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) and is_intact(found) else None
+    return entry if isinstance(entry, dict) and is_intact(entry) else None

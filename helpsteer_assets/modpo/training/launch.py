@@ -4,13 +4,13 @@
                                      ── rank 1
                                      ── ...
 
-The step leaves a job in a scratch folder and waits; the ranks load the model, train together (`world.py`) and leave the
-adapter and what the training came to. They speak to the step through its pipe, a JSON object a line, rank 0 alone where
-all would say the same; what else agent and ranks print goes to a log.
+The step writes a job into a scratch folder and waits. The ranks load the model, train together (`processes.py`), and
+write the adapter and the training's result. They send messages to the step through a pipe, one JSON object per line;
+only rank 0 sends those that are the same in all ranks. All other output of the agent and the ranks goes to a log.
 
-Nobody outlives its parent: the kernel kills a process here once the one above it ends, however it ends. The step reads
-the ranks' output to its end, which is when the last of them is gone: no rank holds a GPU, or writes a checkpoint, once
-the step has let go of its lock.
+No process outlives its parent: the kernel kills each of them when the one above it ends, for whatever reason. The step
+reads the ranks' output to its end, that is, until the last rank has ended. So no rank holds a GPU or writes a
+checkpoint after the step has released its lock.
 """
 
 import ctypes
@@ -30,20 +30,20 @@ from typing import IO, TYPE_CHECKING, Any
 
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.progress import Progress, silent
+from helpsteer_assets.modpo.settings import Compute, Lora
 
 if TYPE_CHECKING:
     import torch
 
-    from helpsteer_assets.experiment.settings import LoraSettings, RunSettings
     from helpsteer_assets.modpo.training.loop import TrainingResult
     from helpsteer_assets.modpo.training.processes import World
 
 JOB, LOG, RESULT = "job.pickle", "log", "result.json"
 """Files of the scratch folder."""
 LOG_LINES = 20
-"""Last lines of the log in the message about a process that died."""
+"""Number of the log's last lines that the message about a dead process holds."""
 TIMEOUT = timedelta(minutes=30)
-"""How long a process waits for one that lives and does not answer; the loading of models differs by minutes."""
+"""How long a process waits for another one that is alive but silent: some take minutes longer to load a model."""
 _DEATH_SIGNAL_OF_PARENT = 1
 """PR_SET_PDEATHSIG of prctl(2)."""
 
@@ -51,29 +51,29 @@ logger = logging.getLogger(__name__)
 
 
 class ProcessDiedError(RuntimeError):
-    """A process of a training died of something else than a mistake of the user: trying again may help."""
+    """A process of a training died, and the user made no mistake: trying again may help."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A training that several processes do together."""
+    """A training that several processes do together; it is pickled for them."""
 
     base: Path
     """Folder of the model that gets a new LoRA."""
     precision: str
     trust_remote_code: bool
-    lora: "LoraSettings"
+    lora: Lora
     seed: int
-    run: "RunSettings"
-    """How it runs; `train_processes` of them."""
+    run: Compute
+    """How it runs, in `train_processes` processes."""
     train: "Callable[..., TrainingResult]"
-    """Gets the model, and `report_to`, `progress` and `world` by name; pickled, so no lambda."""
+    """Called with the model, and `report_to`, `progress` and `world` by name; no lambda, which cannot be pickled."""
     adapter: Path
     """Folder for the trained adapter."""
 
 
-def require_devices(run: "RunSettings", device: "torch.device") -> None:
-    """Raise HelpsteerError where processes are to train on GPUs and there are fewer of those."""
+def require_devices(run: Compute, device: "torch.device") -> None:
+    """Raise HelpsteerError where fewer GPUs are visible than there are processes to train on them."""
     import torch
 
     if device.type == "cuda" and run.train_processes > torch.cuda.device_count():
@@ -86,17 +86,17 @@ def require_devices(run: "RunSettings", device: "torch.device") -> None:
 def train_together(
     job: Job, scratch: Path, *, progress: Progress = silent, log: Callable[[str], None] = logger.info
 ) -> "TrainingResult":
-    """Train in `job.run.train_processes` processes; the adapter then lies in its folder.
+    """Train in `job.run.train_processes` processes, which write the adapter into `job.adapter`.
 
     Args:
         job: what to train.
-        scratch: a folder, within that of the artifact, to write into; whoever calls removes it.
+        scratch: a folder to write into, inside the artifact's folder; the caller removes it.
         progress: called at each logged step.
         log: gets a line about the processes that train.
 
     Raises:
-        HelpsteerError: what a rank raised, in its words.
-        ProcessDiedError: a process died of something else.
+        HelpsteerError: a rank raised one; it has the same message.
+        ProcessDiedError: a process died for another reason.
     """
     from helpsteer_assets.modpo.training.loop import TrainingResult
 
@@ -116,24 +116,24 @@ def train_together(
                     logger.warning("%s", text)
                 case {"error": str(text)}:
                     errors.append(text)
-                case {"died": dict(found)}:
-                    died = found
+                case {"died": dict(failures)}:
+                    died = failures
         status = agent.wait()
     if errors:
         raise HelpsteerError(errors[0])
     if status != 0:
-        raise ProcessDiedError(_obituary(died, status, scratch / LOG))
+        raise ProcessDiedError(_death_message(died, status, scratch / LOG))
     return TrainingResult(**json.loads((scratch / RESULT).read_text(encoding="utf-8")))
 
 
 @contextmanager
-def _agent(run: "RunSettings", scratch: Path, log: IO[bytes]) -> Iterator[subprocess.Popen[str]]:
-    """torchrun and its ranks, all of which are gone in the end."""
+def _agent(run: Compute, scratch: Path, log: IO[bytes]) -> Iterator[subprocess.Popen[str]]:
+    """torchrun and its ranks; when the context ends, all of them have ended."""
     import torch
 
     threads = run.threads or max(1, torch.get_num_threads() // run.train_processes)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    # All ranks are on this machine, and what they say is for no other.
+    # All ranks are on this machine: they need no other network interface than the loopback.
     environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     arguments = ["agent", str(scratch / JOB), str(os.getpid()), str(run.train_processes)]
     agent = subprocess.Popen(
@@ -148,23 +148,29 @@ def _agent(run: "RunSettings", scratch: Path, log: IO[bytes]) -> Iterator[subpro
     try:
         yield agent
     finally:
-        # Its ranks die with it. At its regular end there is nothing left to kill.
+        # Its ranks die with it. After a regular end there is nothing left to kill.
         agent.kill()
         agent.communicate()
 
 
 def _message(line: str) -> dict[str, Any]:
     try:
-        found = json.loads(line)
+        message = json.loads(line)
     except ValueError:
         return {}  # a library printed something
-    return found if isinstance(found, dict) else {}
+    return message if isinstance(message, dict) else {}
 
 
-def _obituary(died: dict[str, Any], status: int, log: Path) -> str:
-    """What died, and the end of the log. `died`: (process id, exit code) by rank, of all that did not end well."""
+def _death_message(died: dict[str, Any], status: int, log: Path) -> str:
+    """Which ranks died and why, and the end of the log.
+
+    Args:
+        died: (process id, exit code) by rank of the ranks that failed or were killed.
+        status: exit status of torchrun.
+        log: the file that agent and ranks printed to.
+    """
     killed = {rank: pair for rank, pair in died.items() if pair[1] < 0 and pair[1] != -signal.SIGTERM}
-    # The first death brings more: neighbours that lose their connection, and whom torchrun then tells to end.
+    # One death leads to others: ranks that lose a connection fail, and torchrun ends the rest by SIGTERM.
     causes = killed or {rank: pair for rank, pair in died.items() if pair[1] > 0} or died
     words = [
         f"rank {rank} (process {process}) " + (f"was killed by {signal.Signals(-code).name}" if code < 0 else "failed")
@@ -179,7 +185,11 @@ def _obituary(died: dict[str, Any], status: int, log: Path) -> str:
 
 
 def _die_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent, of that process id, ends; at once where it has already."""
+    """Have the kernel kill this process when its parent ends; end at once if it has already.
+
+    Args:
+        parent: process id of the parent.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_DEATH_SIGNAL_OF_PARENT, signal.SIGKILL)
     if os.getppid() != parent:
@@ -206,7 +216,7 @@ def _run_rank(job: str) -> int:
     from helpsteer_assets.files.os_errors import readable_library_errors
 
     messages = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
-    os.dup2(2, 1)  # what libraries print is no message
+    os.dup2(2, 1)  # libraries print to standard output, too, and messages must not mix with that
     try:
         with readable_library_errors(Path(job).parents[1]):
             _train(Path(job), messages)
@@ -250,8 +260,8 @@ def _train(path: Path, messages: IO[str]) -> None:
     world.wait()
 
 
-def _join(run: "RunSettings", device: "torch.device") -> "World":
-    """Meet the other ranks; raises HelpsteerError where there are not as many as there should be."""
+def _join(run: Compute, device: "torch.device") -> "World":
+    """Connect to the other ranks. Raises HelpsteerError where their number is not run.train_processes."""
     import torch.distributed as dist
 
     from helpsteer_assets.modpo.training.processes import World
@@ -263,7 +273,7 @@ def _join(run: "RunSettings", device: "torch.device") -> "World":
             f"run.train_processes is {run.train_processes}, and {world.size} process(es) were started: they would make "
             "other steps; let `helpsteer run` start them"
         )
-    # To transformers and accelerate, this is a training of one process.
+    # transformers and accelerate take this for a training of one process.
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         os.environ.pop(name, None)
     return world
@@ -271,7 +281,7 @@ def _join(run: "RunSettings", device: "torch.device") -> "World":
 
 def _main(role: str, job: str, parent: str, *rest: str) -> int:
     _die_with(int(parent))
-    # A step may have been told to ignore it, which children inherit; torchrun ends its ranks by it.
+    # torchrun ends its ranks by SIGTERM. A step may ignore the signal, and its children inherit that.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return {"agent": _run_agent, "rank": _run_rank}[role](job, *rest)
 

@@ -1,14 +1,14 @@
-"""What every training shares: arguments, resume, progress, and the guards against NaN and a loss that explodes.
+"""The part that all trainings share: arguments, resuming, progress, and guards against NaN and an exploding loss.
 
-A checkpoint is written at each evaluation. Resuming restores weights, optimizer, schedule, random state and data order,
-and ends in the same bytes (fp32, CPU, one thread) as an undisturbed training.
+A checkpoint is written at each evaluation. Resuming restores weights, optimizer, schedule, random state and data order.
+A resumed training ends in the same bytes (fp32, CPU, one thread) as an undisturbed one.
 """
 
 import math
 import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import load_peft_weights, set_peft_model_state_dict
@@ -24,6 +24,7 @@ from transformers import (
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.models.loading import non_finite
 from helpsteer_assets.modpo.progress import Progress
+from helpsteer_assets.modpo.settings import Training
 from helpsteer_assets.modpo.training.checkpoints import (
     checkpoint_folder,
     damage,
@@ -36,32 +37,29 @@ from helpsteer_assets.modpo.training.checkpoints import (
 from helpsteer_assets.modpo.training.processes import ALONE, World
 from helpsteer_assets.modpo.training.schedule import count_steps, evaluation_interval
 
-if TYPE_CHECKING:
-    from helpsteer_assets.experiment.settings import TrainingSettings
-
 TRAINER_STATE_NAME = "trainer_state.json"
-"""Where transformers keeps a checkpoint's TrainerState."""
+"""File of a checkpoint in which transformers keeps its TrainerState."""
 LOGS_PER_EVALUATION = 5
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a training reports; goes into the artifact's manifest."""
+    """The result of a training, besides the weights; it goes into the artifact's manifest."""
 
     steps: int
     """Optimizer steps done."""
     best_step: int
-    """Step of the checkpoint that was kept: the lowest loss on the held-out train prompts, else the last."""
+    """Step of the checkpoint that was kept: the one with the lowest loss on held-out train prompts, else the last."""
     best_loss: float | None
-    """Its loss on the held-out train prompts; None where there are none."""
+    """Loss of the kept checkpoint on the held-out train prompts; None where there are none."""
     resumed_from: int | None
-    """Step of the checkpoint that this attempt went on from."""
+    """Step of the checkpoint that this attempt resumed from; None where it began anew."""
     history: list[dict[str, float]] = field(default_factory=list)
-    """Per logged step: step, loss, grad_norm, ...; eval_loss where evaluated."""
+    """One entry per logged step: step, loss, grad_norm, ..., and eval_loss after an evaluation."""
 
 
 class WorldTrainer(Trainer):
-    """A Trainer whose copies in several processes make the same steps together; the first one writes."""
+    """A Trainer that makes the same steps in several processes; the first process writes the checkpoints."""
 
     world: World = ALONE
 
@@ -71,7 +69,7 @@ class WorldTrainer(Trainer):
 
 
 def training_arguments(
-    settings: "TrainingSettings",
+    settings: Training,
     *,
     items: int,
     has_selection: bool,
@@ -89,19 +87,20 @@ def training_arguments(
     Args:
         settings: the stage's settings.
         items: train sequences or pairs.
-        has_selection: whether held-out train prompts are there to choose a checkpoint by.
+        has_selection: whether there are held-out train prompts, to choose a checkpoint by.
         output_dir: folder of the checkpoints.
         seed: seed of data order and dropout.
         device: where to train.
         report_to: experiment trackers.
         eval_batch_size: sequences or pairs in a batch of an evaluation; None: as in training.
-        world: the processes that train. Several get an optimizer step whole, as one batch, for each to take its share.
+        world: the processes that train. Several processes get the pairs or sequences of a whole optimizer step as one
+            batch, from which each takes its share.
         arguments: the class to make (TRL has its own).
         extra: further arguments of that class.
     """
     steps = count_steps(settings, items)
     evaluate_every = evaluation_interval(settings, steps)
-    # Evaluations fall on logged steps, so that a non-finite loss is seen before a checkpoint holds its weights.
+    # Evaluations fall on logged steps, so that a loss that is not finite is noticed before a checkpoint is written.
     log_every = next(n for n in range(math.ceil(evaluate_every / LOGS_PER_EVALUATION), 0, -1) if not evaluate_every % n)
     batch_size, accumulation = settings.batch_size, settings.accumulation
     if not world.alone:
@@ -132,7 +131,7 @@ def training_arguments(
         report_to=report_to or "none",
         disable_tqdm=True,
         dataloader_num_workers=0,
-        # On a GPU, batches are copied from page-locked memory while the step before them still computes.
+        # On a GPU, batches are copied from page-locked memory while the previous step still computes.
         dataloader_pin_memory=device.type == "cuda",
         accelerator_config={"non_blocking": device.type == "cuda"},
         remove_unused_columns=False,
@@ -144,28 +143,28 @@ def training_arguments(
 
 
 def _checkpointing_argument(arguments: type[TrainingArguments]) -> str:
-    """transformers renamed it in the course of version 5, and warns about the old name."""
+    """Name of the argument for activation checkpointing: transformers 5 renamed it, and warns about the old name."""
     new = "activation_checkpointing"
     return new if new in {argument.name for argument in fields(arguments)} else "gradient_checkpointing"
 
 
 def train(
     trainer: WorldTrainer,
-    settings: "TrainingSettings",
+    settings: Training,
     *,
     what: str,
     loss_limit: float,
     likely_causes: str,
     progress: Progress,
 ) -> TrainingResult:
-    """Train, going on from the newest complete checkpoint where there is one; the trainer then holds the best weights.
+    """Train, from the newest complete checkpoint on if there is one, and leave the best weights in the model.
 
     Args:
         trainer: of a PeftModel, made with `training_arguments`.
         settings: the stage's settings.
         what: what is trained, for messages ("w=0.1").
-        loss_limit: a loss above it is one that no going on mends.
-        likely_causes: what a loss that is not finite or above the limit may come from, for the message.
+        loss_limit: a training does not recover from a loss above it.
+        likely_causes: likely causes of a loss that is not finite or above the limit, for the message.
         progress: called at each logged step.
 
     Raises:
@@ -179,7 +178,7 @@ def train(
     trainer.add_callback(_Checkpoints(world, what, likely_causes))
     newest = world.from_first(lambda: newest_checkpoint(folder))
     if newest is not None and is_finished(newest):
-        # Going on would do a step too many.
+        # transformers would do one step more.
         state = TrainerState.load_from_json(str(newest / TRAINER_STATE_NAME))
     else:
         trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
@@ -214,9 +213,9 @@ def _history(state: TrainerState) -> list[dict[str, float]]:
 
 
 class _EarlyStopping(TrainerCallback):
-    """Stops after so many evaluations in a row without a better loss.
+    """Stops after `patience` evaluations in a row without a better loss.
 
-    It counts them in the state's history, which a checkpoint holds, so that a resumed training counts on.
+    They are counted in the state's history, which is part of a checkpoint, so that a resumed training goes on counting.
     """
 
     def __init__(self, patience: int) -> None:
@@ -229,9 +228,9 @@ class _EarlyStopping(TrainerCallback):
 
 
 class _Checkpoints(TrainerCallback):
-    """Marks a checkpoint as complete after everything in it was written, then deletes those no longer needed.
+    """Marks a checkpoint as complete once it is written, then deletes those that are no longer needed.
 
-    transformers itself would delete first: a death in between could cost the best checkpoint.
+    transformers itself would delete first: if the process died then, the best checkpoint could be lost.
     """
 
     def __init__(self, world: World, what: str, likely_causes: str) -> None:
@@ -249,7 +248,7 @@ class _Checkpoints(TrainerCallback):
     ) -> None:
         assert model is not None  # Trainer always passes it
         trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-        # A step can break the weights after its loss was seen, and where no prompts are held out nothing else looks.
+        # A step computes its loss before it changes the weights, so a finite loss does not show that they are sound.
         if broken := non_finite(trained):
             raise HelpsteerError(
                 f"training {self._what}: {len(broken)} weight(s) are not finite after step {state.global_step} of "
@@ -270,7 +269,7 @@ class _Checkpoints(TrainerCallback):
 
 
 class _Watch(TrainerCallback):
-    """Reports progress, and stops the run at the first loss or gradient that is not finite or beyond all bounds."""
+    """Reports progress, and stops at the first loss or gradient norm that is not finite, or a loss above the limit."""
 
     def __init__(
         self, trainer: WorldTrainer, what: str, loss_limit: float, likely_causes: str, progress: Progress
@@ -286,11 +285,11 @@ class _Watch(TrainerCallback):
         self._last = (time.monotonic(), self._tokens())
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        # The last step may fall between two logs, and its loss is to be seen like any other.
+        # The last step may fall between two logs; its loss has to be checked and shown, too.
         control.should_log |= state.global_step >= state.max_steps
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        # Evaluating and saving, which come after a log, are no training time.
+        # Evaluating and saving come after a log and do not count as training time.
         self._last = (time.monotonic(), self._tokens())
 
     def on_log(

@@ -26,16 +26,16 @@ def modpo_logits(
     w: float,
     beta: float,
 ) -> torch.Tensor:
-    """What the MODPO loss takes the log-sigmoid of: the implicit preference reward's advantage of chosen.
+    """The logits of the MODPO loss: by how much the implicit preference reward of chosen exceeds that of rejected.
 
-    (1/w) (beta [log-ratio of chosen - log-ratio of rejected] - (1-w) [m(chosen) - m(rejected)])
-    (the argument of the paper's L_MODPO, with m its margin reward model). Subtracting the margin *encourages* it: at
-    the optimum beta log(pi/pi_sft) = w r_preference + (1-w) m + const(x).
+    (1/w) (beta [log-ratio of chosen - log-ratio of rejected] - (1-w) [m(chosen) - m(rejected)]),
+    the argument of log sigma in the paper's L_MODPO, where m is its margin reward model. Subtracting the margin
+    *encourages* it: at the optimum beta log(pi/pi_sft) = w r_preference + (1-w) m + const(x).
 
     Args:
         chosen_log_ratios, rejected_log_ratios: [batch], nats.
         chosen_margins, rejected_margins: [batch] m of each response, in reward units.
-        w: weight of the preference in (0, 1]; at 1 the margin is out and this is DPO's.
+        w: weight of the preference in (0, 1]; at 1 the margin has no effect, and these are the logits of DPO.
         beta: strength of the pull to the SFT model.
 
     Returns:

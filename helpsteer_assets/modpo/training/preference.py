@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -17,26 +17,22 @@ from helpsteer_assets.modpo.models.tokenization import Sequence
 from helpsteer_assets.modpo.progress import Progress, silent
 from helpsteer_assets.modpo.scoring.log_probs import attention_for, response_log_probs
 from helpsteer_assets.modpo.scoring.trees import Forest
-from helpsteer_assets.modpo.training.compilation import compiled_layers
+from helpsteer_assets.modpo.settings import Training
 from helpsteer_assets.modpo.training.loop import TrainingResult, WorldTrainer, train, training_arguments
 from helpsteer_assets.modpo.training.losses import log_ratios, modpo_loss
 from helpsteer_assets.modpo.training.processes import ALONE, World
 
-if TYPE_CHECKING:
-    from helpsteer_assets.experiment.settings import TrainingSettings
-
-
 EVALUATION_PAIRS = 64
 """Pairs in a batch of an evaluation."""
 HOPELESS_ADVANTAGE = 100.0
-"""Reward units by which a policy may prefer rejected over chosen, on average of a batch: odds of e^100."""
+"""Reward units by which a policy may prefer rejected to chosen, averaged over a batch: odds of e^100."""
 HOPELESS_FACTOR = 10.0
-"""How many times the SFT model's loss a loss may be."""
+"""A loss may be this many times the SFT model's."""
 
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """One training pair: tokens of both responses, and what was computed once for all weights."""
+    """One training pair: the tokens of both responses, and the numbers that are the same for all weights w."""
 
     chosen: Sequence
     rejected: Sequence
@@ -49,7 +45,7 @@ class PreferencePair:
 
 
 class PairDataset(Dataset):
-    """Preference pairs as transformers' Trainer wants them: joined with tokens, reference and margins when asked for.
+    """Preference pairs for transformers' Trainer; a pair gets its tokens, reference and margins when it is read.
 
     Args:
         pairs: (chosen response_id, rejected response_id) of each pair.
@@ -74,7 +70,7 @@ class PairDataset(Dataset):
         return len(self._pairs)
 
     def loss_of_reference(self, *, w: float) -> float:
-        """The mean MODPO loss of the SFT model itself, whose log-ratios are 0: what a training starts from."""
+        """The mean MODPO loss of the SFT model itself, with log-ratios of 0: the loss that a training starts from."""
         margins = [
             (0.0, 0.0) if self._margins is None else (self._margins[chosen], self._margins[rejected])
             for chosen, rejected in self._pairs
@@ -96,17 +92,17 @@ class PairDataset(Dataset):
 
 
 _Group = tuple[float, Forest, list[PreferencePair], list[tuple[int, int]]]
-"""What the losses of a micro-batch are divided by, its trees, its pairs, and the rows of their responses."""
+"""A micro-batch: the divisor of its losses, its trees, its pairs, and the tree rows of their responses."""
 
 
 class PairCollator:
-    """Packs pairs into micro-batches of prompt trees; a prompt or response that several pairs share is there once.
+    """Packs pairs into micro-batches of prompt trees. A prompt or response of several pairs is packed once.
 
     Args:
-        max_tokens: tokens of a micro-batch; a pair with more makes one of its own.
-        world: the processes that share the pairs; only this one's are packed.
-        batch_size: how many of the pairs make a batch, where they are the batches that one optimizer step accumulates:
-            each batch has the same share in the loss, also a short last one. None: they are one batch.
+        max_tokens: most tokens of a micro-batch; a pair with more makes one of its own.
+        world: the processes that share the pairs; only the pairs of this process are packed.
+        batch_size: pairs in each of the batches that one optimizer step accumulates. Each batch, also a short last one,
+            has the same share in the loss. None: the pairs are one batch.
     """
 
     def __init__(self, max_tokens: int, world: World = ALONE, batch_size: int | None = None) -> None:
@@ -118,11 +114,11 @@ class PairCollator:
         """`micro_batches`: inputs for `pair_losses`; `shares`: each one's share in the loss."""
         size = self._batch_size or len(pairs)
         batches = math.ceil(len(pairs) / size)
-        # What the loss of each pair is divided by: the number of batches times the pairs of its own.
+        # The loss of a pair is divided by the number of batches times the number of pairs in its batch.
         divisors = [batches * min(size, len(pairs) - start) for start in range(0, len(pairs), size)]
         lengths = [len(pair.chosen) + len(pair.rejected) for pair in pairs]
         hands = self._world.deal(lengths)
-        if not self._world.sharded:  # nobody has to know about the others'
+        if not self._world.sharded:  # then no process needs to know about the passes of the others
             hands = [hand if rank == self._world.rank else [] for rank, hand in enumerate(hands)]
         groups = [self._group([(pairs[i], divisors[i // size]) for i in hand]) for hand in hands]
         mine = self._world.own(groups, lambda: self._group([(pairs[lengths.index(min(lengths))], math.inf)])[0])
@@ -175,13 +171,13 @@ def pair_losses(model: torch.nn.Module, inputs: Mapping[str, Any], *, w: float, 
 
 
 class PreferenceTrainer(WorldTrainer):
-    """Minimises the MODPO loss of one policy; holds one model and does one forward and one backward a step.
+    """Minimises the MODPO loss of one policy, with one model in memory and one forward and backward pass a step.
 
     Args:
         model: the SFT model with the LoRA to train.
         w: weight of the preference in (0, 1]; 1 is DPO.
         beta: MODPO's (or DPO's) beta.
-        evaluation_collator: packs the batches of an evaluation; None: as `data_collator` does those of training.
+        evaluation_collator: packs the batches of an evaluation; None: `data_collator`.
         world: the processes that train together.
         kwargs: transformers.Trainer's.
     """
@@ -205,12 +201,12 @@ class PreferenceTrainer(WorldTrainer):
         self.w = w
         self.beta = beta
         self.tokens_seen = 0
-        # No `labels` in the inputs: tell Trainer's evaluation that there is a loss all the same.
+        # The inputs have no `labels`: without this, Trainer would evaluate without a loss.
         self.can_return_loss = True
         self._losses: dict[str, list[torch.Tensor]] = defaultdict(list)
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
-        """Held-out batches, in which every pair counts the same."""
+        """Held-out batches, in which every pair has the same weight."""
         for_training, self.data_collator = self.data_collator, self._evaluation_collator
         try:
             return super().get_eval_dataloader(eval_dataset)
@@ -220,13 +216,13 @@ class PreferenceTrainer(WorldTrainer):
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Gradients of the mean loss of a batch, one micro-batch after the other; returns that loss.
+        """Compute the gradients of a batch's mean loss, one micro-batch after the other; returns that loss.
 
-        Several processes do their shares of it, and have the sum of their gradients in the end.
+        Several processes compute a share each; in the end all of them hold the sum of the gradients.
         """
         total = torch.zeros((), dtype=torch.float64, device=self.args.device)
         self.world.seed_step(self.args.seed, self.state.global_step)
-        # Activations that are recomputed in the backward pass are so under the same attention.
+        # The backward pass may recompute activations, and needs the same attention for that.
         with attention_for(model):
             for micro_batch, share in zip(inputs["micro_batches"], inputs["shares"], strict=True):
                 part = {"micro_batches": [micro_batch], "shares": [share]}
@@ -240,16 +236,16 @@ class PreferenceTrainer(WorldTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Mean MODPO loss of a batch of pairs; of some of its micro-batches: their part in it."""
+        """Mean MODPO loss of a batch of pairs, or the part that some of its micro-batches have in it."""
         loss = torch.zeros((), dtype=torch.float64, device=self.args.device)
         for micro_batch, share in zip(inputs["micro_batches"], inputs["shares"], strict=True):
             losses = pair_losses(model, micro_batch, w=self.w, beta=self.beta)
             loss = loss + share * losses.mean()
             if not share:
-                continue  # an idle pass, beside those of other processes
+                continue  # an idle pass, while other processes still work
             if model.training:
                 self.tokens_seen += micro_batch["trees"].tokens
-            # Kept on the device until a log is due, so that a step needs no synchronisation.
+            # They stay on the device until a log is due, so that a step needs no synchronisation.
             self._losses["" if model.training else "eval_"].append(losses.detach())
         return (loss, {}) if return_outputs else loss
 
@@ -265,15 +261,15 @@ class PreferenceTrainer(WorldTrainer):
             return self.world.sum(self.compute_loss(model, self._prepare_inputs(inputs))), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the share of pairs whose logit is positive since the last log."""
+        """Add the accuracy: the share of the pairs since the last log that have a positive logit."""
         prefix = "eval_" if "eval_loss" in logs else ""
         if kept := self.world.joined_tensors(self._losses.pop(prefix, [])):
-            # A loss below log 2 is a positive logit: chosen is ranked first.
+            # A loss below log 2 means a positive logit: chosen is ranked above rejected.
             logs[f"{prefix}accuracy"] = (torch.cat(kept) < math.log(2)).double().mean().item()
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Not counted: Trainer's estimate needs `input_ids` to be one sequence per item."""
+        """0: Trainer's own estimate needs `input_ids` with one sequence per item."""
         return 0
 
 
@@ -284,9 +280,8 @@ def train_preference(
     selection_pairs: PairDataset,
     w: float,
     beta: float,
-    settings: "TrainingSettings",
+    settings: Training,
     batch_tokens: int,
-    compile_layers: bool = False,
     seed: int,
     report_to: list[str],
     what: str,
@@ -298,23 +293,23 @@ def train_preference(
 
     Args:
         model: the SFT model with a fresh LoRA.
-        train_pairs, selection_pairs: what to train on, and the pairs of held-out train prompts to choose a checkpoint.
+        train_pairs: the pairs to train on.
+        selection_pairs: the pairs of held-out train prompts, to choose a checkpoint by.
         w: weight of the preference, in (0, 1].
         beta: strength of the pull to the SFT model.
         settings: how the stage trains.
         batch_tokens: tokens in one forward and backward pass.
-        compile_layers: whether the layers' MLPs and norms are compiled.
         seed: seed of data order and dropout.
         report_to: experiment trackers.
         what: what is trained, for messages.
-        checkpoints: folder of the checkpoints; an earlier attempt's are gone on from.
+        checkpoints: folder of the checkpoints; the training resumes from those of an earlier attempt.
         progress: called at each logged step.
-        world: the processes that train together, in each of which this is called. The result is the same in all of
-            them and, but for rounding and dropout's random numbers, the one of a single process.
+        world: the processes that train together; all of them call this. The result is the same in all of them and,
+            but for rounding and the random numbers of dropout, the same as that of a single process.
 
-    Raises HelpsteerError where there is nothing to train on or the training breaks: a loss that is not finite, or one
-    above both `HOPELESS_ADVANTAGE` / w and `HOPELESS_FACTOR` times the SFT model's. Small weights and large margins
-    start high, which the second allows for.
+    Raises HelpsteerError where there is nothing to train on, or the training breaks: a loss that is not finite, or is
+    above both `HOPELESS_ADVANTAGE` / w and `HOPELESS_FACTOR` times the SFT model's. The second bound is for small
+    weights and large margins, with which the loss is high from the start.
     """
     if not len(train_pairs):
         raise HelpsteerError(f"training {what}: there is no train pair; look at the pair counts of `helpsteer check`")
@@ -330,7 +325,7 @@ def train_preference(
             seed=seed,
             device=model.device,
             report_to=report_to,
-            # Pairs of one prompt stand together, and share it where they are in one batch.
+            # Pairs of one prompt are neighbours, and share its computation where they are in one batch.
             eval_batch_size=max(EVALUATION_PAIRS, settings.batch_size),
             world=world,
         ),
@@ -340,17 +335,16 @@ def train_preference(
         evaluation_collator=PairCollator(batch_tokens, world),
         world=world,
     )
-    with compiled_layers(model, compile_layers):
-        return train(
-            trainer,
-            settings,
-            what=what,
-            loss_limit=max(HOPELESS_ADVANTAGE / w, HOPELESS_FACTOR * train_pairs.loss_of_reference(w=w)),
-            likely_causes=(
-                f"a learning rate too high (lower learning_rate, {settings.learning_rate:g}), above all at small w, "
-                f"where 1/w = {1 / w:g} multiplies the gradients before they are clipped (raise the smallest weight); "
-                "margins of hundreds (lower objective.margin_beta or objective.penalty); a large beta "
-                f"({beta:g}), which multiplies every log-ratio; model.precision: bf16 with weights that overflow"
-            ),
-            progress=progress,
-        )
+    return train(
+        trainer,
+        settings,
+        what=what,
+        loss_limit=max(HOPELESS_ADVANTAGE / w, HOPELESS_FACTOR * train_pairs.loss_of_reference(w=w)),
+        likely_causes=(
+            f"a learning rate too high (lower learning_rate, {settings.learning_rate:g}), above all at small w, "
+            f"where 1/w = {1 / w:g} multiplies the gradients before they are clipped (raise the smallest weight); "
+            "margins of hundreds (lower objective.margin_beta or objective.penalty); a large beta "
+            f"({beta:g}), which multiplies every log-ratio; model.precision: bf16 with weights that overflow"
+        ),
+        progress=progress,
+    )

@@ -1,8 +1,8 @@
 """The processes that train one model together, and what they have to agree on.
 
-Each holds the whole model and computes its share of every optimizer step: gradients and losses of all shares are added
-up, once a step, and each makes the same step. To transformers and accelerate each is a training of its own, of one
-process: nothing wraps the model, deals out batches or gathers losses but what stands here.
+Each process holds the whole model and computes its share of every optimizer step. Once a step the gradients and losses
+of all shares are added up, and all processes make the same step. transformers and accelerate see each process as a
+training of its own: only the code below deals out batches and gathers losses.
 """
 
 import hashlib
@@ -24,13 +24,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a training as one of them sees them. All of them call each method that speaks to the others."""
+    """The processes of a training, as one of them sees them.
+
+    Methods that exchange data have to be called in all processes.
+    """
 
     rank: int = 0
-    """Which of them this one is."""
+    """Number of this process, from 0."""
     size: int = 1
+    """Number of processes."""
     sharded: bool = False
-    """Whether each holds a part of the frozen weights only: then all have to make equally many passes."""
+    """Whether each holds a part of the frozen weights only; then all have to make the same number of passes."""
 
     @property
     def alone(self) -> bool:
@@ -39,14 +43,17 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the one that writes files and speaks for all."""
+        """Whether this is the process that writes files and reports."""
         return self.rank == 0
 
     def deal(self, lengths: Items[int]) -> list[list[int]]:
-        """Which items are each process's, by index and in their order: about equally many tokens for all.
+        """Divide items among the processes, with about equally many tokens for each.
 
         Args:
             lengths: tokens of each item.
+
+        Returns:
+            by rank the ascending indices of the items.
         """
         if self.alone:
             return [list(range(len(lengths)))]
@@ -58,14 +65,17 @@ class World:
         return [sorted(hand) for hand in hands]
 
     def own(self, passes: list[list[T]], idle: Callable[[], T]) -> list[T]:
-        """This process's of the `passes` of all; where weights are sharded, as many as any has, the rest `idle()`."""
+        """The passes of this process, from the passes of each rank.
+
+        Where weights are sharded, passes made by `idle` follow until their number is that of the busiest process.
+        """
         mine = passes[self.rank]
         return mine + [idle() for _ in range(max(map(len, passes)) - len(mine))] if self.sharded else mine
 
     def shard(self, model: PeftModel, device: torch.device) -> PeftModel:
-        """Keep a part of the frozen weights of each layer, and gather a layer while it computes (FSDP).
+        """Keep a part of each layer's frozen weights, and gather a layer's weights while it computes (FSDP).
 
-        The weights that are trained, embeddings, norms and head stay whole. Returns the model, moved to the device.
+        Trained weights, embeddings, norms and head stay whole. Returns the model, moved to the device.
 
         Raises HelpsteerError where the model does not say which of its modules are its layers.
         """
@@ -83,22 +93,25 @@ class World:
         mesh = init_device_mesh(device.type, (self.size,))
         for layer in layers:
             fully_shard(layer, mesh=mesh, ignored_params={p for p in layer.parameters() if p.requires_grad})
-        # It holds nothing of its own, and lets the next layer be fetched while one computes.
+        # The outer module has no weights left to divide; it fetches the next layer while one computes.
         fully_shard(base.base_model, mesh=mesh, ignored_params=set(base.base_model.parameters()) - sharded)
         return model.to(device)
 
     def seed_step(self, seed: int, step: int) -> None:
-        """Random numbers of a step (dropout's): different ones in each process, the same ones when a step is redone."""
+        """Seed the random numbers of a step (for dropout).
+
+        They differ between processes, and are the same when a resumed training repeats the step.
+        """
         if not self.alone:
             torch.manual_seed(int(np.random.SeedSequence((seed, step, self.rank)).generate_state(1, np.uint64)[0]))
 
     def sum_step(self, model: torch.nn.Module, loss: torch.Tensor) -> torch.Tensor:
-        """Add up the gradients of all shares, in every process; returns the sum of their losses."""
+        """Give every process the sum of all processes' gradients; returns the sum of their losses."""
         if self.alone:
             return loss
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in trained:
-            if parameter.grad is None:  # a short last batch left nothing for this process
+            if parameter.grad is None:  # the last batch was too short to give this process a share
                 parameter.grad = torch.zeros_like(parameter)
         _sum(parameter.grad for parameter in trained)
         return self.sum(loss)
@@ -112,7 +125,7 @@ class World:
         return total
 
     def joined(self, value: T) -> list[T]:
-        """What each process has, in order of rank."""
+        """The values of all processes, by rank."""
         if self.alone:
             return [value]
         values: list[T | None] = [None] * self.size
@@ -120,13 +133,13 @@ class World:
         return values  # type: ignore[return-value]
 
     def joined_tensors(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The tensors of all processes; on the CPU if there are several."""
+        """The tensors of all processes, by rank; on the CPU if there are several processes."""
         if self.alone:
             return tensors
         return [tensor for some in self.joined([tensor.cpu() for tensor in tensors]) for tensor in some]
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What `make` returns in the first process; it is called there only."""
+        """Call `make` in the first process only, and return its result in all."""
         if self.alone:
             return make()
         made = [make() if self.is_first else None]
@@ -134,7 +147,7 @@ class World:
         return made[0]  # type: ignore[return-value]
 
     def check_equal(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Raise RuntimeError where the tensors are not, bit for bit, the same in all processes."""
+        """Raise RuntimeError unless all processes have the same tensors, bit for bit."""
         if not self.alone:
             digest = hashlib.sha256()
             for tensor in tensors:
@@ -143,7 +156,7 @@ class World:
                 raise RuntimeError(f"the {self.size} processes of a training no longer hold the same weights")
 
     def wait(self) -> None:
-        """Wait until all processes are here."""
+        """Wait until all processes have called this."""
         if not self.alone:
             dist.barrier()
 
@@ -152,7 +165,7 @@ ALONE = World()
 
 
 def _sum(tensors: Iterable[torch.Tensor]) -> None:
-    """Add each tensor up over all processes, in place: one message per dtype."""
+    """Replace each tensor by its sum over all processes; one message per dtype."""
     by_dtype = defaultdict(list)
     for tensor in tensors:
         by_dtype[tensor.dtype].append(tensor)

@@ -1,19 +1,17 @@
-"""How many optimizer steps a training takes, and when it evaluates.
+"""The number of optimizer steps of a training, and when it evaluates.
 
-Imports no torch: `helpsteer check` estimates with it.
+Imports no torch: `helpsteer check` uses it for estimates.
 """
 
 import math
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from helpsteer_assets.experiment.settings import TrainingSettings
+from helpsteer_assets.modpo.settings import Training
 
 EVALUATIONS = 10
 """Evaluations, each with a checkpoint, in a training whose settings name no interval."""
 
 
-def count_steps(settings: "TrainingSettings", items: int) -> int:
+def count_steps(settings: Training, items: int) -> int:
     """Optimizer steps of a training on `items` sequences or pairs."""
     if settings.steps is not None:
         return settings.steps
@@ -22,6 +20,6 @@ def count_steps(settings: "TrainingSettings", items: int) -> int:
     return max(1, math.ceil(settings.epochs * math.ceil(micro_batches / settings.accumulation)))
 
 
-def evaluation_interval(settings: "TrainingSettings", steps: int) -> int:
-    """Optimizer steps between the evaluations of a training of so many, each of which leaves a checkpoint."""
+def evaluation_interval(settings: Training, steps: int) -> int:
+    """Optimizer steps between two evaluations of a training of `steps`; each evaluation writes a checkpoint."""
     return min(settings.evaluate_every or math.ceil(steps / EVALUATIONS), steps)

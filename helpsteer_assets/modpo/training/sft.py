@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -14,16 +14,14 @@ from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.models.loading import check_vocabulary
 from helpsteer_assets.modpo.models.tokenization import Sequence
 from helpsteer_assets.modpo.progress import Progress, silent
+from helpsteer_assets.modpo.settings import Training
 from helpsteer_assets.modpo.training.loop import TrainingResult, WorldTrainer, train, training_arguments
 from helpsteer_assets.modpo.training.processes import ALONE, World
 
-if TYPE_CHECKING:
-    from helpsteer_assets.experiment.settings import SftSettings
-
 IGNORED = -100
-"""Label of a token that has no part in the loss."""
+"""Label of a token that does not count in the loss."""
 LOSS_LIMIT = 100.0
-"""Nats per token; guessing blindly costs the logarithm of the vocabulary, 12 or so."""
+"""Nats per token. All tokens equally likely would be the logarithm of the vocabulary's size, about 12."""
 
 
 def train_sft(
@@ -32,7 +30,7 @@ def train_sft(
     *,
     train_sequences: Items[Sequence],
     selection_sequences: Items[Sequence],
-    settings: "SftSettings",
+    settings: Training,
     seed: int,
     report_to: list[str],
     checkpoints: Path,
@@ -43,14 +41,15 @@ def train_sft(
 
     Args:
         model: the base model with a fresh LoRA.
-        tokenizer: its tokenizer; the sequences are tokenized already, it only pads.
-        train_sequences, selection_sequences: prompts with the responses to learn; the latter choose the checkpoint.
+        tokenizer: its tokenizer, used for padding only: the sequences are tokenized already.
+        train_sequences: prompts with the responses to learn.
+        selection_sequences: the same of held-out train prompts, to choose a checkpoint by.
         settings: how the stage trains.
         seed: seed of data order and dropout.
         report_to: experiment trackers.
-        checkpoints: folder of the checkpoints; an earlier attempt's are gone on from.
+        checkpoints: folder of the checkpoints; the training resumes from those of an earlier attempt.
         progress: called at each logged step.
-        world: the processes that train together, in each of which this is called.
+        world: the processes that train together; all of them call this.
 
     Raises HelpsteerError where there is nothing to train on, the tokenizer is not the model's, or the training breaks.
     """
@@ -76,7 +75,7 @@ def train_sft(
         )
 
     class SharingSFTTrainer(WorldTrainer, SFTTrainer):
-        """Does this process's share of each batch, and counts tokens for the progress report."""
+        """Computes this process's share of each batch, and counts tokens for the progress report."""
 
         tokens_seen: torch.Tensor | int = 0
 
@@ -122,8 +121,8 @@ def train_sft(
             report_to=report_to,
             world=world,
             arguments=SFTConfig,
-            max_length=None,  # they are cut already
-            # The sequences train as they are: what scoring and generation read, too.
+            max_length=None,  # the sequences are cut already
+            # Scoring and generation read the same tokens, so TRL must not change them.
             dataset_kwargs={"skip_prepare_dataset": True},
         ),
         train_dataset=tokenized(train_sequences),
@@ -147,15 +146,15 @@ def train_sft(
 def _share(
     world: World, inputs: dict[str, torch.Tensor], batch_size: int
 ) -> Iterator[tuple[dict[str, torch.Tensor], bool]]:
-    """This process's rows of a padded batch, at most `batch_size` at a time, without padding that all of them share.
+    """The rows of a padded batch that this process computes, `batch_size` at a time, cut to the longest of them.
 
     Args:
-        world: the processes that share the batch; a single one gets it as it is.
-        inputs: `input_ids`, `attention_mask` and `labels` of it, each [batch, length], padded on the right.
-        batch_size: rows of a forward pass.
+        world: the processes that share the batch; a single process gets the batch unchanged.
+        inputs: `input_ids`, `attention_mask` and `labels`, each [batch, length], padded on the right.
+        batch_size: most rows of a forward pass.
 
     Yields:
-        the rows, and whether they count: an idle pass is one of the shortest row, whose loss is to be nothing.
+        rows, and whether they count. An idle pass computes the shortest row, and its loss must not count.
     """
     if world.alone:
         yield inputs, True

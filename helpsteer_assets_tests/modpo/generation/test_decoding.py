@@ -34,6 +34,10 @@ NO_END = VOCABULARY
 WINDOW = 5
 
 
+def decoding_of(new: int, end: int, room: int, **rules: Any) -> Decoding:
+    return Decoding(max_new_tokens=new, end_id=end, max_batch_tokens=room, **rules)
+
+
 def config_of(kind: type[PreTrainedConfig], **own: Any) -> PreTrainedConfig:
     return kind(
         vocab_size=VOCABULARY,
@@ -112,13 +116,13 @@ class TestGreedy:
     @pytest.mark.parametrize("cap", [1, 60, 10**6], ids=["alone", "few at once", "all at once"])
     def test_is_transformers_own_one_prompt_at_a_time(self, kind, cap):
         model, prompts = model_of(kind), prompts_of(LENGTHS)
-        free = {index: generate_alone(model, ids, Decoding(12, NO_END, 1)) for index, ids in prompts.items()}
+        free = {index: generate_alone(model, ids, decoding_of(12, NO_END, 1)) for index, ids in prompts.items()}
         # A token that ends some early, some late, and some not at all.
         counts = Counter(token for ids in free.values() for token in set(ids))
         end = next(token for token, count in counts.most_common() if count < len(prompts))
-        expected = {index: generate_alone(model, ids, Decoding(12, end, 1)) for index, ids in prompts.items()}
+        expected = {index: generate_alone(model, ids, decoding_of(12, end, 1)) for index, ids in prompts.items()}
         assert len({len(ids) for ids in expected.values()}) > 1
-        assert all_of(model, prompts, Decoding(12, end, cap)) == expected
+        assert all_of(model, prompts, decoding_of(12, end, cap)) == expected
 
     @settings(max_examples=40, deadline=None)
     @given(
@@ -131,27 +135,31 @@ class TestGreedy:
     )
     def test_depends_on_nothing_but_the_prompt(self, lengths, seed, new, cap, end, kind):
         model, prompts = model_of(kind), prompts_of(lengths, seed)
-        how = Decoding(new, end, cap)
+        how = decoding_of(new, end, cap)
         assert all_of(model, prompts, how) == {i: generate_alone(model, ids, how) for i, ids in prompts.items()}
 
     @pytest.mark.parametrize("rule", [{"repetition_penalty": 1.7}, {"no_repeat_ngram_size": 2}], ids=str)
     @pytest.mark.parametrize("kind", ["llama", "lfm2"])
     def test_penalties_count_prompt_and_response_but_no_padding(self, kind, rule):
         model, prompts = model_of(kind), prompts_of([1, 9, 9, 4, 2])
-        how = Decoding(20, 0, 10**6, **rule)  # the end-of-text token is what padding is made of
+        how = decoding_of(20, 0, 10**6, **rule)  # the end-of-text token is what padding is made of
         found = all_of(model, prompts, how)
         assert found == {index: generate_alone(model, ids, how) for index, ids in prompts.items()}
-        assert found != all_of(model, prompts, Decoding(20, 0, 10**6)), "the rule changed nothing"
+        assert found != all_of(model, prompts, decoding_of(20, 0, 10**6)), "the rule changed nothing"
 
     def test_goes_on_past_the_room_that_a_cache_begins_with(self):
         model, prompts = model_of("llama"), prompts_of([3, 1])
-        how = Decoding(2 * decoding.SPARE_COLUMNS - 10, NO_END, 10**6)
+        how = decoding_of(2 * decoding.SPARE_COLUMNS - 10, NO_END, 10**6)
         assert max(map(len, prompts.values())) + how.max_new_tokens > decoding.SPARE_COLUMNS
         assert all_of(model, prompts, how) == {i: generate_alone(model, ids, how) for i, ids in prompts.items()}
 
     def test_prefills_in_several_forwards(self, monkeypatch):
         monkeypatch.setattr(decoding, "PREFILL_TOKENS", 20)
-        model, prompts, how = model_of("llama"), prompts_of(LENGTHS), Decoding(6, NO_END, 10**6)
+        model, prompts, how = (
+            model_of("llama"),
+            prompts_of(LENGTHS),
+            decoding_of(6, NO_END, 10**6),
+        )
         assert all_of(model, prompts, how) == {i: generate_alone(model, ids, how) for i, ids in prompts.items()}
 
 
@@ -170,40 +178,40 @@ class TestBatches:
     @settings(max_examples=30, deadline=None)
     @given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=12), cap=st.integers(1, 150))
     def test_stay_within_the_cap(self, lengths, cap):
-        how = Decoding(7, 5, cap)
+        how = decoding_of(7, 5, cap)
         with pytest.MonkeyPatch.context() as monkeypatch:
             _, seen = self.rows_per_forward(monkeypatch, model_of("llama"), prompts_of(lengths), how)
         assert all(rows * columns <= cap or rows == 1 for rows, columns in seen)
 
     def test_a_finished_response_costs_nothing_more(self, monkeypatch):
         model, prompts = model_of("llama"), prompts_of(LENGTHS)
-        free = all_of(model, prompts, Decoding(12, NO_END, 10**6))
+        free = all_of(model, prompts, decoding_of(12, NO_END, 10**6))
         end = Counter(token for ids in free.values() for token in set(ids)).most_common(1)[0][0]
-        found, seen = self.rows_per_forward(monkeypatch, model, prompts, Decoding(12, end, 10**6))
+        found, seen = self.rows_per_forward(monkeypatch, model, prompts, decoding_of(12, end, 10**6))
         assert len({len(ids) for ids in found.values()}) > 2
         # The prompts' forward gives each its first token; after it one row a token.
         assert sum(rows for rows, _ in seen) == sum(map(len, found.values()))
 
     def test_a_waiting_prompt_takes_the_room_that_a_finished_response_leaves(self, monkeypatch):
         model, prompts = model_of("llama"), prompts_of([4] * 12)
-        free = all_of(model, prompts, Decoding(12, NO_END, 10**6))
+        free = all_of(model, prompts, decoding_of(12, NO_END, 10**6))
         end = Counter(token for ids in free.values() for token in set(ids)).most_common(1)[0][0]
-        found, seen = self.rows_per_forward(monkeypatch, model, prompts, Decoding(12, end, 4 * 16))
+        found, seen = self.rows_per_forward(monkeypatch, model, prompts, decoding_of(12, end, 4 * 16))
         steps_batch_by_batch = sum(max(map(len, list(found.values())[start : start + 4])) for start in (0, 4, 8))
         assert max(rows for rows, _ in seen) == 4
         assert sum(columns > 4 for _, columns in seen) < steps_batch_by_batch - 3
 
     def test_columns_that_no_row_needs_are_let_go(self, monkeypatch):
         model, prompts = model_of("llama"), prompts_of([40, 2])
-        long, short = all_of(model, prompts, Decoding(9, NO_END, 10**6)).values()
+        long, short = all_of(model, prompts, decoding_of(9, NO_END, 10**6)).values()
         end = next(token for token in long[:7] if token not in short)
-        found, seen = self.rows_per_forward(monkeypatch, model, prompts, Decoding(9, end, 10**6))
+        found, seen = self.rows_per_forward(monkeypatch, model, prompts, decoding_of(9, end, 10**6))
         assert len(found[0]) < len(found[10])
         assert seen[-1] == (1, 2 + 8), "as wide as the text that is left"
 
 
 class TestSampling:
-    how = Decoding(10, 5, 10**6, do_sample=True, temperature=1.3, seed=3)
+    how = decoding_of(10, 5, 10**6, do_sample=True, temperature=1.3, seed=3)
 
     def changed(self, **changes: Any) -> Decoding:
         return Decoding(**(vars(self.how) | changes))
@@ -268,17 +276,17 @@ class TestEngine:
     def test_models_with_recurrent_states_are_left_to_transformers_with_a_log_line(self, caplog):
         prompts = prompts_of([3, 5])
         with caplog.at_level(logging.INFO, logger=decoding.__name__):
-            all_of(model_of("llama"), prompts, Decoding(3, NO_END, 100))
+            all_of(model_of("llama"), prompts, decoding_of(3, NO_END, 100))
             assert not caplog.records
-            all_of(model_of("lfm2"), prompts, Decoding(3, NO_END, 100))
+            all_of(model_of("lfm2"), prompts, decoding_of(3, NO_END, 100))
         (record,) = caplog.records
         assert "Lfm2ForCausalLM" in record.getMessage()
         assert [keeps_all_keys(model_of(kind)) for kind in CONFIGS] == [True] * 5 + [False]
 
     def test_no_prompts_no_responses(self):
-        assert all_of(model_of("llama"), {}, Decoding(3, NO_END, 100)) == {}
+        assert all_of(model_of("llama"), {}, decoding_of(3, NO_END, 100)) == {}
 
     def test_bf16_decodes_the_same_prompts_to_the_same_responses(self):
         model = AutoModelForCausalLM.from_config(CONFIGS["llama"](), dtype=torch.bfloat16).eval()
-        how = Decoding(12, 5, 70)
+        how = decoding_of(12, 5, 70)
         assert all_of(model, prompts_of(LENGTHS), how) == all_of(model, prompts_of(LENGTHS), how)

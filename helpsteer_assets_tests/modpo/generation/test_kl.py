@@ -13,7 +13,6 @@ from scipy import stats
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.experiment.settings import GenerationSettings, LoraSettings
 from helpsteer_assets.modpo.generation.decoding import Decoding, decode
 from helpsteer_assets.modpo.generation.kl import kl_by_prompt, kl_estimate, sample_responses
 from helpsteer_assets.modpo.generation.responses import Generation, generate, generate_by
@@ -21,6 +20,7 @@ from helpsteer_assets.modpo.models.lending import merged
 from helpsteer_assets.modpo.models.loading import attach_lora, load_adapters, load_model
 from helpsteer_assets.modpo.models.tokenization import Sequence, encode_prompt
 from helpsteer_assets.modpo.scoring.log_probs import BASE, score_sequences
+from helpsteer_assets.modpo.settings import Lora, Sampling
 from helpsteer_assets_tests.conftest import SENTENCES
 
 EOS = 2
@@ -35,8 +35,8 @@ PROMPTS = [*SENTENCES, *(sentence.split()[0] for sentence in SENTENCES)]
 Samples = list[list[Generation]]
 
 
-def settings_of(**changes: Any) -> GenerationSettings:
-    return GenerationSettings(**({"max_prompt_length": 40, "max_new_tokens": 8, **ALTERED} | changes))
+def settings_of(**changes: Any) -> Sampling:
+    return Sampling(**({"max_prompt_length": 40, "max_new_tokens": 8, **ALTERED} | changes))
 
 
 def token_ids(samples: Samples) -> list[list[list[int]]]:
@@ -54,7 +54,7 @@ def sft(model: PreTrainedModel) -> PreTrainedModel:
 @pytest.fixture
 def adapter(tiny_model_path: Path, tmp_path: Path) -> Path:
     """A LoRA on it that changes what it says."""
-    policy = attach_lora(load_model(tiny_model_path, precision="fp32"), LoraSettings(r=4, alpha=4), 0)
+    policy = attach_lora(load_model(tiny_model_path, precision="fp32"), Lora(r=4, alpha=4), 0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
@@ -132,7 +132,7 @@ def test_samples_of_a_prompt_are_independent_of_each_other_and_of_what_the_seed_
 ) -> None:
     prompt, draws = SENTENCES[0], 500
     how = settings_of(max_new_tokens=1)
-    plain = GenerationSettings(max_prompt_length=40, max_new_tokens=1, do_sample=True)
+    plain = Sampling(max_prompt_length=40, max_new_tokens=1, do_sample=True)
     answers = generate(sft, tokenizer, [prompt] * draws, plain, seed=3)
     first, second = sample_responses(partial(generate, sft, tokenizer), [prompt] * draws, how, 2, seed=3)
     (p,) = next_tokens(sft, encode_prompt(tokenizer, prompt, 40)[0].tolist(), [[]]).exp().numpy()
@@ -151,7 +151,7 @@ def test_samples_depend_neither_on_how_answers_are_made_nor_on_the_batch_nor_on_
     assert draw(PROMPTS, settings_of(max_batch_tokens=1), 3) == three
     assert draw(PROMPTS, settings_of(), 2) == three[:2]
     assert draw(PROMPTS[:4], settings_of(), 3) == [row[:4] for row in three]
-    assert draw(PROMPTS, GenerationSettings(max_prompt_length=40, max_new_tokens=8, do_sample=True), 3) == three
+    assert draw(PROMPTS, Sampling(max_prompt_length=40, max_new_tokens=8, do_sample=True), 3) == three
     other = sample_responses(partial(generate, sft, tokenizer), PROMPTS, settings_of(), 1, seed=2)
     assert token_ids(other)[0] not in token_ids(three)
 

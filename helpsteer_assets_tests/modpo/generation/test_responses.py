@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,12 @@ import pytest
 import torch
 
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.experiment.settings import GenerationSettings
 from helpsteer_assets.modpo.generation import responses as generation
 from helpsteer_assets.modpo.generation.decoding import Decoding, decode
 from helpsteer_assets.modpo.generation.responses import generate
 from helpsteer_assets.modpo.models.loading import load_model
 from helpsteer_assets.modpo.models.tokenization import encode_prompt
+from helpsteer_assets.modpo.settings import Sampling
 from helpsteer_assets_tests.conftest import SENTENCES, make_tokenizer
 
 EOS = 2
@@ -20,8 +21,8 @@ WORDS = [word for sentence in SENTENCES for word in sentence.split()]
 PROMPTS = [" ".join(WORDS[i : i + 1 + i % 7]) for i in range(12)]
 
 
-def settings_of(**changes: Any) -> GenerationSettings:
-    return GenerationSettings(**({"max_prompt_length": 40, "max_new_tokens": 12} | changes))
+def settings_of(**changes: Any) -> Sampling:
+    return Sampling(**({"max_prompt_length": 40, "max_new_tokens": 12} | changes))
 
 
 @pytest.fixture
@@ -138,7 +139,7 @@ class TestSampling:
 
     @pytest.mark.parametrize("max_batch_tokens", [1, 90, 10**6])
     def test_response_does_not_depend_on_batch_size(self, policy, tokenizer, max_batch_tokens):
-        how = self.how.model_copy(update={"max_batch_tokens": max_batch_tokens})
+        how = replace(self.how, max_batch_tokens=max_batch_tokens)
         assert generate(policy, tokenizer, PROMPTS, how, seed=3) == generate(
             policy, tokenizer, PROMPTS, self.how, seed=3
         )
@@ -201,35 +202,3 @@ class TestResume:
         assert seen == sorted(seen)
         assert len(seen) > 2
         assert seen[-1] == (len(PROMPTS), len(PROMPTS))
-
-
-class TestShards:
-    @pytest.mark.parametrize("shards", [2, 5, 12])
-    def test_all_shards_give_the_responses_of_one_in_the_order_of_the_prompts(self, policy, tokenizer, shards):
-        how = settings_of(do_sample=True)
-        whole = generate(policy, tokenizer, PROMPTS, how, seed=3)
-        assert generate(policy, tokenizer, PROMPTS, how, seed=3, shards=shards) == whole
-        parts = [generate(policy, tokenizer, PROMPTS, how, seed=3, shards=shards, shard=n) for n in range(shards)]
-        assert sorted(str(made) for part in parts for made in part) == sorted(map(str, whole))
-        assert max(map(len, parts)) - min(map(len, parts)) <= 1
-
-    @pytest.mark.parametrize("exact", [True, False])
-    def test_the_whole_makes_only_what_no_shard_has_kept(self, policy, tokenizer, tmp_path, exact):
-        checkpoint, how = tmp_path / "generations.jsonl", settings_of()
-        decoded: list[list[int]] = []
-
-        def engine(encoded, how):
-            decoded.append(sorted(encoded))
-            return decode(policy, encoded, how)
-
-        def made(shard: int | None, checkpoint: Path | None = checkpoint) -> list[Any]:
-            options = {"seed": 0, "exact": exact, "checkpoint": checkpoint, "shards": 3, "shard": shard}
-            return generation.generate_by(engine, tokenizer, PROMPTS, how, **options)
-
-        undisturbed = made(None, None)
-        in_parts, decoded[:] = list(decoded), []
-        made(0)
-        made(2)
-        assert made(None) == undisturbed
-        assert decoded == [in_parts[0], in_parts[2], in_parts[1]]
-        assert made(None) == undisturbed and len(decoded) == 3

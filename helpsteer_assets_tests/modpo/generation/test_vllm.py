@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,8 +13,14 @@ from helpsteer_assets.modpo.generation.decoding import Decoding
 from helpsteer_assets.modpo.generation.responses import generate_by
 from helpsteer_assets.modpo.generation.vllm import VllmEngine, response_ids, sampling_arguments
 from helpsteer_assets.modpo.models.tokenization import encode_prompt
+from helpsteer_assets.modpo.settings import Sampling
 
-HOW = Decoding(12, 2, 10**6, repetition_penalty=1.2, seed=7)
+
+def decoding_of(new: int, end: int, room: int, **rules: Any) -> Decoding:
+    return Decoding(max_new_tokens=new, end_id=end, max_batch_tokens=room, **rules)
+
+
+HOW = decoding_of(12, 2, 10**6, repetition_penalty=1.2, seed=7)
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
@@ -40,7 +47,7 @@ def test_greedy_requests_state_every_rule() -> None:
 
 
 def test_sampling_requests_have_a_seed_of_their_own() -> None:
-    how = Decoding(12, 2, 10**6, do_sample=True, temperature=0.7, top_p=0.9, seed=2**32 - 1)
+    how = decoding_of(12, 2, 10**6, do_sample=True, temperature=0.7, top_p=0.9, seed=2**32 - 1)
     first, second = sampling_arguments(how, 0), sampling_arguments(how, 1)
     assert (first["temperature"], first["top_p"]) == (0.7, 0.9)
     assert first["seed"] != second["seed"]
@@ -56,7 +63,7 @@ def test_a_response_holds_the_token_that_ended_it_however_it_is_reported() -> No
 
 def test_records_are_made_as_for_the_other_engine(tokenizer, tmp_path: Path) -> None:
     prompts = ["fold a shirt", "clean " * 40]
-    settings = GenerationSettings(max_prompt_length=60, max_new_tokens=4)
+    settings = Sampling(max_prompt_length=60, max_new_tokens=4)
     seen: list[dict[int, list[int]]] = []
 
     def engine(encoded: dict[int, list[int]], how: Decoding) -> Iterator[list[tuple[int, list[int]]]]:

@@ -9,10 +9,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear
 from transformers import PreTrainedModel
 
-from helpsteer_assets.experiment.settings import LoraSettings
 from helpsteer_assets.modpo.models import fused_lora
 from helpsteer_assets.modpo.models.fused_lora import FusedLoraLinear, fuse_lora
 from helpsteer_assets.modpo.models.loading import attach_lora, load_adapters, load_model
+from helpsteer_assets.modpo.settings import Lora
 from helpsteer_assets_tests.conftest import make_model
 
 IDS = torch.randint(3, 290, (3, 7), generator=torch.Generator().manual_seed(0))
@@ -258,7 +258,7 @@ class TestFallsBack:
 
 class TestOnDisk:
     def test_the_adapter_saves_and_loads_to_the_same(self, tiny_model_path: Path, tmp_path: Path):
-        fused = attach_lora(load_model(tiny_model_path, precision="fp32"), LoraSettings(r=4, alpha=8), 0)
+        fused = attach_lora(load_model(tiny_model_path, precision="fp32"), Lora(r=4, alpha=8), 0)
         with torch.no_grad():
             for name, parameter in fused.named_parameters():
                 if "lora_B" in name:

@@ -9,9 +9,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
-from helpsteer_assets.experiment.settings import LoraSettings
 from helpsteer_assets.modpo.models.lending import Snapshot, merged
 from helpsteer_assets.modpo.models.loading import attach_lora, load_adapters, load_model
+from helpsteer_assets.modpo.settings import Lora
 from helpsteer_assets_tests.conftest import make_model
 
 INPUTS = torch.tensor([[5, 9, 17, 4]])
@@ -55,7 +55,7 @@ def unchanged(model: PreTrainedModel) -> Iterator[None]:
 @pytest.fixture
 def adapter(tiny_model_path: Path, tmp_path: Path) -> Path:
     """A LoRA on every linear layer that changes much."""
-    model = attach_lora(load_model(tiny_model_path, precision="fp32"), LoraSettings(r=4, alpha=8), seed=1)
+    model = attach_lora(load_model(tiny_model_path, precision="fp32"), Lora(r=4, alpha=8), seed=1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -90,7 +90,7 @@ class TestSnapshot:
     def test_undoes_a_training(self, model):
         with unchanged(model):
             snapshot = Snapshot(model)
-            policy = attach_lora(model, LoraSettings(r=4, alpha=8), seed=1).train()
+            policy = attach_lora(model, Lora(r=4, alpha=8), seed=1).train()
             model.gradient_checkpointing_enable()
             model.enable_input_require_grads()
             model.config.use_cache = False
@@ -106,7 +106,6 @@ class TestSnapshot:
         with unchanged(model):
             snapshot = Snapshot(model)
             model.forward = lambda *_, **__: None
-            model.model.layers[0].mlp.compile()
             model.model.layers[1].register_forward_pre_hook(lambda *_: None)
             model.model.layers[0].mlp.down_proj = torch.nn.Identity()
             model.model.note = "left behind"
@@ -118,13 +117,13 @@ class TestSnapshot:
         with unchanged(model):
             snapshot = Snapshot(model)
             for _ in range(2):
-                attach_lora(model, LoraSettings(r=4, alpha=8), seed=1)
+                attach_lora(model, Lora(r=4, alpha=8), seed=1)
                 snapshot.restore()
 
     def test_tied_weights_stay_tied(self):
         model = make_model(50, tied=True)
         with unchanged(model):
             snapshot = Snapshot(model)
-            attach_lora(model, LoraSettings(r=4, alpha=8), seed=1)
+            attach_lora(model, Lora(r=4, alpha=8), seed=1)
             snapshot.restore()
         assert model.lm_head.weight is model.model.embed_tokens.weight

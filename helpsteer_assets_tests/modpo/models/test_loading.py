@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from transformers import BloomConfig, LlamaConfig, LlamaForCausalLM
 
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.experiment.settings import LoraSettings, ModelSettings, RunSettings
 from helpsteer_assets.modpo.models.loading import (
     attach_lora,
     check_lengths,
@@ -23,6 +22,7 @@ from helpsteer_assets.modpo.models.loading import (
     model_size,
     require_safetensors,
 )
+from helpsteer_assets.modpo.settings import Compute, Lora
 from helpsteer_assets_tests.conftest import make_model, make_tokenizer
 
 
@@ -36,28 +36,28 @@ class TestChooseDevice:
     def test_refuses_cuda_where_there_is_none(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         with pytest.raises(HelpsteerError, match=r"run\.device is cuda, and torch sees no CUDA device"):
-            choose_device(RunSettings(device="cuda"), "fp32")
+            choose_device(Compute(device="cuda"), "fp32")
 
     def test_refuses_bf16_on_a_gpu_without_it(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Old GPU")
         with pytest.raises(HelpsteerError, match=r"is bf16, which Old GPU .* set model.precision: fp32"):
-            choose_device(RunSettings(device="auto"), "bf16")
-        assert choose_device(RunSettings(device="auto"), "fp32").type == "cuda"
+            choose_device(Compute(device="auto"), "bf16")
+        assert choose_device(Compute(device="auto"), "fp32").type == "cuda"
 
     def test_auto_is_the_cpu_where_there_is_no_gpu_and_cpu_is_the_cpu_always(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        assert choose_device(RunSettings(device="auto"), "bf16").type == "cpu"
+        assert choose_device(Compute(device="auto"), "bf16").type == "cpu"
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        assert choose_device(RunSettings(device="cpu"), "bf16").type == "cpu"
+        assert choose_device(Compute(device="cpu"), "bf16").type == "cpu"
 
     def test_sets_the_stated_number_of_threads(self):
-        choose_device(RunSettings(device="cpu", threads=2), "fp32")
+        choose_device(Compute(device="cpu", threads=2), "fp32")
         assert torch.get_num_threads() == 2
 
     def test_rounds_denormals_to_zero(self):
-        choose_device(RunSettings(device="cpu"), "fp32")
+        choose_device(Compute(device="cpu"), "fp32")
         assert (torch.tensor([1e-39]) * 1.0).item() == 0.0
 
 
@@ -66,7 +66,7 @@ class TestLoading:
         with pytest.raises(HelpsteerError, match=f"{tmp_path} holds no weights"):
             load_model(tmp_path, precision="fp32")
         with pytest.raises(HelpsteerError, match=f"no model config can be read from {tmp_path}"):
-            model_size(tmp_path, LoraSettings())
+            model_size(tmp_path, Lora())
         with pytest.raises(HelpsteerError, match=f"no tokenizer can be loaded from {tmp_path}"):
             load_tokenizer(tmp_path)
         with pytest.raises(HelpsteerError, match=f"no model config can be read from {tmp_path}"):
@@ -74,7 +74,7 @@ class TestLoading:
 
     def test_a_config_that_makes_no_sense_is_said_in_one_line(self, copy: Path):
         (copy / "config.json").write_text('{"model_type": "llama", "hidden_size": "wide"}')
-        for load in (lambda: load_model(copy, precision="fp32"), lambda: model_size(copy, LoraSettings())):
+        for load in (lambda: load_model(copy, precision="fp32"), lambda: model_size(copy, Lora())):
             with pytest.raises(HelpsteerError, match=f"from {copy}: .*hidden_size.*expected int, got str") as raised:
                 load()
             assert "\n" not in str(raised.value)
@@ -132,12 +132,12 @@ class TestLoading:
             load_model(copy, precision="fp32")
 
     def test_an_adapter_is_no_model_even_where_a_model_lies_beside_it(self, copy: Path, model, tmp_path: Path):
-        attach_lora(model, LoraSettings(r=4), 0).save_pretrained(tmp_path / "adapter")
+        attach_lora(model, Lora(r=4), 0).save_pretrained(tmp_path / "adapter")
         shutil.copy(tmp_path / "adapter" / "adapter_config.json", copy)
         for folder in (tmp_path / "adapter", copy):
             for load in (
                 lambda path: load_model(path, precision="fp32"),
-                lambda path: model_size(path, LoraSettings()),
+                lambda path: model_size(path, Lora()),
             ):
                 with pytest.raises(HelpsteerError, match=f"{folder} holds an adapter .*merge_and_unload"):
                     load(folder)
@@ -196,20 +196,18 @@ class TestVocabulary:
 
 
 class TestCheckLengths:
-    settings = ModelSettings(base="embedded", precision="fp32")
-
     def test_passes_up_to_the_models_context(self, tiny_model_path: Path):
         assert context_length(tiny_model_path) == 128
-        check_lengths(self.settings, tiny_model_path, 128, "model.max_length")
+        check_lengths(tiny_model_path, 128, "model.max_length", base="embedded")
 
     def test_names_key_model_and_limit_beyond_it(self, tiny_model_path: Path):
         with pytest.raises(HelpsteerError, match=r"model.max_length ask\(s\) for 129 tokens .* embedded has 128"):
-            check_lengths(self.settings, tiny_model_path, 129, "model.max_length")
+            check_lengths(tiny_model_path, 129, "model.max_length", base="embedded")
 
     def test_passes_where_the_config_names_no_limit(self, tmp_path: Path):
         BloomConfig().save_pretrained(tmp_path)
         assert context_length(tmp_path) is None
-        check_lengths(self.settings, tmp_path, 10**6, "model.max_length")
+        check_lengths(tmp_path, 10**6, "model.max_length", base="embedded")
 
 
 def lora_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -218,7 +216,7 @@ def lora_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 class TestAttachLora:
     def attached(self, path: Path, seed: int, **lora: object) -> dict[str, torch.Tensor]:
-        return lora_weights(attach_lora(load_model(path, precision="fp32"), LoraSettings(r=4, **lora), seed))
+        return lora_weights(attach_lora(load_model(path, precision="fp32"), Lora(r=4, **lora), seed))
 
     def test_initial_weights_depend_on_the_seed_alone(self, tiny_model_path: Path):
         torch.manual_seed(1)
@@ -243,11 +241,11 @@ class TestAttachLora:
     def test_a_name_that_fits_no_layer_is_refused_even_beside_one_that_does(self, model, names):
         message = rf"lora.target_modules: {names[-1]}: .* \(there are down_proj, gate_proj"
         with pytest.raises(HelpsteerError, match=message):
-            attach_lora(model, LoraSettings(target_modules=names), 0)
+            attach_lora(model, Lora(target_modules=names), 0)
 
     @pytest.mark.parametrize("modules", ["all-linear", ["v_proj", "q_proj"]])
     def test_is_saved_in_one_order_of_the_modules(self, model, tmp_path: Path, modules):
-        attach_lora(model, LoraSettings(target_modules=modules), 0).save_pretrained(tmp_path)
+        attach_lora(model, Lora(target_modules=modules), 0).save_pretrained(tmp_path)
         saved = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
         assert len(saved) > 1 and saved == sorted(saved)
 
@@ -255,13 +253,13 @@ class TestAttachLora:
         tokens = torch.arange(3, 30)[None]
         with torch.no_grad():
             before = model(tokens).logits
-            after = attach_lora(model, LoraSettings(), 0)(tokens).logits
+            after = attach_lora(model, Lora(), 0)(tokens).logits
         assert torch.equal(before, after)
 
 
 def test_load_adapters_gives_each_its_own_weights(tiny_model_path: Path, tmp_path: Path):
     for seed, name in enumerate(("one", "two")):
-        peft_model = attach_lora(load_model(tiny_model_path, precision="fp32"), LoraSettings(r=4), seed)
+        peft_model = attach_lora(load_model(tiny_model_path, precision="fp32"), Lora(r=4), seed)
         peft_model.save_pretrained(tmp_path / name)
     loaded = load_adapters(
         load_model(tiny_model_path, precision="fp32"), {"a": tmp_path / "one", "b": tmp_path / "two"}
@@ -278,7 +276,7 @@ class TestAdaptersThatDoNotFit:
     def adapter(self, folder: Path, **config: int) -> Path:
         shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
         other = LlamaForCausalLM(LlamaConfig(vocab_size=290, num_key_value_heads=2, **shape | config))
-        attach_lora(other, LoraSettings(r=4, target_modules=["q_proj", "up_proj"]), 0).save_pretrained(folder)
+        attach_lora(other, Lora(r=4, target_modules=["q_proj", "up_proj"]), 0).save_pretrained(folder)
         return folder
 
     @pytest.mark.parametrize("config", [{"num_hidden_layers": 1}, {"num_hidden_layers": 3}, {"hidden_size": 64}])
@@ -307,12 +305,12 @@ class TestAdaptersThatDoNotFit:
 
 def test_a_model_is_measured_by_its_config_alone(tiny_model_path: Path, tmp_path: Path):
     shutil.copy(tiny_model_path / "config.json", tmp_path)
-    measured = model_size(tmp_path, LoraSettings(r=4))
+    measured = model_size(tmp_path, Lora(r=4))
     whole = load_model(tiny_model_path, precision="fp32")
     assert measured.parameters == whole.num_parameters()
     assert measured.embeddings == whole.get_input_embeddings().num_embeddings
     looked_up = whole.get_input_embeddings().weight.numel()
     assert whole.config.tie_word_embeddings is False
     assert measured.weights_per_token == whole.num_parameters() - looked_up
-    trained = lora_weights(attach_lora(whole, LoraSettings(r=4), 0))
+    trained = lora_weights(attach_lora(whole, Lora(r=4), 0))
     assert measured.adapter_parameters == sum(weight.numel() for weight in trained.values())

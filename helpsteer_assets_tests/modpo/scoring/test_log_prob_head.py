@@ -14,10 +14,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from helpsteer_assets.experiment.settings import LoraSettings
 from helpsteer_assets.modpo.models.loading import attach_lora
 from helpsteer_assets.modpo.scoring import log_prob_head
 from helpsteer_assets.modpo.scoring.log_prob_head import LogProbHead, find_head
+from helpsteer_assets.modpo.settings import Lora
 
 TOKENS, HIDDEN, VOCABULARY = 11, 6, 13
 
@@ -218,7 +218,7 @@ class TestFindHead:
             assert find_head(model) is not None
 
     def test_finds_none_under_a_lora(self, model):
-        attach_lora(model, LoraSettings(r=2), 0)
+        attach_lora(model, Lora(r=2), 0)
         assert find_head(model) is not None
         get_peft_model(model, LoraConfig(target_modules=["lm_head"]))
         assert find_head(model) is None

@@ -1,7 +1,6 @@
 import logging
 import math
 import random
-import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -20,7 +19,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import helpsteer_assets
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.experiment.settings import LoraSettings
 from helpsteer_assets.modpo.models.loading import attach_lora, load_model
 from helpsteer_assets.modpo.models.tokenization import Sequence
 from helpsteer_assets.modpo.scoring import log_probs
@@ -37,10 +35,11 @@ from helpsteer_assets.modpo.scoring.log_probs import (
 )
 from helpsteer_assets.modpo.scoring.tree_attention import tree_attention
 from helpsteer_assets.modpo.scoring.trees import pack
+from helpsteer_assets.modpo.settings import Lora
 from helpsteer_assets_tests.conftest import make_model
 
 PAD, EOS = 0, 2
-LORA = LoraSettings(r=4, alpha=8)
+LORA = Lora(r=4, alpha=8)
 EMBEDDED_MODEL = Path(helpsteer_assets.__file__).parent / "embedded" / "model"
 
 
@@ -272,8 +271,7 @@ class TestTrees:
         sequences = make_trees(97)
         for dtype, tolerances in ((torch.float32, (1e-5, 1e-5)), (torch.float64, (1e-10, 1e-9))):
             model = with_lora(make_family(*TREE_FAMILIES[family]).to(dtype))
-            method = method_for(model)
-            assert (method.attention, method.kernel) == ("tree", "split")
+            assert method_for(model) == Method("split", fused=True)
             assert uses_fused_head(model)
             assert_trees_equal_padded(model, sequences, *tolerances)
         assert caplog.records == []
@@ -406,40 +404,34 @@ class TestMethods:
     """What becomes of models that trees or the fused head do not fit."""
 
     FALLBACKS = {  # noqa: RUF012
-        "a 4D mask": (
+        "an attention of its own": (
             "Falcon",
             {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
-            Method("mask"),
-            r".*with a 4D mask",
+            "TypeError: ",
         ),
-        "padded, position biases": ("Bloom", GPT, PADDED, r".*from padded batches"),
-        "padded, attention sinks": (
+        "position biases": ("Bloom", GPT, "0 of 2 layers attend by the registry"),
+        "attention sinks": (
             "GptOss",
             SMALL | {"num_local_experts": 4, "head_dim": 16, "sliding_window": 7},
-            PADDED,
-            r"attention sinks\).*from padded batches",
+            "attention sinks",
         ),
-        "padded, a convolution": (
-            "Lfm2",
-            SMALL | {"layer_types": ["conv", "full_attention"]},
-            PADDED,
-            r".*from padded batches",
-        ),
+        "a convolution": ("Lfm2", SMALL | {"layer_types": ["conv", "full_attention"]}, "layers of type conv"),
     }
 
     @pytest.mark.filterwarnings("ignore")
     @pytest.mark.parametrize("kind", FALLBACKS)
     def test_a_fallback_is_right_and_says_once_why(self, kind, caplog):
-        family, config, method, message = self.FALLBACKS[kind]
+        family, config, reason = self.FALLBACKS[kind]
         model = with_lora(make_family(family, config))
         sequences = make_trees(97)[:6]
         assert_trees_equal_padded(model, sequences, 1e-5, 1e-5)
         assert_trees_equal_padded(model, sequences, 1e-5, 1e-5)
-        assert method_for(model) == method
+        assert method_for(model) == PADDED
         (line,) = logged(caplog)
-        assert line.startswith(f"{type(model.get_base_model()).__name__}: no prompt trees with a fused head (")
+        name = type(model.get_base_model()).__name__
+        assert line.startswith(f"{name}: log-probabilities are computed from padded batches, not from prompt trees")
         assert caplog.records[-1].levelno == logging.WARNING
-        assert re.search(message, line)
+        assert reason in line
 
     @pytest.mark.filterwarnings("ignore")
     @pytest.mark.parametrize("size", [1.0, 0.2], ids=["", "small weights"])
@@ -451,7 +443,7 @@ class TestMethods:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(size)
-        assert method_for(model.to(dtype)).attention == "padded"
+        assert method_for(model.to(dtype)) == PADDED
 
     def test_is_found_once_per_model(self, model, monkeypatch):
         tried: list[PreTrainedModel] = []

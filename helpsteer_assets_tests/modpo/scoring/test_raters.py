@@ -21,9 +21,9 @@ from transformers import (
 
 from helpsteer_assets.embedded.generator import OBJECTS, TASKS, prompt_of, useful_sentences
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.experiment.settings import RewardModelSettings
 from helpsteer_assets.modpo.data.attributes import ATTRIBUTES
 from helpsteer_assets.modpo.scoring.raters import RewardModelRater, embedded_rater
+from helpsteer_assets.modpo.settings import RewardModel
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
 PROMPTS = ["What is a kettle?", "Name a colour.", "Why?", "Say something long, please.", "Hm?"]
@@ -134,8 +134,8 @@ def save_classifier(folder: Path, template: str | None = TEMPLATE, **changes: An
     return folder
 
 
-def settings_for(folder: Path, **changes: Any) -> RewardModelSettings:
-    return RewardModelSettings(**{"model": str(folder), "heads": HEADS, "max_length": 200} | changes)
+def settings_for(folder: Path, **changes: Any) -> RewardModel:
+    return RewardModel(**{"heads": HEADS, "max_length": 200} | changes)
 
 
 def rate(folder: Path, **changes: Any) -> dict[str, list[float | None]]:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.experiment.settings import LoraSettings, ModpoSettings, RunSettings
+from helpsteer_assets.modpo.settings import Compute, Lora, Training
 from helpsteer_assets.modpo.training.checkpoints import checkpoint_progress
 from helpsteer_assets.modpo.training.launch import Job, ProcessDiedError, train_together
 from helpsteer_assets.modpo.training.loop import TrainingResult
@@ -32,8 +32,8 @@ from helpsteer_assets_tests.modpo.training.test_processes import (
 )
 
 ROOT = Path(__file__).parents[2]
-LORA = LoraSettings(r=4, alpha=8)
-DROPOUT = LoraSettings(r=4, alpha=8, dropout=0.2)
+LORA = Lora(r=4, alpha=8)
+DROPOUT = Lora(r=4, alpha=8, dropout=0.2)
 HOW = {"batch_size": 2, "accumulation": 2, "steps": 10, "evaluate_every": 3, "learning_rate": 5e-3}
 
 
@@ -51,14 +51,14 @@ def job_of(
         trust_remote_code=False,
         lora=lora,
         seed=0,
-        run=RunSettings(device="cpu", threads=1, train_processes=2, fsdp=fsdp),
+        run=Compute(device="cpu", threads=1, train_processes=2, fsdp=fsdp),
         train=partial(
             train,
             train_pairs=as_dataset(pairs[:14]),
             selection_pairs=as_dataset(pairs[14:17]),
             w=0.3,
             beta=0.1,
-            settings=ModpoSettings(**HOW | how),
+            settings=Training(**HOW | how),
             batch_tokens=60,
             seed=0,
             what="w=0.3",

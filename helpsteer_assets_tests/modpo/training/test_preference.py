@@ -20,13 +20,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, set_seed
 
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.experiment.settings import LoraSettings, ModpoSettings
 from helpsteer_assets.modpo.models.loading import attach_lora, load_model
 from helpsteer_assets.modpo.models.tokenization import Sequence
 from helpsteer_assets.modpo.progress import silent
 from helpsteer_assets.modpo.scoring.batching import collate
 from helpsteer_assets.modpo.scoring.log_probs import BASE, padded_log_probs, response_log_probs, score_sequences
 from helpsteer_assets.modpo.scoring.trees import unpack
+from helpsteer_assets.modpo.settings import Lora, Training
 from helpsteer_assets.modpo.training.checkpoints import checkpoint_progress
 from helpsteer_assets.modpo.training.loop import TrainingResult, training_arguments
 from helpsteer_assets.modpo.training.preference import (
@@ -39,15 +39,15 @@ from helpsteer_assets.modpo.training.preference import (
 )
 from helpsteer_assets_tests.modpo.scoring.test_log_probs import SMALL, make_family
 
-LORA = LoraSettings(r=4, alpha=8)
+LORA = Lora(r=4, alpha=8)
 
 
 def sequence(prompt_ids: list[int], response_ids: list[int]) -> Sequence:
     return Sequence(np.array(prompt_ids, np.int32), np.array(response_ids, np.int32))
 
 
-def settings_of(**changes: Any) -> ModpoSettings:
-    return ModpoSettings(**({"steps": 6, "batch_size": 4, "learning_rate": 5e-3, "evaluate_every": 2} | changes))
+def settings_of(**changes: Any) -> Training:
+    return Training(**({"steps": 6, "batch_size": 4, "learning_rate": 5e-3, "evaluate_every": 2} | changes))
 
 
 def as_dataset(pairs: list[PreferencePair]) -> PairDataset:
@@ -69,7 +69,7 @@ def train(
     *,
     w: float = 0.5,
     beta: float = 0.1,
-    lora: LoraSettings = LORA,
+    lora: Lora = LORA,
     seed: int = 0,
     batch_tokens: int = 100,
     progress: Any = silent,
@@ -536,7 +536,7 @@ class TestTraining:
         assert all(layer.gradient_checkpointing for layer in model.get_base_model().model.layers)
 
     def test_seed_decides_data_order_and_dropout(self, tiny_model_path, pairs, tmp_path):
-        lora = LoraSettings(r=4, alpha=8, dropout=0.2)
+        lora = Lora(r=4, alpha=8, dropout=0.2)
         for name, seed in (("one", 1), ("again", 1), ("two", 2)):
             set_seed(len(name))  # whatever came before in the process
             train(tiny_model_path, tmp_path / name, pairs, [], lora=lora, seed=seed, steps=3)
@@ -712,7 +712,7 @@ QUIET_TRAINING = """
 import sys
 from pathlib import Path
 import numpy as np
-from helpsteer_assets.experiment.settings import LoraSettings, ModpoSettings, SftSettings
+from helpsteer_assets.modpo.settings import Lora, Training
 from helpsteer_assets.modpo.models.loading import attach_lora, load_adapters, load_model, load_tokenizer
 from helpsteer_assets.modpo.training.preference import PairDataset, train_preference
 from helpsteer_assets.modpo.training.sft import train_sft
@@ -723,13 +723,13 @@ sequences = [Sequence(np.array([5, 6 + i], np.int32), np.array([9 + i, 2], np.in
 how = dict(steps=2, batch_size=2, learning_rate=1e-3, evaluate_every=1, early_stopping=5, gradient_checkpointing=True)
 common = dict(seed=0, report_to=[])
 for attempt in range(2):
-    model = attach_lora(load_model(base, precision="fp32"), LoraSettings(r=2), 0)
+    model = attach_lora(load_model(base, precision="fp32"), Lora(r=2), 0)
     train_sft(model, load_tokenizer(base), train_sequences=sequences, selection_sequences=sequences,
-              settings=SftSettings(**how), checkpoints=folder / "sft", **common)
-    model = attach_lora(load_model(base, precision="fp32"), LoraSettings(r=2), 0)
+              settings=Training(**how), checkpoints=folder / "sft", **common)
+    model = attach_lora(load_model(base, precision="fp32"), Lora(r=2), 0)
     by_id = {str(n): sequence for n, sequence in enumerate(sequences)}
     pairs = PairDataset([("0", "1"), ("1", "2"), ("2", "3")], by_id, dict.fromkeys(by_id, -9.0))
-    train_preference(model, train_pairs=pairs, selection_pairs=pairs, w=0.5, beta=0.1, settings=ModpoSettings(**how),
+    train_preference(model, train_pairs=pairs, selection_pairs=pairs, w=0.5, beta=0.1, settings=Training(**how),
                      batch_tokens=100, what="w=0.5", checkpoints=folder / "modpo", **common)
     (folder / "sft/checkpoint-2/complete.json").unlink()
     (folder / "modpo/checkpoint-2/complete.json").unlink()

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from helpsteer_assets.experiment.settings import LoraSettings, ModpoSettings, SftSettings
 from helpsteer_assets.modpo.models.loading import attach_lora, load_model
 from helpsteer_assets.modpo.progress import Progress, silent
+from helpsteer_assets.modpo.settings import Lora, Training
 from helpsteer_assets.modpo.training.loop import TrainingResult
 from helpsteer_assets.modpo.training.preference import PreferencePair, train_preference
 from helpsteer_assets.modpo.training.processes import ALONE, World
@@ -26,7 +26,7 @@ from helpsteer_assets_tests.conftest import make_sequences, run_to_its_death
 from helpsteer_assets_tests.modpo.training.test_preference import as_dataset
 from helpsteer_assets_tests.modpo.training.test_resume import at_step
 
-LORA = LoraSettings(r=4, alpha=8)
+LORA = Lora(r=4, alpha=8)
 
 
 def in_processes(size: int, folder: Path, work: Callable[[World], Any], *, sharded: bool = False) -> list[Any]:
@@ -48,7 +48,7 @@ def in_processes(size: int, folder: Path, work: Callable[[World], Any], *, shard
     return [pickle.loads((folder / f"result-{number}").read_bytes()) for number in range(size)]
 
 
-def loaded(base: Path, lora: LoraSettings, world: World) -> PeftModel:
+def loaded(base: Path, lora: Lora, world: World) -> PeftModel:
     model = attach_lora(load_model(base, precision="fp32"), lora, 0)
     return world.shard(model, torch.device("cpu")) if world.sharded else model
 
@@ -57,7 +57,7 @@ def by_preference(
     base: Path,
     folder: Path,
     pairs: list[PreferencePair],
-    lora: LoraSettings,
+    lora: Lora,
     *,
     progress: Progress = silent,
     **settings: Any,
@@ -72,7 +72,7 @@ def by_preference(
             selection_pairs=as_dataset(pairs[-3:]),
             w=0.3,
             beta=0.1,
-            settings=ModpoSettings(**settings),
+            settings=Training(**settings),
             batch_tokens=60,
             seed=0,
             report_to=[],
@@ -87,7 +87,7 @@ def by_preference(
     return train
 
 
-def by_sft(base: Path, folder: Path, tokenizer: Any, count: int, lora: LoraSettings, **settings: Any) -> Any:
+def by_sft(base: Path, folder: Path, tokenizer: Any, count: int, lora: Lora, **settings: Any) -> Any:
     """An SFT in a world, whose adapter lies in folder/<rank> afterwards."""
 
     def train(world: World) -> TrainingResult:
@@ -98,7 +98,7 @@ def by_sft(base: Path, folder: Path, tokenizer: Any, count: int, lora: LoraSetti
             tokenizer,
             train_sequences=sequences[:-3],
             selection_sequences=sequences[-3:],
-            settings=SftSettings(**settings),
+            settings=Training(**settings),
             seed=0,
             report_to=[],
             checkpoints=folder / "checkpoints",

@@ -16,9 +16,9 @@ import pytest
 import torch
 import transformers
 
-from helpsteer_assets.experiment.settings import LoraSettings, ModpoSettings, SftSettings
 from helpsteer_assets.modpo.models.loading import attach_lora, load_model, load_tokenizer
 from helpsteer_assets.modpo.progress import silent
+from helpsteer_assets.modpo.settings import Lora, Training
 from helpsteer_assets.modpo.training import checkpoints
 from helpsteer_assets.modpo.training import loop as training
 from helpsteer_assets.modpo.training.checkpoints import (
@@ -36,7 +36,7 @@ from helpsteer_assets_tests.modpo.training.test_preference import as_dataset
 
 # Dropout draws random numbers in every step, 10 steps cross two borders of a pass over the pairs, and 10 is no multiple
 # of the 3 steps between checkpoints: those are at 3, 6, 9 and 10.
-LORA = LoraSettings(r=4, alpha=8, dropout=0.2)
+LORA = Lora(r=4, alpha=8, dropout=0.2)
 HOW: dict[str, Any] = {"steps": 10, "batch_size": 2, "accumulation": 2, "learning_rate": 1e-2, "evaluate_every": 3}
 
 Train = Callable[..., TrainingResult]
@@ -62,7 +62,7 @@ def train(request: pytest.FixtureRequest, tiny_model_path: Path, pairs: list[Pre
                 selection_pairs=as_dataset(held_out),
                 w=0.3,
                 beta=0.1,
-                settings=ModpoSettings(**HOW | how),
+                settings=Training(**HOW | how),
                 batch_tokens=60,
                 what="w=0.3",
                 **common,
@@ -75,7 +75,7 @@ def train(request: pytest.FixtureRequest, tiny_model_path: Path, pairs: list[Pre
                 tokenizer,
                 train_sequences=sequences,
                 selection_sequences=[pair.chosen for pair in held_out],
-                settings=SftSettings(**HOW | how),
+                settings=Training(**HOW | how),
                 **common,
             )
         model.save_pretrained(folder / "adapter")
@@ -265,7 +265,7 @@ def test_dropout_and_data_order_matter_here(tiny_model_path: Path, pairs, tmp_pa
     found = set()
     for name, lora, order in (
         ("as is", LORA, pairs[:16]),
-        ("no dropout", LoraSettings(r=4, alpha=8), pairs[:16]),
+        ("no dropout", Lora(r=4, alpha=8), pairs[:16]),
         ("other order", LORA, pairs[15::-1]),
     ):
         model = attach_lora(load_model(tiny_model_path, precision="fp32"), lora, 0)
@@ -275,7 +275,7 @@ def test_dropout_and_data_order_matter_here(tiny_model_path: Path, pairs, tmp_pa
             selection_pairs=as_dataset([]),
             w=0.3,
             beta=0.1,
-            settings=ModpoSettings(**HOW | {"steps": 3}),
+            settings=Training(**HOW | {"steps": 3}),
             batch_tokens=60,
             what="w=0.3",
             seed=0,
@@ -290,7 +290,7 @@ IN_A_NEW_INTERPRETER = """
 import pickle, sys
 from pathlib import Path
 import torch
-from helpsteer_assets.experiment.settings import LoraSettings, ModpoSettings
+from helpsteer_assets.modpo.settings import Lora, Training
 from helpsteer_assets.modpo.models.loading import attach_lora, load_model
 from helpsteer_assets.modpo.training.preference import train_preference
 
@@ -298,7 +298,7 @@ torch.set_num_threads(1)
 base, folder = Path(sys.argv[1]), Path(sys.argv[2])
 pairs, held_out, lora, how = pickle.loads((folder / "arguments").read_bytes())
 model = attach_lora(load_model(base, precision="fp32"), lora, 0)
-train_preference(model, train_pairs=pairs, selection_pairs=held_out, w=0.3, beta=0.1, settings=ModpoSettings(**how),
+train_preference(model, train_pairs=pairs, selection_pairs=held_out, w=0.3, beta=0.1, settings=Training(**how),
                  batch_tokens=60, what="w=0.3", seed=0, report_to=[], checkpoints=folder / "checkpoints")
 model.save_pretrained(folder / "adapter")
 """

@@ -7,11 +7,11 @@ import trl
 from peft import PeftModel
 
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.experiment.settings import LoraSettings, SftSettings
 from helpsteer_assets.modpo.models.loading import attach_lora, load_model, load_tokenizer
 from helpsteer_assets.modpo.models.tokenization import Sequence
 from helpsteer_assets.modpo.scoring.batching import collate
 from helpsteer_assets.modpo.scoring.log_probs import padded_log_probs
+from helpsteer_assets.modpo.settings import Lora, Training
 from helpsteer_assets.modpo.training.checkpoints import checkpoint_progress
 from helpsteer_assets.modpo.training.loop import TrainingResult
 from helpsteer_assets.modpo.training.sft import train_sft
@@ -26,14 +26,14 @@ def train(
     tokenizer: Any = None,
     **changes: Any,
 ) -> tuple[PeftModel, TrainingResult]:
-    model = attach_lora(load_model(path, precision="fp32"), LoraSettings(r=4, alpha=8), 0)
+    model = attach_lora(load_model(path, precision="fp32"), Lora(r=4, alpha=8), 0)
     how = {"steps": 6, "batch_size": 4, "learning_rate": 1e-2, "evaluate_every": 2, "warmup_share": 0.0} | changes
     result = train_sft(
         model,
         tokenizer or load_tokenizer(path),
         train_sequences=sequences,
         selection_sequences=selection or [],
-        settings=SftSettings(**how),
+        settings=Training(**how),
         seed=0,
         report_to=[],
         checkpoints=folder,
