@@ -160,7 +160,7 @@ def test_a_node_that_sees_another_home_is_named_by_the_check_and_does_nothing(
 
     # A step on that node, until it loads the assets.
     job = cluster.client.submit_job(
-        entrypoint='python -c "import helpsteer_assets.definitions" || find "$HELPSTEER_HOME"',
+        entrypoint='python -c "from helpsteer_assets.definitions import defs; defs()" || find "$HELPSTEER_HOME"',
         entrypoint_resources={"stranger": 1},
         runtime_env={
             "env_vars": {
