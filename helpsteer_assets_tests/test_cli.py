@@ -11,13 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import pytest
 from click.testing import CliRunner, Result
 
 from helpsteer_assets.cli import main
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.store.warehouse import Warehouse
+from helpsteer_assets_tests.finished import Finished
 
 Run = Callable[..., Result]
 
@@ -95,29 +94,19 @@ def test_help_names_every_command(run: Run) -> None:
 # query
 
 
-@pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home whose warehouse holds two rows, one with a null."""
-    folder = tmp_path_factory.mktemp("published")
-    home, parquet = folder / "home", folder / "log_probs.parquet"
-    with duckdb.connect() as connection:
-        connection.sql(
-            "SELECT 'p' || range AS prompt_id, 'r' || range AS response_id, -1.23456789::DOUBLE AS log_prob, "
-            "range::INT AS response_tokens, CASE WHEN range = 0 THEN true END AS truncated FROM range(2)"
-        ).write_parquet(str(parquet))
-    Warehouse(home).record(
-        experiment="demo",
-        asset="reference_log_probs",
-        partition=None,
-        fingerprint="f",
-        path=folder,
-        run_id="run-1",
-        reused=False,
-        table="reference_log_probs",
-        parquet=parquet,
-        constants={},
-    )
-    return home
+def query(run: Run, finished: Finished, sql: str, kind: str) -> str:
+    result = run("--home", str(finished.home), "query", sql, "--format", kind)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_query_prints_a_table(run: Run, finished_home: Finished) -> None:
+    sql = "SELECT policy, w, mean, run_id IS NULL AS lost FROM score_summary WHERE measure = 'helpfulness' ORDER BY w"
+    lines = [line.split() for line in query(run, finished_home, sql, "table").splitlines() if line.strip()]
+    assert lines[0] == ["policy", "w", "mean", "lost"]
+    assert [line[:2] for line in lines[2:4]] == [["modpo", "0.1"], ["modpo", "0.9"]]
+    assert len(lines[4]) == 3 and lines[4][0] == "sft", "null is nothing"
+    assert "measure" in query(run, finished_home, "SELECT measure FROM score_summary WHERE false", "table")
 
 
 AWKWARD = (
@@ -125,139 +114,68 @@ AWKWARD = (
 )
 
 
-def test_query_prints_a_table(run: Run, published: Path) -> None:
-    result = run("--home", str(published), "query", "SELECT * FROM reference_log_probs ORDER BY prompt_id")
-    assert result.exit_code == 0, result.output
-    lines = [line.split() for line in result.output.splitlines() if line.strip()]
-    assert lines[0][:5] == ["experiment", "prompt_id", "response_id", "log_prob", "response_tokens"]
-    assert lines[2] == ["demo", "p0", "r0", "-1.235", "0", "True", "f", "run-1"]
-    assert lines[3] == ["demo", "p1", "r1", "-1.235", "1", "f", "run-1"], "null is nothing"
-
-
-def test_query_prints_text_as_it_is(run: Run, published: Path) -> None:
-    output = run("--home", str(published), "query", AWKWARD).output
-    assert 'a "quoted", one' in output
-    assert "Zoë 日本 [bold] :smile:" in output, "neither markup nor emoji codes are read in data"
-
-
-def test_query_writes_csv_that_can_be_read_back(run: Run, published: Path) -> None:
-    output = run("--home", str(published), "query", AWKWARD, "--format", "csv").output
-    assert output.splitlines()[0] == "text,nothing,more,number"
-    assert '"a ""quoted"", one",,' in output
-    (row,) = csv.DictReader(io.StringIO(output))
-    assert row == {
-        "text": 'a "quoted", one',
-        "nothing": "",
-        "more": "Zoë 日本 [bold] :smile:",
-        "number": "0.123456789",
-    }
-
-
-def test_query_writes_json_with_nulls_and_dates(run: Run, published: Path) -> None:
-    output = run("--home", str(published), "query", AWKWARD, "--format", "json").output
-    (row,) = json.loads(output)
+def test_query_gives_awkward_values_as_they_are_in_every_format(run: Run, finished_home: Finished) -> None:
+    more = "Zoë 日本 [bold] :smile:"  # neither markup nor emoji codes
+    assert more in query(run, finished_home, AWKWARD, "table")
+    (row,) = csv.DictReader(io.StringIO(query(run, finished_home, AWKWARD, "csv")))
+    assert row == {"text": 'a "quoted", one', "nothing": "", "more": more, "number": "0.123456789"}
+    shown = query(run, finished_home, AWKWARD, "json")
+    assert more in shown, "not escaped"
+    (row,) = json.loads(shown)
     assert row["nothing"] is None and row["text"] == 'a "quoted", one'
-    assert "Zoë 日本" in output, "not escaped"
-    sql = "SELECT materialized_at, reused, 'nan'::DOUBLE AS undefined FROM materializations"
-    (row,) = json.loads(
-        run("--home", str(published), "query", sql, "--format", "json").output, parse_constant=pytest.fail
-    )
-    assert row["reused"] is False and row["materialized_at"].startswith("20") and row["undefined"] is None
 
 
-def test_query_loses_no_column_of_a_join_in_json(run: Run, published: Path) -> None:
-    sql = "SELECT a.prompt_id, b.prompt_id, 1 AS x FROM reference_log_probs a JOIN reference_log_probs b "
-    sql += "ON a.prompt_id < b.prompt_id"
-    (row,) = json.loads(run("--home", str(published), "query", sql, "--format", "json").output)
-    assert row == {"prompt_id": "p0", "prompt_id_1": "p1", "x": 1}
-
-
-def test_query_without_rows_keeps_the_columns(run: Run, published: Path) -> None:
-    sql = "SELECT w, measure FROM score_summary"
-    assert run("--home", str(published), "query", sql, "--format", "csv").output == "w,measure\n"
-    assert json.loads(run("--home", str(published), "query", sql, "--format", "json").output) == []
-    assert "measure" in run("--home", str(published), "query", sql).output
+def test_query_gives_json_that_every_reader_takes(run: Run, finished_home: Finished) -> None:
+    """Dates are text, what is not a number is null, and columns of one name are told apart."""
+    sql = "SELECT a.materialized_at, 'nan'::DOUBLE AS undefined, a.asset, b.asset FROM materializations a "
+    sql += "JOIN materializations b ON a.asset = 'sft_model' AND b.asset = 'margin_pairs'"
+    (row,) = json.loads(query(run, finished_home, sql, "json"), parse_constant=pytest.fail)
+    assert row["materialized_at"].startswith("20") and row["undefined"] is None
+    assert (row["asset"], row["asset_1"]) == ("sft_model", "margin_pairs")
+    nothing = "SELECT w, measure FROM score_summary WHERE false"
+    assert json.loads(query(run, finished_home, nothing, "json")) == []
+    assert query(run, finished_home, nothing, "csv") == "w,measure\n"
 
 
 @pytest.mark.parametrize(
-    ("sql", "message"),
-    [
-        ("DELETE FROM reference_log_probs", "the warehouse is read-only"),
-        ("CREATE TABLE mine AS SELECT 1", "the warehouse is read-only"),
-        ("SELECT * FROM read_csv('/etc/passwd')", "a query reads the warehouse's tables only"),
-        ("SELECT nope FROM scores", "nope"),
-        ("SELEC 1", "Parser Error"),
-        ("", "the query is empty"),
-    ],
+    ("sql", "message"), [("DELETE FROM scores", "the warehouse is read-only"), ("SELEC 1", "Parser Error")]
 )
-def test_a_query_that_is_refused_says_why(run: Run, published: Path, sql: str, message: str) -> None:
-    assert message in failed(run("--home", str(published), "query", sql))
-    still = run("--home", str(published), "query", "SELECT count(*) AS n FROM reference_log_probs", "--format", "csv")
-    assert still.output == "n\n2\n"
+def test_a_query_that_is_refused_says_why(run: Run, finished_home: Finished, sql: str, message: str) -> None:
+    assert message in failed(run("--home", str(finished_home.home), "query", sql))
 
 
 def test_a_query_before_anything_was_materialized_says_what_to_do(run: Run) -> None:
     assert "nothing materialized yet; run `helpsteer run`" in failed(run("query", "SELECT 1"))
 
 
-def test_a_format_that_is_none_is_refused(run: Run) -> None:
-    result = run("query", "SELECT 1", "--format", "xml")
-    assert result.exit_code == 2 and "'table', 'csv', 'json'" in result.stderr
-
-
 # run, check, ui
 
 
 @pytest.mark.parametrize(
-    ("weights", "message"),
+    ("arguments", "message"),
     [
-        ("0.2", "0.2 is not in the grid of experiment demo (0.1, 0.3, 0.5, 0.7, 0.9); add it to objective.weights"),
-        ("0.1,half", "--weights: a weight is a number in (0, 1], got 'half'"),
-        ("0", "0 is excluded"),
-        ("", "a weight is a number in (0, 1]"),
+        (["--weights", "0.2"], "0.2 is not in the grid of experiment demo (0.1, 0.3, 0.5, 0.7, 0.9); add it to objec"),
+        (["--weights", "0.1,half"], "--weights: a weight is a number in (0, 1], got 'half'"),
+        (["--weights", ""], "a weight is a number in (0, 1]"),
+        (["--select", "scores or +"], "--select 'scores or +' cannot be read"),
+        (["--select", "group:nope"], "--select 'group:nope' selects no asset"),
+        (["--select", "nonsense"], "Assets: evaluation_prompts, generations, helpsteer_ratings"),
     ],
 )
-def test_weights_that_are_not_in_the_grid_are_refused(run: Run, weights: str, message: str) -> None:
-    assert message in failed(run("run", "--weights", weights))
+def test_a_run_of_what_is_not_there_is_refused(run: Run, arguments: list[str], message: str) -> None:
+    assert message in failed(run("run", *arguments))
 
 
-@pytest.mark.parametrize(
-    ("selection", "what"),
-    [
-        ("nonsense", "cannot be read"),
-        ("key:", "cannot be read"),
-        ("scores or +", "cannot be read"),
-        ("group:nope", "selects no asset"),
-    ],
-)
-def test_a_selection_that_selects_nothing_lists_the_assets(run: Run, selection: str, what: str) -> None:
-    message = failed(run("run", "--select", selection))
-    assert f"--select {selection!r} {what}" in message
-    assert "Assets: evaluation_prompts, generations, helpsteer_ratings" in message
-
-
-@pytest.mark.parametrize(("succeeds", "code"), [(True, 0), (False, 1)])
-def test_run_passes_on_what_is_asked_and_exits_by_what_came_of_it(
-    run: Run,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    succeeds: bool,
-    code: int,
+def test_run_exits_by_what_came_of_it(
+    run: Run, copied: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    import helpsteer_assets.commands.run
-
-    asked: list[Any] = []
-
-    def run_experiment(experiment: Any, home: Path, **options: Any) -> bool:
-        asked.extend([experiment.name, home, options["select"], options["weights"]])
-        options["announce"]("working")
-        return succeeds
-
-    monkeypatch.setattr(helpsteer_assets.commands.run, "run_experiment", run_experiment)
-    result = run("--home", "h", "run", "--select", "scores", "--weights", "0.90, .1,0.9")
-    assert (result.exit_code, capfd.readouterr().out) == (code, "working\n")
-    assert asked == ["demo", tmp_path / "h", "scores", ["0.9", "0.1"]]
+    for changes, code in (({}, 0), ({"sft": {"learning_rate": 1e30}}, 1)):
+        changed = copied(**changes)
+        options = ["-e", str(changed.file), "--home", str(changed.home)]
+        result = run(*options, "run", "--select", 'key:"sft_model" or key:"scores"', "--weights", "0.90, .9")
+        said = capfd.readouterr().out
+        assert result.exit_code == code, said
+        assert "scores w=0.9" in said and "w=0.1" not in said
 
 
 @pytest.mark.parametrize(("problem", "code"), [(False, 0), (True, 2)])
@@ -314,20 +232,25 @@ def test_ui_refuses_a_port_that_is_taken(run: Run, monkeypatch: pytest.MonkeyPat
 # Imports
 
 
-HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "dagster", "sqlalchemy", "pandas", "numpy", "pyarrow"}
-HEAVY |= {"matplotlib", "PIL", "huggingface_hub"}
+HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "dagster", "sqlalchemy", "pandas", "matplotlib", "PIL"}
+HEAVY |= {"huggingface_hub"}
+ARRAYS = {"numpy", "pyarrow"}
 
 
 @pytest.mark.parametrize(
     ("command", "unneeded"),
-    [(["--help"], HEAVY | {"duckdb", "rich"}), (["status"], HEAVY), (["query", "SELECT 1 AS one"], HEAVY)],
+    [
+        (["--help"], HEAVY | ARRAYS | {"duckdb", "rich"}),
+        (["status"], HEAVY),
+        (["query", "SELECT 1 AS one"], HEAVY | ARRAYS),
+    ],
 )
 def test_commands_that_only_read_import_nothing_that_takes_long(
-    published: Path, command: list[str], unneeded: set[str]
+    finished_home: Finished, command: list[str], unneeded: set[str]
 ) -> None:
     code = (
         "import sys; from helpsteer_assets.cli import main\n"
-        f"try: main({['--home', str(published), *command]!r}, standalone_mode=False)\n"
+        f"try: main({['--home', str(finished_home.home), *command]!r}, standalone_mode=False)\n"
         f"finally: print({unneeded!r} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

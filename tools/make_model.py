@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-MODEL_PATH = Path(__file__).parent / "model"
+MODEL_PATH = Path(__file__).parents[1] / "helpsteer_assets" / "embedded" / "model"
 """Where the shipped model lies."""
 
 PAD_TOKEN, START_TOKEN, END_TOKEN = "<|pad|>", "<|im_start|>", "<|im_end|>"

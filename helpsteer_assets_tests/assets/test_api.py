@@ -19,7 +19,7 @@ from helpsteer_assets_tests.finished import Finished
 @pytest.fixture
 def here(finished_home: Finished, monkeypatch: pytest.MonkeyPatch) -> Finished:
     """The finished experiment and its home, named by the two variables."""
-    monkeypatch.setenv("HELPSTEER_EXPERIMENT", str(finished_home.home.parent / "quick.yaml"))
+    monkeypatch.setenv("HELPSTEER_EXPERIMENT", str(finished_home.file))
     monkeypatch.setenv("HELPSTEER_HOME", str(finished_home.home))
     return finished_home
 

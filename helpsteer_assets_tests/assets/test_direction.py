@@ -11,13 +11,15 @@ from helpsteer_assets_tests.finished import Finished
 
 @pytest.fixture(scope="module")
 def means(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, float | None], dict[str, float]]:
-    """Mean measures by role and weight (None: SFT), with the demo's own settings at the ends of its grid."""
+    """Mean measures by role and weight (None: SFT), of trainings as in the demo at the ends of its grid."""
     folder: Path = tmp_path_factory.mktemp("direction")
     found = {}
     for role, weights in (("cost", [0.1, 0.9]), ("reward", [0.1])):
         path = folder / f"{role}.yaml"
         path.write_text(
-            f"extends: demo\nname: {role}\nobjective: {{margin_role: {role}, weights: {weights}}}\n", encoding="utf-8"
+            f"extends: demo\nname: {role}\nobjective: {{margin_role: {role}, weights: {weights}}}\n"
+            "evaluation: {prompts: 60, kl_samples: 0}\n",
+            encoding="utf-8",
         )
         run = Finished(load_experiment(str(path)), folder / "home")
         assert run.run(), run.announced

@@ -226,7 +226,7 @@ def test_the_report_is_found_copied_and_opened(finished_home: Finished, tmp_path
     browser.write_text(f'#!/bin/sh\necho "$1" > {seen}\n')
     browser.chmod(0o755)
     variables = os.environ | {"BROWSER": f"{browser} %s", "HELPSTEER_HOME": str(finished_home.home)}
-    variables["HELPSTEER_EXPERIMENT"] = str(finished_home.home.parent / "quick.yaml")
+    variables["HELPSTEER_EXPERIMENT"] = str(finished_home.file)
     copy = tmp_path / "new" / "report.html"
     command = [sys.executable, "-c", "from helpsteer_assets.cli import main; main()", "report"]
     done = subprocess.run([*command, "--to", copy, "--open"], capture_output=True, text=True, env=variables)

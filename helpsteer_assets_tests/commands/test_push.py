@@ -125,7 +125,7 @@ def command(finished_home: Finished, tmp_path: Path) -> Callable[..., subprocess
         variables |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
         variables |= {
             "HELPSTEER_HOME": str(finished_home.home),
-            "HELPSTEER_EXPERIMENT": str(finished_home.home.parent / "quick.yaml"),
+            "HELPSTEER_EXPERIMENT": str(finished_home.file),
         }
         variables |= ({"HF_TOKEN": token} if token else {}) | environment
         code = "from helpsteer_assets.cli import main; main()"

@@ -15,7 +15,7 @@ from helpsteer_assets.execution.ray_cluster import HOME_TOKEN, require_shared_ho
 from helpsteer_assets.execution.recovery import PROCESS_TAG, alive
 from helpsteer_assets_tests.finished import quick_experiment
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RAY_TAG = "dagster-ray/config"
 
 
@@ -38,15 +38,17 @@ def test_an_executor_that_there_is_not_is_refused_with_those_that_there_are(monk
         chosen_executor()
 
 
+LOAD = "from helpsteer_assets.definitions import defs; defs()"
+
+
 def test_local_runs_import_no_ray() -> None:
-    code = "import sys; from helpsteer_assets.definitions import defs; defs(); "
-    done = loaded(code + "print({'ray', 'dagster_ray'} & set(sys.modules))")
+    done = loaded(f"import sys; {LOAD}; print({{'ray', 'dagster_ray'}} & set(sys.modules))")
     assert done.stdout.strip() == "set()", done.stderr
 
 
 def test_without_the_extra_the_cluster_is_refused_with_the_command_that_installs_it() -> None:
-    hidden = "import sys; sys.modules['ray'] = sys.modules['dagster_ray'] = None; "
-    done = loaded(hidden + "from helpsteer_assets.definitions import defs; defs()", HELPSTEER_EXECUTOR="ray")
+    hidden = "import sys; sys.modules['ray'] = sys.modules['dagster_ray'] = None"
+    done = loaded(f"{hidden}; {LOAD}", HELPSTEER_EXECUTOR="ray")
     last = done.stderr.strip().splitlines()[-1]
     assert "HELPSTEER_EXECUTOR=ray needs ray and dagster_ray, not installed here: pip install" in last
 

@@ -14,7 +14,7 @@ import pytest
 
 from helpsteer_assets.execution.interrupts import ends_on_signal
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import signal, sys, time
 from helpsteer_assets.execution.interrupts import ends_on_signal

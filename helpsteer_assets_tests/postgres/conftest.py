@@ -106,3 +106,9 @@ def server() -> Iterator[Server]:
         server.stop()
     finally:
         shutil.rmtree(folder)
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dagster tries a lost connection six times, with seven seconds of waiting in between; here it hardly waits."""
+    monkeypatch.setattr("dagster_postgres.utils.calculate_delay", lambda **_: 0.02)

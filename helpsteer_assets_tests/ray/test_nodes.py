@@ -89,7 +89,6 @@ def test_resources_of_the_executor_are_refused_since_they_would_hide_those_of_th
         (1.0, 3, "", ""),
         (1.0, 4, "4 steps with a model may run at once, and the cluster has room for 3", ""),
         (1.0, 2, "", "2 steps with a model may run at once, and the cluster has room for 3"),
-        (0.5, 6, "", ""),
         (2.0, 1, "", ""),
         (4.0, 1, "no node has the 4 GPU that a step with a model asks for", ""),
         (0.0, 16, "", ""),

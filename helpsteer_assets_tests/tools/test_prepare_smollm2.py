@@ -1,7 +1,6 @@
 """The preparation of SmolLM2, up to the conversion itself, which needs the real model. Nothing uses the network."""
 
 import shlex
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -117,11 +116,8 @@ def test_without_data_only_the_model_is_made(
     assert [path.name for path in tmp_path.iterdir()] == ["models"]
 
 
-@pytest.mark.parametrize("missing", prepare_smollm2.MODEL_FILES)
-def test_a_folder_that_is_not_the_whole_model_is_refused(
-    model: Path, missing: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (model / missing).unlink()
+def test_a_folder_that_is_not_the_whole_model_is_refused(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (model / prepare_smollm2.MODEL_FILES[-1]).unlink()
     assert run_main("--out", model) == 2
     assert f"--out {model} exists and is not the converted model" in capsys.readouterr().err
     assert len(list(model.iterdir())) == len(prepare_smollm2.MODEL_FILES) - 1
@@ -180,8 +176,3 @@ def test_a_failed_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(RuntimeError, match="disk full"):
         prepare_smollm2.prepare_model(tmp_path / "models" / "smol")
     assert list((tmp_path / "models").iterdir()) == []
-
-
-def test_importing_it_leaves_torch_out() -> None:
-    code = "import sys, tools.prepare_smollm2; print('torch' in sys.modules, 'transformers' in sys.modules)"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False False"

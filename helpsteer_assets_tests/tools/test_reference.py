@@ -11,7 +11,7 @@ from helpsteer_assets.experiment.settings import Experiment, Section
 from helpsteer_assets.store.tables import TABLES
 from tools.reference import commands_reference, settings_reference, tables_reference, write_references
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def escaped(text: str) -> str:
