@@ -19,8 +19,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from helpsteer_assets.cli import main as command_line
-from helpsteer_assets.experiment.settings import Experiment
-from helpsteer_assets.store.tables import TABLES
+from helpsteer_assets.experiment.settings import Experiment, SftSettings, TrainingSettings
+from helpsteer_assets.store.tables import TABLES, Column
 
 _SETTINGS_INTRO = """\
 # Settings
@@ -44,6 +44,7 @@ Every command of `helpsteer`, generated from the code by `python -m tools.refere
 prints the same. A command ends with 0, with 1 where it ran and found something amiss (a failed run, a damaged file),
 and with 2 where you have something to mend first, which it names."""
 
+_SETTINGS_HEADER = ("key", "allowed", "default", "meaning")
 _TYPES = {
     str: "text",
     int: "whole number",
@@ -55,7 +56,7 @@ _BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 _SPELLED = {
     "objective.weights": "list of numbers in (0, 1], each once, at most 99",
     "objective.margin_beta": "number > 0 | null",
-    "name": "letters, digits, `-` and `_`, at most 64",
+    "name": "letters, digits, `-` and `_`, at most 63",
 }
 """Where the type alone does not say what a validator asks for."""
 _DEFAULTS = {"objective.margin_beta": "`0.1`", "objective.margin_role": "required with an implicit reward"}
@@ -64,19 +65,32 @@ _DEFAULTS = {"objective.margin_beta": "`0.1`", "objective.margin_role": "require
 
 def settings_reference() -> str:
     """The settings of an experiment as Markdown: one table for its own keys, and one per section."""
-    parts = [_SETTINGS_INTRO, "## The experiment", _table_of(Experiment, "")]
+    parts = [_SETTINGS_INTRO, "## The experiment", _markdown(_SETTINGS_HEADER, _rows_of(Experiment, ""))]
+    trainings: list[tuple[str, ...]] = []  # the keys that the trainings share stand once
     for name, section in _sections(Experiment, ""):
-        parts += [f"## `{name}`", (section.__doc__ or "").strip(), _table_of(section, f"{name}.")]
+        rows = _rows_of(section, f"{name}.")
+        parts += [f"## `{name}`", (section.__doc__ or "").strip()]
+        if issubclass(section, TrainingSettings):
+            if trainings:
+                missing = [f"`{key}`" for key in SftSettings.model_fields if key not in section.model_fields]
+                parts.append(f"As `sft`, without {' and '.join(missing)}, but for:")
+            rows, trainings = [row for row in rows if row not in trainings], trainings or rows
+        parts.append(_markdown(_SETTINGS_HEADER, rows))
     return "\n\n".join(parts) + "\n"
 
 
 def tables_reference() -> str:
     """The tables of the warehouse as Markdown: columns, DuckDB types and comments."""
     parts = [_TABLES_INTRO]
+    first: dict[tuple[Column, ...], str] = {}
     for table in TABLES.values():
         filled = f" From: {', '.join(f'`{asset}`' for asset in table.assets)}." if table.assets else ""
+        parts += [f"## `{table.name}`", f"{table.comment}.{filled}"]
+        if (same := first.setdefault(table.columns, table.name)) != table.name:
+            parts.append(f"Columns: as in `{same}`.")
+            continue
         rows = [(f"`{c.name}`", c.type, c.comment) for c in table.columns]
-        parts += [f"## `{table.name}`", f"{table.comment}.{filled}", _markdown(("column", "type", "meaning"), rows)]
+        parts.append(_markdown(("column", "type", "meaning"), rows))
     return "\n\n".join(parts) + "\n"
 
 
@@ -118,12 +132,11 @@ def _sections(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, type[B
             yield from _sections(section, f"{prefix}{name}.")
 
 
-def _table_of(model: type[BaseModel], prefix: str) -> str:
-    rows = [
+def _rows_of(model: type[BaseModel], prefix: str) -> list[tuple[str, ...]]:
+    return [
         (f"`{name}`", _allowed(field, f"{prefix}{name}"), _default(field, f"{prefix}{name}"), field.description or "")
         for name, field in model.model_fields.items()
     ]
-    return _markdown(("key", "allowed", "default", "meaning"), rows)
 
 
 def _allowed(field: FieldInfo, key: str) -> str:
@@ -161,7 +174,7 @@ def _spelled(annotation: Any) -> Iterator[str]:
     elif origin is dict:
         yield f"section: {', '.join(_spelled(arguments[0]))}, each a {next(_spelled(arguments[1]))}"
     else:
-        raise TypeError(f"no words for the type {annotation!r}; add them to helpsteer_assets/reference.py")
+        raise TypeError(f"no words for the type {annotation!r}; add them to tools/reference.py")
 
 
 def _default(field: FieldInfo, key: str) -> str:

@@ -63,41 +63,33 @@ class Section(BaseModel):
 
 
 class DataSettings(Section):
-    """Which ratings, and what is learnt from them."""
+    """Which ratings, and what is learnt from them. A stable hash of the prompt draws every share and selection."""
 
     source: str = Field(
         min_length=1,
-        description="Where the ratings come from: `embedded`, a path that starts with `.`, `/` or `~` (a folder with "
-        "train and validation files, or one file; jsonl, json, csv or parquet, gzipped or not), or a data set id on "
-        "the hub such as `nvidia/HelpSteer`. A relative path is relative to the experiment file (for the shipped "
-        "experiments: to the working directory).",
+        description="`embedded`, a data set id on the hub, or a path that starts with `.`, `/` or `~`: one file, or a "
+        "folder with train and validation files. It is relative to the experiment file (in the shipped experiments: to "
+        "the working directory).",
     )
-    revision: str | None = Field(
-        None, description="Commit hash of the hub data set; required there, refused elsewhere."
-    )
+    revision: str | None = Field(None, description="Commit hash of a data set on the hub; required there.")
     preference_attribute: Attribute = Field(
-        "helpfulness", description="The attribute the policy is trained to prefer; `overall` is the sum of all five."
+        "helpfulness", description="What policies learn to prefer; `overall` is the sum of the five."
     )
     margin_attribute: Attribute = Field(
-        "verbosity", description="The attribute the margin adapter learns; unused under `margin: length_penalty`."
+        "verbosity", description="What the margin adapter learns; unused with `margin: length_penalty`."
     )
     on_bad_rows: Literal["error", "drop"] = Field(
-        "error", description="`error` stops and lists the bad rows, `drop` drops and counts them."
+        "error", description="`error` lists the bad rows and stops; `drop` counts them and goes on."
     )
     selection_share: float = Field(
-        0.05, gt=0, lt=0.5, description="Share of the train prompts held out, by a stable hash, to choose checkpoints."
+        0.05, gt=0, lt=0.5, description="Share of the train prompts that are held out to choose checkpoints."
     )
     validation_share: float = Field(
-        0.05,
-        gt=0,
-        lt=1,
-        description="Share of prompts, by a stable hash, that becomes validation where the source is one file.",
+        0.05, gt=0, lt=1, description="Share of the prompts for validation, where the source is one file."
     )
-    max_train_prompts: int | None = Field(
-        None, ge=2, description="Keep only so many train prompts, chosen by a stable hash; null keeps all."
-    )
+    max_train_prompts: int | None = Field(None, ge=2, description="Use at most so many train prompts; null: all.")
     max_validation_prompts: int | None = Field(
-        None, ge=1, description="Keep only so many validation prompts, chosen by a stable hash; null keeps all."
+        None, ge=1, description="Use at most so many validation prompts; null: all."
     )
 
 
@@ -106,17 +98,13 @@ class ModelSettings(Section):
 
     base: str = Field(
         min_length=1,
-        description="Base model: `embedded`, a path that starts with `.`, `/` or `~`, or a model id on the hub.",
+        description="`embedded`, a path that starts with `.`, `/` or `~`, or a model id on the hub.",
     )
-    revision: str | None = Field(None, description="Commit hash of the hub model; required there, refused elsewhere.")
-    precision: Literal["fp32", "bf16"] = Field(
-        description="Precision of the weights and of training. Stated, never guessed from the machine."
-    )
-    trust_remote_code: bool = Field(False, description="Run the modelling code that comes with the base model.")
-    max_length: int = Field(512, ge=8, description="Tokens of prompt and response together in training and scoring.")
-    max_prompt_length: int = Field(
-        256, ge=4, description="A longer prompt keeps its last so many tokens in training and scoring."
-    )
+    revision: str | None = Field(None, description="Commit hash of a model on the hub; required there.")
+    precision: Literal["fp32", "bf16"] = Field(description="Precision of the weights and of training.")
+    trust_remote_code: bool = Field(False, description="Run code that comes with the base model.")
+    max_length: int = Field(512, ge=8, description="Most tokens of prompt and response together.")
+    max_prompt_length: int = Field(256, ge=4, description="Most tokens of a prompt; a longer one loses its beginning.")
 
     @model_validator(mode="after")
     def _response_has_room(self) -> "ModelSettings":
@@ -144,12 +132,12 @@ class LoraSettings(Section):
     alpha: int = Field(32, ge=1, description="Scale; the update is multiplied by alpha / r.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input while training.")
     target_modules: Annotated[Literal["all-linear"] | list[str], BeforeValidator(_target_modules)] = Field(
-        "all-linear", description="`all-linear` (every linear layer of attention and MLP) or a list of module names."
+        "all-linear", description="`all-linear` (all linear layers but the head), or a list of module names."
     )
 
 
 class TrainingSettings(Section):
-    """How one stage trains. The batch an optimizer step sees is batch_size times accumulation."""
+    """How one stage trains. An optimizer step sees batch_size times accumulation."""
 
     epochs: float | None = Field(None, gt=0, description="Passes over the train pairs; give this or `steps`.")
     steps: int | None = Field(None, ge=1, description="Optimizer steps; give this or `epochs`.")
@@ -157,18 +145,20 @@ class TrainingSettings(Section):
     accumulation: int = Field(1, ge=1, description="Micro-batches per optimizer step.")
     learning_rate: float = Field(gt=0, description="Peak learning rate of AdamW.")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="Learning rate after the warm-up.")
-    warmup_share: float = Field(0.05, ge=0, lt=1, description="Share of the steps in which the learning rate rises.")
+    warmup_share: float = Field(
+        0.05, ge=0, lt=1, description="Share of the steps in which the learning rate rises to its peak."
+    )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass: less memory.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
     evaluate_every: int | None = Field(
         None,
         ge=1,
-        description="Steps between losses on the held-out train prompts. Each leaves a checkpoint, from which a killed "
-        "training goes on. null: ten times in a training.",
+        description="Steps between evaluations on the held-out train prompts. Each leaves a checkpoint. null: ten in a "
+        "training.",
     )
     early_stopping: int | None = Field(
-        None, ge=1, description="Stop after so many evaluations in a row without a better loss; null: never."
+        None, ge=1, description="Stop after so many evaluations in a row without a lower loss; null: never."
     )
 
     @model_validator(mode="after")
@@ -188,7 +178,7 @@ class TrainingSettings(Section):
 class SftSettings(TrainingSettings):
     """How the SFT model trains: on chosen responses, the loss on the response only."""
 
-    enabled: bool = Field(True, description="false uses the base model itself as the reference policy.")
+    enabled: bool = Field(True, description="false: the base model itself is the reference policy.")
     learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
 
     @property
@@ -231,26 +221,25 @@ class ObjectiveSettings(Section):
     beta: float = Field(0.1, gt=0, description="MODPO's beta: how strongly the policy is held to the SFT model.")
     weights: Annotated[list[str], BeforeValidator(_canonical_weights)] = Field(
         max_length=99,
-        description="The weights w in (0, 1], one policy each: w on the preference, 1 - w on the margin. "
-        "At 1 it is DPO.",
+        description="The weights w, one policy each: w for the preference, 1 - w for the margin. At 1 it is DPO.",
     )
     margin: Literal["implicit_reward", "length_penalty"] = Field(
         "implicit_reward",
         description="`implicit_reward`: r_m = margin_beta (log p_adapter - log p_sft). "
-        "`length_penalty`: r_m = -penalty * response tokens, always encouraged; needs no adapter.",
+        "`length_penalty`: r_m = -penalty * response tokens, without an adapter.",
     )
     margin_role: Literal["cost", "reward"] | None = Field(
         None,
-        description="`cost` penalizes what the margin adapter prefers (m = -r_m), `reward` encourages it (m = +r_m). "
-        "Required with an implicit reward, refused with a length penalty.",
+        description="`cost` discourages what the margin adapter prefers (m = -r_m), `reward` encourages it (m = +r_m). "
+        "Only with an implicit reward.",
     )
     margin_beta: float | None = Field(
         None,
-        description="Magnitude that scales the margin adapter's log-ratio. Positive: the direction is margin_role. "
-        "Default 0.1; refused with a length penalty.",
+        description="Scales the margin adapter's log-ratio. Positive: margin_role gives the direction. Only with an "
+        "implicit reward.",
     )
     penalty: float | None = Field(
-        None, gt=0, description="Reward lost per response token under `length_penalty`; required there."
+        None, gt=0, description="Reward lost per response token; required with `length_penalty`."
     )
 
     @model_validator(mode="before")
@@ -299,11 +288,11 @@ class GenerationSettings(Section):
 
     engine: Literal["transformers", "vllm"] = Field(
         "transformers",
-        description="What decodes. vllm: on a GPU, with the extra `vllm` installed, in bf16.",
+        description="`vllm` needs a GPU, bf16 and the extra `vllm`.",
     )
-    max_prompt_length: int = Field(1536, ge=4, description="A longer prompt keeps its last so many tokens.")
-    max_new_tokens: int = Field(512, ge=1, description="Longest response in tokens, its end-of-text token included.")
-    do_sample: bool = Field(False, description="false: greedy. true: sample with temperature and top_p.")
+    max_prompt_length: int = Field(1536, ge=4, description="Most tokens of a prompt; a longer one loses its beginning.")
+    max_new_tokens: int = Field(512, ge=1, description="Most tokens of a response, its end-of-text token included.")
+    do_sample: bool = Field(False, description="true: sample with temperature and top_p; false: greedy.")
     temperature: float = Field(1.0, gt=0, description="Sampling temperature; used with do_sample.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus share; used with do_sample.")
     repetition_penalty: float = Field(1.0, gt=0, description="1.0: none.")
@@ -311,8 +300,8 @@ class GenerationSettings(Section):
     max_batch_tokens: int = Field(
         16384,
         ge=1,
-        description="Tokens (prompts and longest responses) that are decoded together: room for their keys and "
-        "values. In fp32 it changes no response. vllm takes the room there is.",
+        description="Tokens (prompts and longest responses) that are decoded together; bounds the memory of keys and "
+        "values. Changes no response in fp32. Not used by vllm.",
     )
 
     @model_validator(mode="after")
@@ -328,21 +317,21 @@ class GenerationSettings(Section):
 class RewardModelSettings(Section):
     """A sequence-classification reward model that rates the answers."""
 
-    model: str = Field(
-        min_length=1, description="Sequence-classification reward model: a path or a model id on the hub."
-    )
-    revision: str | None = Field(None, description="Commit hash of the hub model; required there, refused elsewhere.")
+    model: str = Field(min_length=1, description="A path or a model id on the hub.")
+    revision: str | None = Field(None, description="Commit hash of a model on the hub; required there.")
     heads: dict[Literal["helpfulness", "correctness", "coherence", "complexity", "verbosity"], int] = Field(
-        min_length=1, description="Which output of the model rates which attribute."
+        min_length=1, description="Number of the output that rates each attribute."
     )
     scale: float = Field(1.0, description="rating = scale * output + shift.")
     shift: float = Field(0.0, description="rating = scale * output + shift.")
     output: Literal["logits", "rewards"] = Field(
-        "logits", description="Which field of the model's output holds the heads (`rewards` for ArmoRM)."
+        "logits", description="Field of the model's output with the heads (`rewards` for ArmoRM)."
     )
-    max_length: int = Field(4096, ge=8, description="Tokens of prompt and response; a longer text keeps its last ones.")
+    max_length: int = Field(
+        4096, ge=8, description="Most tokens of prompt and response; a longer text loses its beginning."
+    )
     batch_size: int = Field(8, ge=1, description="Responses per forward pass.")
-    trust_remote_code: bool = Field(False, description="Run the modelling code that comes with the reward model.")
+    trust_remote_code: bool = Field(False, description="Run code that comes with the reward model.")
 
 
 def _rater_kind(value: object) -> str | None:
@@ -366,17 +355,15 @@ class EvaluationSettings(Section):
         ),
     ] = Field(
         "none",
-        description="Who rates the generated responses: `none`, `embedded` (the demo generator's own rules), or a "
-        "sequence-classification reward model.",
+        description="Who rates responses: `none`, `embedded` (the rules of the demo's generator), or a reward model.",
     )
     kl_samples: int = Field(
         1,
         ge=0,
-        description="Responses per evaluation prompt, sampled from each policy as it is (temperature 1, top_p 1, no "
-        "penalty), from which its KL divergence to the SFT model is estimated. Each costs about as much as the "
-        "responses that are evaluated. 0: no estimate.",
+        description="Responses per prompt, sampled at temperature 1, that estimate each policy's KL divergence to SFT. "
+        "Each costs as much as the evaluated responses. 0: no estimate.",
     )
-    bootstrap_samples: int = Field(2000, ge=100, description="Resamples of the prompts behind every interval.")
+    bootstrap_samples: int = Field(2000, ge=100, description="Resamples of the prompts, for the intervals.")
 
 
 class CheckSettings(Section):
@@ -386,54 +373,48 @@ class CheckSettings(Section):
         0.5,
         ge=0,
         le=1,
-        description="The margin adapter must prefer chosen over rejected in a larger share of the "
-        "validation pairs than this, with the lower end of the 95% interval of its mean margin above 0.",
+        description="The margin adapter must prefer chosen over rejected in more than this share of the validation "
+        "pairs, and the 95% interval of its mean margin must lie above 0.",
     )
 
 
 class RunSettings(Section):
-    """How things run. Results do not depend on it, but for rounding: the manifest records what was used."""
+    """How things run. Results do not depend on it, but for rounding."""
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one, else cpu.")
     threads: int | None = Field(
         None,
         ge=1,
-        description="CPU threads of torch, in each process; 1 gives the same bytes in every run. null: torch's choice, "
-        "which processes that train together divide among them.",
+        description="CPU threads of torch in each process; 1 gives the same bytes in every run. null: torch's choice.",
     )
     train_processes: int = Field(
         1,
         ge=1,
-        description="Processes that train one model together, each on a GPU of its own, or on the CPU where there is "
-        "none. Each does its share of every optimizer step, so batch_size * accumulation of each training must be a "
-        "multiple. Sums are rounded in another order, and each process draws its own random numbers for dropout.",
+        description="Processes that train one model together, each on a GPU of its own (else on the CPU). batch_size * "
+        "accumulation of each training must be a multiple.",
     )
     fsdp: bool = Field(
         False,
-        description="Each of several train_processes holds a part of every layer's frozen weights and gathers a layer "
-        "while it computes: for a base that leaves no room on a GPU to train on. Scoring and generation still hold the "
-        "whole model on one.",
+        description="Each of several train_processes holds a part of every layer's frozen weights: less memory, more "
+        "time. Only in training.",
     )
     batch_tokens: int | None = Field(
         None,
         ge=64,
-        description="Tokens in one forward and backward pass of the preference trainings: a batch with more is done "
-        "in several. Scoring, which keeps no activations, takes four times as many. null: 1024 on a CPU, 4096 on a "
-        "GPU.",
+        description="Tokens in one forward and backward pass of a preference training; scoring takes four times as "
+        "many. null: 1024 on a CPU, 4096 on a GPU.",
     )
     gpus: float = Field(
         1.0,
         ge=0,
-        description="GPUs of a Ray cluster (HELPSTEER_EXECUTOR=ray) for a step that loads a model: a whole number, or "
-        "a share below 1 for several steps on one GPU; 0: it runs on CPUs.",
+        description="GPUs of a Ray cluster for a step with a model: a whole number, a share below 1, or 0 for CPUs.",
     )
     report_to: list[str] = Field(
-        default_factory=list, description="Experiment trackers of transformers' Trainer: wandb, tensorboard, trackio."
+        default_factory=list, description="Trackers of trainings: wandb, tensorboard, trackio."
     )
     automation: bool = Field(
         False,
-        description="Evaluate by itself what a training made, while the UI runs: answers, scores, summary, trade-off, "
-        "report. Trainings are never started by it.",
+        description="While the UI runs, evaluate each trained policy without a click.",
     )
 
     @field_validator("gpus")
@@ -449,9 +430,9 @@ class Experiment(Section):
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$",
-        description="Names Dagster's state folder and stands in every row of the warehouse.",
+        description="Unique in a home: names Dagster's folder, and stands in every row of the tables.",
     )
-    description: str = Field("", description="What it is for, in a sentence.")
+    description: str = Field("", description="Free text, shown in the report.")
     seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of initialisation, data order and sampling.")
     data: DataSettings = Field(description="The ratings and what is learnt from them.")
     model: ModelSettings = Field(description="The base model, its precision and its limits.")
@@ -459,7 +440,7 @@ class Experiment(Section):
     lora: LoraSettings = Field(default_factory=LoraSettings, description="The adapters of all three trainings.")
     sft: SftSettings = Field(description="How the SFT model trains.")
     margin_adapter: MarginAdapterSettings | None = Field(
-        None, description="How the margin adapter trains; needed with an implicit reward, unused with a length penalty."
+        None, description="How the margin adapter trains; required with an implicit reward."
     )
     modpo: ModpoSettings = Field(description="How each weight's policy trains.")
     generation: GenerationSettings = Field(default_factory=GenerationSettings, description="How policies answer.")

@@ -39,16 +39,16 @@ class Table:
     columns: tuple[Column, ...]
 
 
-EXPERIMENT = Column("experiment", "VARCHAR", "experiment that the row belongs to", "entry.experiment")
+EXPERIMENT = Column("experiment", "VARCHAR", "name of the experiment", "entry.experiment")
 
 
 LINEAGE = (
-    Column("fingerprint", "VARCHAR", "fingerprint of the artifact that holds the row", "entry.fingerprint"),
-    Column("run_id", "VARCHAR", "Dagster run that last materialized the artifact", "entry.run_id"),
+    Column("fingerprint", "VARCHAR", "the artifact that holds the row", "entry.fingerprint"),
+    Column("run_id", "VARCHAR", "Dagster run that last materialized it", "entry.run_id"),
 )
 
 
-_W = "weight of the preference in the MODPO objective, in (0, 1]; null for the SFT policy"
+_W = "weight of the preference, in (0, 1]; null for SFT"
 
 
 _PAIR_ID = "first 16 hex digits of sha256(chosen_id + rejected_id)"
@@ -63,10 +63,13 @@ _RESPONSE_ID = "first 16 hex digits of sha256(prompt + NUL + response)"
 _POLICY = "'sft' or 'modpo'"
 
 
-_FINISH = "'eos' if the model ended the response, 'length' if the limit on new tokens did"
+_FINISH = "'eos': the model ended the response; 'length': the limit on new tokens did"
 
 
-_TOKENS = "tokens of the response, its end-of-text token included"
+_MARGIN_LOG_RATIO = "log p_adapter - log p_sft of the response, in nats; null with a length penalty"
+
+
+_TOKENS = "tokens of the response, with its end-of-text token"
 
 
 def _pair_columns() -> tuple[Column, ...]:
@@ -75,7 +78,7 @@ def _pair_columns() -> tuple[Column, ...]:
             f"{side}_{attribute}",
             "TINYINT",
             f"{attribute} of the {side} response, "
-            + ("0 to 20: the sum of the five" if attribute == OVERALL else "0 to 4"),
+            + ("0 to 20, the sum of the five" if attribute == OVERALL else "0 to 4"),
         )
         for attribute in (*ATTRIBUTES, OVERALL)
         for side in ("chosen", "rejected")
@@ -86,8 +89,8 @@ def _pair_columns() -> tuple[Column, ...]:
         Column("prompt_id", "VARCHAR", _PROMPT_ID),
         Column("split", "VARCHAR", "'train', 'selection' (chooses checkpoints) or 'validation'"),
         Column("prompt", "VARCHAR", "prompt, uncut"),
-        Column("chosen_id", "VARCHAR", f"response_id of the chosen response: {_RESPONSE_ID}"),
-        Column("rejected_id", "VARCHAR", f"response_id of the rejected response: {_RESPONSE_ID}"),
+        Column("chosen_id", "VARCHAR", _RESPONSE_ID),
+        Column("rejected_id", "VARCHAR", _RESPONSE_ID),
         Column("chosen", "VARCHAR", "the response rated higher, uncut"),
         Column("rejected", "VARCHAR", "the response rated lower, uncut"),
         *ratings,
@@ -112,22 +115,22 @@ DECLARED = (
     ),
     Table(
         "reference_log_probs",
-        "One row per unique prompt and response of the pairs: log-probability under the SFT model",
+        "One row per unique prompt and response of the pairs: its log-probability under the SFT model",
         ("reference_log_probs",),
         ("experiment", "prompt_id", "response_id"),
         (
             EXPERIMENT,
             Column("prompt_id", "VARCHAR", _PROMPT_ID),
             Column("response_id", "VARCHAR", _RESPONSE_ID),
-            Column("log_prob", "DOUBLE", "log p_sft(response | prompt), summed over the response's tokens, in nats"),
-            Column("response_tokens", "INTEGER", "tokens of the response that log_prob sums over"),
-            Column("truncated", "BOOLEAN", "whether prompt or response was cut to the length limits"),
+            Column("log_prob", "DOUBLE", "log p_sft(response | prompt), the sum over its tokens, in nats"),
+            Column("response_tokens", "INTEGER", "tokens that log_prob sums over"),
+            Column("truncated", "BOOLEAN", "whether prompt or response was cut"),
             *LINEAGE,
         ),
     ),
     Table(
         "margin_rewards",
-        "One row per unique prompt and response of the preference pairs: the margin, unscaled",
+        "One row per unique prompt and response of the preference pairs: its margin, unscaled",
         ("margin_rewards",),
         ("experiment", "prompt_id", "response_id"),
         (
@@ -137,7 +140,7 @@ DECLARED = (
             Column(
                 "log_ratio",
                 "DOUBLE",
-                "log p_adapter - log p_sft of the response, in nats, unscaled; null under the length penalty",
+                _MARGIN_LOG_RATIO,
             ),
             Column("response_tokens", "INTEGER", "tokens of the uncut response"),
             *LINEAGE,
@@ -145,7 +148,7 @@ DECLARED = (
     ),
     Table(
         "margin_validation",
-        "One row per validation pair of the margin attribute: what the margin adapter makes of both responses",
+        "One row per validation pair of the margin attribute: the margin adapter's log-ratios of both responses",
         ("margin_adapter_quality",),
         ("experiment", "pair_id"),
         (
@@ -155,13 +158,13 @@ DECLARED = (
             Column(
                 "rating_gap",
                 "INTEGER",
-                "the margin attribute's rating of the chosen minus that of the rejected response",
+                "margin attribute of the chosen minus that of the rejected response",
             ),
             *(
                 Column(
                     f"{side}_tokens",
                     "INTEGER",
-                    f"tokens of the {side} response that its log-ratio sums over, cut or not",
+                    f"tokens that {side}_log_ratio sums over",
                 )
                 for side in ("chosen", "rejected")
             ),
@@ -169,7 +172,7 @@ DECLARED = (
                 Column(
                     f"{side}_log_ratio",
                     "DOUBLE",
-                    f"log p_adapter - log p_sft of the {side} response, in nats, unscaled",
+                    f"log p_adapter - log p_sft of the {side} response, in nats",
                 )
                 for side in ("chosen", "rejected")
             ),
@@ -178,7 +181,7 @@ DECLARED = (
     ),
     Table(
         "generations",
-        "One row per policy and evaluation prompt: the response it generated",
+        "One row per policy and evaluation prompt: the response",
         ("sft_generations", "generations"),
         ("experiment", "policy", "w", "prompt_id"),
         (
@@ -190,7 +193,7 @@ DECLARED = (
             Column("response", "VARCHAR", "generated response"),
             Column("response_tokens", "INTEGER", _TOKENS),
             Column("finish_reason", "VARCHAR", _FINISH),
-            Column("prompt_truncated", "BOOLEAN", "whether the prompt was cut to the length limit"),
+            Column("prompt_truncated", "BOOLEAN", "whether the prompt was cut"),
             *LINEAGE,
         ),
     ),
@@ -207,20 +210,19 @@ DECLARED = (
             Column(
                 "margin_reward",
                 "DOUBLE",
-                "r_m before the role's sign, higher is more of what the adapter prefers: "
-                "margin_beta * margin_log_ratio in nats, or -penalty * response_tokens",
+                "r_m, without the role's sign: margin_beta * margin_log_ratio, or -penalty * response_tokens",
             ),
             Column(
                 "margin_log_ratio",
                 "DOUBLE",
-                "log p_adapter - log p_sft of the response, in nats, unscaled; null under the length penalty",
+                _MARGIN_LOG_RATIO,
             ),
             Column("log_ratio_to_sft", "DOUBLE", "log p_policy - log p_sft of the response, in nats"),
             Column("response_tokens", "INTEGER", _TOKENS),
-            Column("response_words", "INTEGER", "words of the response, separated by white space"),
+            Column("response_words", "INTEGER", "words, separated by white space"),
             Column("finish_reason", "VARCHAR", _FINISH),
             *(
-                Column(name, "DOUBLE", f"{name} by the configured rater, on its scale; null without a rater")
+                Column(name, "DOUBLE", f"{name} by the rater, on its scale; null without a rater")
                 for name in ATTRIBUTES
             ),
             *LINEAGE,
@@ -228,16 +230,16 @@ DECLARED = (
     ),
     Table(
         "kl_to_sft",
-        "One row per policy, evaluation prompt and sample: a response drawn at temperature 1, unaltered; the "
-        "mean of log_ratio estimates the policy's KL divergence to the SFT model",
+        "One row per policy, evaluation prompt and sample, drawn at temperature 1; the mean of log_ratio estimates the "
+        "policy's KL divergence to the SFT model",
         ("kl_to_sft",),
         ("experiment", "policy", "w", "prompt_id", "sample"),
         (
             EXPERIMENT,
-            Column("policy", "VARCHAR", "'modpo': SFT's divergence from itself is 0"),
+            Column("policy", "VARCHAR", "'modpo'"),
             Column("w", "DOUBLE", _W),
             Column("prompt_id", "VARCHAR", _PROMPT_ID),
-            Column("sample", "INTEGER", "number of the sample of this prompt, from 0"),
+            Column("sample", "INTEGER", "sample of this prompt, from 0"),
             Column("log_ratio", "DOUBLE", "log p_policy - log p_sft of the response, in nats"),
             Column("response", "VARCHAR", "sampled response"),
             Column("response_tokens", "INTEGER", _TOKENS),
@@ -257,22 +259,18 @@ DECLARED = (
             Column(
                 "measure",
                 "VARCHAR",
-                "a column of scores; overall (sum of the ratings), margin (margin_reward with the role's sign, more is "
-                "better), kl_to_sft (nats), repetition (share of repeated word 4-grams); or the share of responses "
-                "that are capped or empty, or whose prompt was cut (prompt_truncated)",
+                "a column of scores; overall (sum of the ratings); margin (margin_reward with the role's sign: more is "
+                "better); kl_to_sft (nats); repetition (share of repeated word 4-grams); capped, empty, "
+                "prompt_truncated (shares of the responses)",
             ),
             Column("n", "INTEGER", "evaluation prompts"),
-            Column("mean", "DOUBLE", "mean, in the measure's unit"),
-            Column("sd", "DOUBLE", "standard deviation over prompts, in the measure's unit"),
+            Column("mean", "DOUBLE", "mean over the prompts"),
+            Column("sd", "DOUBLE", "standard deviation over the prompts"),
             Column("ci_low", "DOUBLE", "lower end of the mean's 95% interval"),
             Column("ci_high", "DOUBLE", "upper end of the mean's 95% interval"),
-            Column("delta", "DOUBLE", "mean difference to the SFT policy on the same prompts; null for the SFT policy"),
-            Column(
-                "delta_low",
-                "DOUBLE",
-                "lower end of the difference's 95% interval for this weight alone; the report's hold for all weights",
-            ),
-            Column("delta_high", "DOUBLE", "upper end of the difference's 95% interval for this weight alone"),
+            Column("delta", "DOUBLE", "mean difference to SFT on the same prompts; null for SFT"),
+            Column("delta_low", "DOUBLE", "lower end of the difference's 95% interval, for this weight alone"),
+            Column("delta_high", "DOUBLE", "upper end of that interval; the report's hold for all weights at once"),
             *LINEAGE,
         ),
     ),
@@ -287,14 +285,12 @@ MATERIALIZATIONS = Table(
     (
         EXPERIMENT,
         Column("asset", "VARCHAR", "asset", "entry.asset"),
-        Column(
-            "partition", "VARCHAR", "weight as the partition key; null for an unpartitioned asset", "entry.partition"
-        ),
+        Column("partition", "VARCHAR", "weight; null for an asset without weights", "entry.partition"),
         Column("fingerprint", "VARCHAR", "hash of all that determines the artifact", "entry.fingerprint"),
-        Column("path", "VARCHAR", "folder of the artifact, with its manifest.json", "entry.path"),
+        Column("path", "VARCHAR", "folder of the artifact", "entry.path"),
         Column("run_id", "VARCHAR", "Dagster run that materialized it", "entry.run_id"),
         Column("materialized_at", "TIMESTAMP", "when it was materialized, UTC", "entry.materialized_at"),
-        Column("reused", "BOOLEAN", "whether the artifact was found finished instead of computed", "entry.reused"),
+        Column("reused", "BOOLEAN", "whether the artifact was there already", "entry.reused"),
     ),
 )
 

@@ -69,6 +69,9 @@ def test_every_column_of_every_table_is_there() -> None:
     text = tables_reference()
     for table in TABLES.values():
         section = text.split(f"## `{table.name}`")[1].split("\n## ")[0]
+        if table.name == "margin_pairs":
+            assert "Columns: as in `preference_pairs`." in section
+            continue
         for column in table.columns:
             assert f"| `{column.name}` | {column.type} | {escaped(column.comment)} |" in section
 
