@@ -58,7 +58,7 @@ def write_jsonl(path: Path, rows: list[Row]) -> None:
 def write_gzip(write: Callable[[Path, list[Row]], None]) -> Callable[[Path, list[Row]], None]:
     def write_compressed(path: Path, rows: list[Row]) -> None:
         write(path, rows)
-        path.write_bytes(gzip.compress(path.read_bytes()))
+        path.write_bytes(gzip.compress(path.read_bytes(), mtime=0))
 
     return write_compressed
 
@@ -420,11 +420,11 @@ class TestFiles:
         ("name", "content", "message"),
         [
             ("rows.jsonl", b"", "rows.jsonl is empty: it has 0 bytes"),
-            ("rows.jsonl.gz", gzip.compress(b""), "rows.jsonl.gz is empty: it holds no rows"),
+            ("rows.jsonl.gz", gzip.compress(b"", mtime=0), "rows.jsonl.gz is empty: it holds no rows"),
             ("rows.csv", ",".join(COLUMNS).encode(), "rows.csv is empty: it holds no rows"),
             ("rows.csv", b"prompt;response\n", "It has: prompt;response. Needed are prompt, response, helpfulness"),
             ("rows.jsonl.gz", b'{"prompt": 1}\n', "rows.jsonl.gz is not gzip, though its name says so"),
-            ("rows.jsonl.gz", gzip.compress(b"x" * 9999)[:-9], "rows.jsonl.gz is damaged gzip"),
+            ("rows.jsonl.gz", gzip.compress(b"x" * 9999, mtime=0)[:-9], "rows.jsonl.gz is damaged gzip"),
             ("rows.parquet", b"PAR1 damaged PAR1", "rows.parquet is no readable parquet file"),
             ("rows.json", b'[{"prompt":\n 1},', "rows.json is not valid JSON: .* at line 2, character 5. Mend it"),
             ("rows.json", b'["\xff"]', "rows.json is not valid UTF-8 at byte 3"),
