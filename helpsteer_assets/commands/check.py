@@ -44,7 +44,7 @@ from helpsteer_assets.modpo.data.pairs import (
 )
 from helpsteer_assets.modpo.data.ratings import read_ratings, rows_to_ratings
 from helpsteer_assets.modpo.data.tables import query
-from helpsteer_assets.modpo.settings import Compute, Lora
+from helpsteer_assets.modpo.settings import Compute, Lora, Training
 from helpsteer_assets.modpo.training.schedule import count_steps
 from helpsteer_assets.store.artifacts import ALL
 
@@ -235,6 +235,7 @@ def _pairs(experiment: Experiment, data: _Data, findings: _Findings) -> Iterator
 def _conflict(experiment: Experiment, data: _Data, findings: _Findings) -> Iterator[str]:
     """How many preference pairs pull the two objectives apart."""
     preference, margin = experiment.data.preference_attribute, experiment.data.margin_attribute
+    assert data.preference_pairs is not None  # the caller has them
     described = describe_pairs(data.preference_pairs.file, data.ratings, preference, margin)
     if experiment.has_margin_adapter:
         shares = described["other"]
@@ -429,7 +430,8 @@ def _training(experiment: Experiment, data: _Data | None, findings: _Findings) -
     total: int | None = 0
     for name, settings, unit, items, times in trainings:
         per_step = settings.batch_size * settings.accumulation
-        steps = count_steps(settings, items) if items is not None or settings.steps is not None else None
+        known = settings.steps is not None or items is not None
+        steps = count_steps(settings.plain(Training), items or 0) if known else None
         total = None if steps is None or total is None else total + times * steps
         shown = "unknown" if steps is None else f"{steps:,}"
         passes = "" if items is None or steps is None else f"{steps * per_step / items:.2f}"
@@ -513,7 +515,7 @@ def _machine(experiment: Experiment, model: _Model | None, findings: _Findings) 
     device = None
     with findings.collecting():
         chosen = choose_device(experiment.run.plain(Compute), precision)
-        require_devices(experiment.run, chosen)
+        require_devices(experiment.run.plain(Compute), chosen)
         device = chosen
     if device is None:
         yield "  device: see Problems"
@@ -601,7 +603,7 @@ def _estimate(
     precision = experiment.model.precision
     try:
         device = choose_device(experiment.run.plain(Compute), precision)
-        require_devices(experiment.run, device)
+        require_devices(experiment.run.plain(Compute), device)
     except HelpsteerError:
         return  # the machine's section has said so
     works = estimate(

@@ -18,6 +18,7 @@ import numpy as np
 
 from helpsteer_assets.experiment.settings import Experiment, TrainingSettings
 from helpsteer_assets.modpo.data.pairs import SPLITS, count_texts
+from helpsteer_assets.modpo.settings import Training
 from helpsteer_assets.modpo.training.schedule import count_steps, evaluation_interval
 from helpsteer_assets.store.artifacts import ALL, ArtifactStore
 
@@ -82,9 +83,10 @@ def estimate(
         return responses, count * prompt + responses * response
 
     def train(settings: TrainingSettings, items: int, item_tokens: float, held_out: float, *, w: bool = False) -> Work:
-        steps = count_steps(settings, items)
+        plain = settings.plain(Training)
+        steps = count_steps(plain, items)
         rows = steps * settings.batch_size * settings.accumulation
-        evaluated = steps // evaluation_interval(settings, steps) * held_out
+        evaluated = steps // evaluation_interval(plain, steps) * held_out
         passes = 6 if settings.gradient_checkpointing else 4  # checkpointing does the forward pass twice
         flops = n * (passes * rows * item_tokens + 2 * evaluated)
         return Work(rows, rows * item_tokens + evaluated, flops, w)
@@ -97,8 +99,8 @@ def estimate(
     works: dict[str, Work] = {}
     if experiment.sft.enabled:
         _, chosen = count_texts(preference.file, splits=("train",), sides=("chosen",))
-        _, held_out = count_texts(preference.file, splits=("selection",), sides=("chosen",))
-        works["sft_model"] = train(experiment.sft, chosen, prompt + response, held_out * (prompt + response))
+        _, selected = count_texts(preference.file, splits=("selection",), sides=("chosen",))
+        works["sft_model"] = train(experiment.sft, chosen, prompt + response, selected * (prompt + response))
     works["reference_log_probs"] = score(*read(*both))
     if margin is not None and experiment.margin_adapter is not None:
         _, held_out = read(margin, splits=("selection",))

@@ -177,7 +177,7 @@ def export_policy(
         )
     # A policy can be taken away before all are scored.
     names = require_finished(experiment, home, policy_artifacts(w), if_there=[("score_summary", ALL)])
-    identity = {
+    identity: dict[str, Any] = {
         "policy": "sft" if w is None else f"w={w}",
         "form": "model" if merged else "adapter",
         "artifacts": {asset: fingerprint for asset, _, fingerprint in names},

@@ -34,6 +34,7 @@ from helpsteer_assets.modpo.models.loading import choose_device
 from helpsteer_assets.modpo.models.tokenization import encode_prompt, encode_response
 from helpsteer_assets.modpo.progress import ProgressReporter
 from helpsteer_assets.modpo.scoring.raters import RewardModelRater
+from helpsteer_assets.modpo.settings import Compute, RewardModel
 from helpsteer_assets.store.artifacts import ALL, Artifact
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ class _Oracle:
         self.folder = folder
         """The SFT model's; None where it is lost, and nothing that needs it is recomputed."""
         self.exact = experiment.model.precision == "fp32"
-        self.device = choose_device(experiment.run, experiment.model.precision)
+        self.device = choose_device(experiment.run.plain(Compute), experiment.model.precision)
         self.trust = {"trust_remote_code": experiment.model.trust_remote_code}
 
     @cached_property
@@ -175,7 +176,9 @@ class _Oracle:
     @cached_property
     def rater(self) -> RewardModelRater:
         self._release("model")
-        return RewardModelRater(fetch(self.experiment, "rater"), self.experiment.evaluation.rater, str(self.device))
+        settings = self.experiment.evaluation.rater
+        assert isinstance(settings, RewardModelSettings)  # no other rater is asked for
+        return RewardModelRater(fetch(self.experiment, "rater"), settings.plain(RewardModel), str(self.device))
 
     def _release(self, name: str) -> None:
         """Let go of a model: memory may not be enough for both."""
@@ -301,7 +304,7 @@ def _kl_to_sft(oracle: _Oracle, inputs: Inputs, row: Row) -> Row:
 def _scores(oracle: _Oracle, inputs: Inputs, row: Row) -> Row:
     answer, objective = _answer(inputs, row), oracle.experiment.objective
     (prompt, _), tokens = oracle.encode_prompt(answer["prompt"]), answer["token_ids"]
-    if objective.margin == "length_penalty":
+    if objective.penalty is not None:
         reward = -objective.penalty * len(tokens)
     else:  # of the stored log-ratio, which is compared itself: so nothing is rounded
         reward = objective.margin_beta * row["margin_log_ratio"]

@@ -19,6 +19,7 @@ learnt from the others.
 
 import random
 from dataclasses import dataclass
+from typing import Any
 
 ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 HIGHEST_RATING = 4
@@ -389,7 +390,7 @@ def _draw_kinds(rng: random.Random) -> list[str]:
 def _compose(kind: str, task: str, object_name: str, rng: random.Random) -> tuple[list[str], Contents]:
     """The sentences of one answer of this kind, and what they hold."""
     vague, lead, details = useful_sentences(task, object_name)
-    told = {"vague": False, "lead": False, "details": 0, "padding": 0, "evasive": False}
+    told: dict[str, Any] = {"vague": False, "lead": False, "details": 0, "padding": 0, "evasive": False}
     if kind in _DETAILS_OF_KIND:
         count = _DETAILS_OF_KIND[kind]
         sentences = [lead, *details[:count]]

@@ -9,6 +9,7 @@ Nothing here imports ray or dagster before it is needed: local runs do without t
 
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import socket
@@ -189,7 +190,7 @@ def print_nodes() -> None:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    ray.init(log_to_driver=False, logging_level="ERROR")
+    ray.init(log_to_driver=False, logging_level=logging.ERROR)
     ask = ray.remote(num_cpus=0, max_retries=0)(_describe_node)
     living = [node for node in ray.nodes() if node["Alive"]]
     asked = [

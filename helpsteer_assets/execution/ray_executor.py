@@ -13,14 +13,16 @@ from helpsteer_assets.store.home import home_path
 
 
 @dg.executor(
-    name="ray", config_schema=ray_executor.config_schema, requirements=dg.multiple_process_executor_requirements()
+    name="ray",
+    config_schema=ray_executor.config_schema.as_field(),
+    requirements=dg.multiple_process_executor_requirements(),
 )
 def ray_step_executor(context: dg.InitExecutorContext) -> dg.Executor:
     """dagster-ray's executor, which gives steps our part of the environment and lets them find the home.
 
     Raises HelpsteerError for resources in the run's configuration: dagster-ray prefers them to those of each asset.
     """
-    config: dict[str, Any] = context.executor_config["ray"]
+    config: Any = context.executor_config["ray"]
     if stated := [name for name in ("num_cpus", "num_gpus", "memory") if config.get(name) is not None]:
         raise HelpsteerError(
             f"{' and '.join(stated)} of the executor would take the place of what each asset asks for; leave it out, "
@@ -28,9 +30,9 @@ def ray_step_executor(context: dg.InitExecutorContext) -> dg.Executor:
         )
     os.environ["HELPSTEER_HOME"] = str(home_path())  # absolute, for processes that start elsewhere
     config = {**config, "env_vars": [*(config.get("env_vars") or []), *forwarded_variables()]}
-    executor = ray_executor.executor_creation_fn(
-        context._replace(executor_config={**context.executor_config, "ray": config})
-    )
+    create = ray_executor.executor_creation_fn
+    assert create is not None
+    executor = create(context._replace(executor_config={**context.executor_config, "ray": config}))
     return _OnSharedHome(executor)
 
 

@@ -278,7 +278,7 @@ class ObjectiveSettings(Section):
         return self
 
     @property
-    def margin_sign(self) -> int:
+    def margin_sign(self) -> Literal[-1, 1]:
         """m = margin_sign * r_m: -1 for the role `cost`, +1 for `reward` and for a length penalty."""
         return -1 if self.margin_role == "cost" else 1
 

@@ -165,12 +165,13 @@ def _decimals(values: Sequence[float | None], is_share: bool) -> int:
     """Decimals for a whole column, which show three significant digits of its largest value; 1 for percentages."""
     if is_share:
         return 1
-    largest = max((abs(v) for v in values if _finite(v) is not None), default=0.0)
+    largest = max((abs(v) for v in map(_finite, values) if v is not None), default=0.0)
     return 2 if largest == 0 else min(4, max(0, 2 - math.floor(math.log10(largest))))
 
 
 def _fixed(value: float | None, decimals: int, is_share: bool, sign: bool = False) -> str:
-    if _finite(value) is None:
+    value = _finite(value)
+    if value is None:
         return DASH
     scaled = round(value * (100 if is_share else 1), decimals) + 0.0
     text = f"{scaled:{'+' if sign and scaled else ''}.{decimals}f}{'%' if is_share else ''}"

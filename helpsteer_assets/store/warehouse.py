@@ -59,7 +59,7 @@ _ENTRY = {
 }
 """What `Column.expression` finds in `entry`: the registry entry's fields."""
 _SCHEMA_VERSION = 1
-_STORAGE = {"storage_compatibility_version": "v1.4.0"}
+_STORAGE: dict[str, str | bool | int | float | list[str]] = {"storage_compatibility_version": "v1.4.0"}
 """DuckDB 1 cannot open the default format of DuckDB 2, and people's shells and tools are older than our pin. A format
 before 1.4 does not tell which file a write-ahead log belongs to: one of another file would be applied unnoticed."""
 _ENTRY_TYPES = {
@@ -74,7 +74,7 @@ _ENTRY_TYPES = {
 """Fields of a registry entry; its version, experiment, asset and partition are checked separately."""
 _DAMAGED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """Errors that reading a damaged registry entry raises."""
-_READER = {
+_READER: dict[str, str | bool | int | float | list[str]] = {
     "python_enable_replacements": False,
     "autoinstall_known_extensions": False,
     "autoload_known_extensions": False,
@@ -375,7 +375,7 @@ def _build(path: Path, entries: list[dict[str, Any]]) -> list[str]:
     """Writes a new database: all tables, their comments and the entries' rows. Returns why rows are left out."""
     left_out = []
     with duckdb.connect(path, config=_STORAGE) as connection:
-        connection.execute("SET enable_progress_bar = false")  # see modpo/tables.py
+        connection.execute("SET enable_progress_bar = false")  # see modpo/data/tables.py
         definitions = [statement for table in TABLES.values() for statement in definition(table)]
         connection.execute(";".join(["BEGIN", *definitions, "COMMIT"]))
         for entry in entries:
@@ -430,7 +430,7 @@ def _compare(expected: Path, published: Path, folder: Path) -> list[str]:
             compared = "* EXCLUDE (path)" if table == MATERIALIZATIONS else "*"
             here, there = (f"SELECT {compared} FROM {database}.{name}" for database in ("published", "expected"))
             alien, missing, doubled = (
-                connection.execute(f"SELECT count(*) FROM ({sql})").fetchone()[0]
+                connection.sql(f"SELECT count(*) FROM ({sql})").fetchall()[0][0]
                 for sql in (
                     f"{here} EXCEPT ALL {there}",
                     f"{there} EXCEPT ALL {here}",

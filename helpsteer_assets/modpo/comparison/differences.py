@@ -271,7 +271,8 @@ def _phrase(difference: Difference, measure: Measure) -> str:
 def _front(front: FrontUncertainty, labels: Sequence[str]) -> str:
     if len(labels) != len(front.on_front):
         raise ValueError(f"the front holds {len(front.on_front)} policies and there are {len(labels)} labels")
-    on, off = [], []
+    on: list[str] = []
+    off: list[str] = []
     for label, is_on, probability in zip(labels, front.on_front, front.probability, strict=True):
         (on if is_on else off).append(f"{label} ({_percent(float(probability))})")
     beside = f"; off it: {', '.join(off)}" if off else ""

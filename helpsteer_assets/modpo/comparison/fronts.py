@@ -27,7 +27,7 @@ def _undominated(points: Floats) -> NDArray[np.bool_]:
     A point dominates another if it is at least as good on both axes and better on one, so equal points both stay.
     """
     one, other = points[..., :, None, :], points[..., None, :, :]
-    return ~((one >= other).all(axis=-1) & (one > other).any(axis=-1)).any(axis=-2)
+    return ~np.any(np.all(one >= other, axis=-1) & np.any(one > other, axis=-1), axis=-2)
 
 
 def _areas(points: Floats) -> Floats:
@@ -143,7 +143,7 @@ def monotonicity(weights: Sequence[float], table: ArrayLike, samples: int, seed:
     # The slope of differences to the first weight: a constant measure then has a slope of 0 exactly.
     low, high = percentile_interval(((resampled - resampled[:, :1]) @ line)[:, None])
     scale = np.abs(values).max() or 1.0
-    rounded = np.round(resampled / scale, _DIGITS)
+    rounded: Floats = np.round(resampled / scale, _DIGITS).astype(np.float64)
     rank = rank_correlation(w, np.round(mean / scale, _DIGITS))
     rank_low, rank_high = percentile_interval(_rank_correlations(rounded)[:, None])
     ranks = Interval(rank, float(rank_low[0]), float(rank_high[0]))

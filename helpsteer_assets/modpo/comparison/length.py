@@ -76,7 +76,7 @@ def at_equal_length(policies: Sequence[PolicyScores], measure: Measure, samples:
     adjusted: list[Interval | None] = [None] * len(compared)
     if usable.any():
         intercepts, slopes[usable], low, high = _intercepts(x[:, usable], y[:, usable], samples, seed)
-        for position, i in enumerate(np.flatnonzero(usable)):
+        for position, i in enumerate(np.flatnonzero(usable).tolist()):
             adjusted[i] = Interval(float(intercepts[position]), float(low[position]), float(high[position]))
     close = about_equal(table[:, 1:, 1], table[:, :1, 1])
     answers = []

@@ -49,7 +49,7 @@ def policy_colour(w: str | None, dark: bool = False, text: bool = False) -> str:
     from matplotlib.colors import to_hex, to_rgb
 
     if w is None:
-        colour = to_rgb("#a7b3c0" if dark else MUTED)
+        colour: tuple[float, ...] = to_rgb("#a7b3c0" if dark else MUTED)
     else:
         start, extent = (0.38, 0.57) if dark else (0.06, 0.8)
         colour = matplotlib.colormaps["viridis"](start + extent * float(w))[:3]
@@ -103,7 +103,8 @@ def _figure(width: float, height: float) -> "Figure":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained", facecolor=PAPER)
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+    engine: Any = figure.get_layout_engine()
+    engine.set(w_pad=0.12, h_pad=0.1)
     return figure
 
 
@@ -457,7 +458,7 @@ def _place_labels(
             x, y = x0 + (x1 - x0) * step / steps, y0 + (y1 - y0) * step / steps
             taken.append((Bbox.from_extents(x - 2, y - 2, x + 2, y + 2), 1.0))
     for point, label, (x, y) in zip(points, labels, spots, strict=True):
-        text = axes.annotate(
+        text: Any = axes.annotate(
             label,
             (float(point["x"]), float(point["y"])),
             xytext=(0, 0),
@@ -470,7 +471,7 @@ def _place_labels(
         )
         drawn = text.get_window_extent(canvas.get_renderer())
         width, height = drawn.width + 2 * pixels, drawn.height
-        best: tuple[float, float, float, float, Bbox] | None = None
+        best: tuple[float, int, float, float, Bbox] | None = None
         for distance, angle in itertools.product((9, 16, 26, 38, 54, 72, 96, 130), range(10, 360, 20)):
             dx, dy = distance * math.cos(math.radians(angle)), distance * math.sin(math.radians(angle))
             x0 = x + dx * pixels - (0 if dx > 0 else width)

@@ -154,7 +154,7 @@ def _validated(
     """Validate (split, file, numbered records) and write what is good and kept."""
     with tempfile.TemporaryDirectory(prefix=".rows-", dir=file.parent) as scratch:
         with _Collected(Path(scratch) / "rows.arrow") as collected:
-            files = [
+            files: list[dict[str, Any]] = [
                 {"file": name, "split": split, "rows": collected.add(split, name, records)}
                 for split, name, records in sources
             ]

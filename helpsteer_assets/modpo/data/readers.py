@@ -134,8 +134,8 @@ def _require_one_set(folder: Path, split: Split, candidates: list[tuple[re.Match
 def _records(file: Path) -> Iterator[tuple[int, _Record]]:
     """The numbered records of a file, by its name's ending. Raises HelpsteerError where the file as a whole is bad."""
     try:
-        with file.open("rb") as stream:
-            start = stream.read(len(_LFS_POINTER))
+        with file.open("rb") as plain:
+            start = plain.read(len(_LFS_POINTER))
         if not start:
             raise HelpsteerError(f"{file} is empty: it has 0 bytes. Remove it or get it again")
         if start == _LFS_POINTER:
@@ -147,7 +147,8 @@ def _records(file: Path) -> Iterator[tuple[int, _Record]]:
             yield from _parquet_records(file)
         else:
             read = {".csv": _csv_records, ".json": _json_records, ".jsonl": _json_lines}[ending]
-            with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+            with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as opened:
+                stream: Any = opened
                 beginning = stream.peek(2)[:2]
                 if beginning in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in beginning:
                     raise HelpsteerError(

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import groupby, islice
+from typing import Any
 
 import torch
 from transformers import (
@@ -157,6 +158,8 @@ class _RowLayer(DynamicLayer):
     def __init__(self) -> None:
         super().__init__()
         self.rows = self.begin = self.end = 0
+        self.keys: Any
+        self.values: Any
 
     def get_seq_length(self) -> int:
         """Number of columns."""
@@ -218,7 +221,7 @@ class _RowLayer(DynamicLayer):
 
 def keeps_all_keys(model: PreTrainedModel) -> bool:
     """Whether the model remembers a text by one key and value per token alone, without a recurrent state."""
-    return "past_key_values" in _arguments(type(model)) and all(
+    return "past_key_values" in _arguments(type(model)) and all(  # type: ignore[arg-type]
         type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=model.config).layers
     )
 
@@ -269,7 +272,7 @@ def _forward(model: PreTrainedModel, input_ids: torch.Tensor, lengths: torch.Ten
         attention_mask=(position_ids >= 0).long(),
         past_key_values=cache,
         use_cache=True,
-        **{name: value for name, value in optional.items() if name in _arguments(type(model))},
+        **{name: value for name, value in optional.items() if name in _arguments(type(model))},  # type: ignore[arg-type]
     )
     return output.logits[:, -1].float()
 

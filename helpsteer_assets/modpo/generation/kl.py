@@ -8,7 +8,7 @@ so responses must be sampled without any setting that alters p.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -21,7 +21,7 @@ from helpsteer_assets.modpo.settings import Sampling
 if TYPE_CHECKING:
     from helpsteer_assets.modpo.generation.responses import Generation
 
-UNALTERED = {
+UNALTERED: dict[str, Any] = {
     "do_sample": True,
     "temperature": 1.0,
     "top_p": 1.0,

@@ -96,12 +96,12 @@ class EncodedResponses(Mapping[str, Sequence]):
         end = end_of_text_id(tokenizer)
         encoded = _tokens(tokenizer, rows["response"])
         for response_id, prompt_id, whole in zip(rows["response_id"], rows["prompt_id"], encoded, strict=True):
-            prompt = self._prompt_numbers[prompt_id]
-            ids, cut = _cut_response(whole, end, max_length - self._prompts.length(prompt))
+            number = self._prompt_numbers[prompt_id]
+            ids, cut = _cut_response(whole, end, max_length - self._prompts.length(number))
             self._response_numbers[response_id] = len(self._truncated)
             self._responses.append(ids)
-            self._prompt_of.append(prompt)
-            self._truncated.append(cut or self._prompt_cut[prompt])
+            self._prompt_of.append(number)
+            self._truncated.append(cut or self._prompt_cut[number])
 
 
 class _TokenLists:

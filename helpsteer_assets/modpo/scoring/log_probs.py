@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
@@ -137,7 +138,7 @@ def method_for(model: torch.nn.Module) -> Method:
 def _find_method(model: PreTrainedModel) -> Method:
     vocabulary = model.get_input_embeddings().num_embeddings
     # A prompt with three responses, one of them a single token, and a second prompt.
-    ids = [(7 * i + 3) % vocabulary for i in range(24)]
+    ids = ((7 * np.arange(24) + 3) % vocabulary).astype(np.int32)
     sequences = [Sequence(ids[:6], ids[6:10]), Sequence(ids[:6], ids[11:12]), Sequence(ids[:6], ids[12:18])]
     sequences.append(Sequence(ids[18:21], ids[21:]))
     batch = pack(sequences)[0].to(model.device)

@@ -264,7 +264,7 @@ def require_varlen(device: torch.device, dtype: torch.dtype, heads: int, key_val
     forest = Forest()
     for prompt, *responses in ((7, 5, 3, 9), (4, 6), (3, 2, 1)):
         for response in responses:
-            forest.add(Sequence(np.arange(prompt), np.arange(response)))
+            forest.add(Sequence(np.arange(prompt, dtype=np.int32), np.arange(response, dtype=np.int32)))
     batch = forest.pack().to(device)
     generator = torch.Generator().manual_seed(0)
 

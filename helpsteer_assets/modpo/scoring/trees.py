@@ -10,9 +10,10 @@ pairs need it, and no padding at all. With the attention of `tree_attention` the
 sequence alone.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,14 +62,15 @@ class TreeBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "TreeBatch":
         """The batch on a device."""
-        return TreeBatch(*(t.to(device, non_blocking=non_blocking) for t in self._tensors()), self.sizes, self.order)
+        tensors = self._tensors()
+        return replace(self, **{name: each.to(device, non_blocking=non_blocking) for name, each in tensors.items()})
 
     def pin_memory(self) -> "TreeBatch":
         """The batch in page-locked memory, from which a copy to the GPU is asynchronous; called by the data loader."""
-        return TreeBatch(*(t.pin_memory() for t in self._tensors()), self.sizes, self.order)
+        return replace(self, **{name: tensor.pin_memory() for name, tensor in self._tensors().items()})
 
-    def _tensors(self) -> Iterator[torch.Tensor]:
-        return (value for value in vars(self).values() if isinstance(value, torch.Tensor))
+    def _tensors(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
 
 
 @dataclass

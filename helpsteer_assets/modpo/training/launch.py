@@ -283,7 +283,7 @@ def _main(role: str, job: str, parent: str, *rest: str) -> int:
     _die_with(int(parent))
     # torchrun ends its ranks by SIGTERM. A step may ignore the signal, and its children inherit that.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    return {"agent": _run_agent, "rank": _run_rank}[role](job, *rest)
+    return _run_agent(job, *rest) if role == "agent" else _run_rank(job)
 
 
 if __name__ == "__main__":

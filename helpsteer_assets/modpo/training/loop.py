@@ -313,7 +313,7 @@ class _Watch(TrainerCallback):
             return
         then, tokens = self._last
         self._last = now, tokens_now = time.monotonic(), self._tokens()
-        numbers = {key: logs[key] for key in ("loss", "accuracy", "grad_norm") if key in logs}
+        numbers: dict[str, float] = {key: logs[key] for key in ("loss", "accuracy", "grad_norm") if key in logs}
         if tokens_now > tokens:
             numbers["tokens_per_second"] = (tokens_now - tokens) / max(now - then, 1e-9)
         self._progress(state.global_step, state.max_steps, **numbers)

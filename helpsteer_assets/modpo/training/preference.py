@@ -123,7 +123,7 @@ class PairCollator:
         groups = [self._group([(pairs[i], divisors[i // size]) for i in hand]) for hand in hands]
         mine = self._world.own(groups, lambda: self._group([(pairs[lengths.index(min(lengths))], math.inf)])[0])
         return {
-            "micro_batches": [self._pack(*group) for _, *group in mine],
+            "micro_batches": [self._pack(forest, members, rows) for _, forest, members, rows in mine],
             "shares": [len(members) / divisor for divisor, _, members, _ in mine],
         }
 
@@ -195,6 +195,7 @@ class PreferenceTrainer(WorldTrainer):
         world: World = ALONE,
         **kwargs: Any,
     ) -> None:
+        self.data_collator: Any
         super().__init__(model, **kwargs)
         self._evaluation_collator = evaluation_collator or self.data_collator
         self.world = world

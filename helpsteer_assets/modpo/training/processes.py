@@ -57,7 +57,8 @@ class World:
         """
         if self.alone:
             return [list(range(len(lengths)))]
-        hands, loads = [[] for _ in range(self.size)], [0] * self.size
+        hands: list[list[int]] = [[] for _ in range(self.size)]
+        loads = [0] * self.size
         for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
             least = loads.index(min(loads))
             loads[least] += lengths[index]
