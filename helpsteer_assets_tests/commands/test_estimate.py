@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedModel
 
 from helpsteer_assets.commands.estimate import Pairs, Work, estimate, measured_rates, product_rate
 from helpsteer_assets.embedded.generator import build_rows
 from helpsteer_assets.experiment.settings import Experiment, LoraSettings
 from helpsteer_assets.modpo.data.pairs import build_pairs, unique_responses
 from helpsteer_assets.modpo.data.ratings import rows_to_ratings
-from helpsteer_assets.modpo.models.loading import model_size
+from helpsteer_assets.modpo.models.loading import load_model, model_size
 from helpsteer_assets.store.artifacts import ALL, ArtifactStore
 from helpsteer_assets_tests.assets.test_graph_fingerprints import LENGTH_PENALTY, experiment
 
@@ -49,9 +48,8 @@ def counted(work: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def test_flops_are_those_that_torch_counts(
-    model: PreTrainedModel, tiny_model_path: Path, pairs: dict[str, Pairs]
-) -> None:
+def test_flops_are_those_that_torch_counts(tiny_model_path: Path, pairs: dict[str, Pairs]) -> None:
+    model = load_model(tiny_model_path, precision="fp32")
     tokens = torch.randint(3, 250, (2, 40))
     embedded = model.get_input_embeddings()(tokens).detach().requires_grad_()
     model.requires_grad_(False)  # as under a LoRA: the backward pass goes through, and the weights get no gradient
