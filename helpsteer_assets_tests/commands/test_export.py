@@ -210,7 +210,7 @@ def test_what_is_not_finished_or_damaged_is_refused_with_the_way_to_it(
 
 def test_gc_is_kept_away_meanwhile(finished_home: Finished, tmp_path: Path) -> None:
     def clean(message: str) -> None:
-        with pytest.raises(HelpsteerError, match=r"is in use: .*\(export of w=0\.1 of experiment finished_home, since"):
+        with pytest.raises(HelpsteerError, match=r"is in use: .*\(export of w=0\.1 of experiment quick, since"):
             home_alone(finished_home.home).__enter__()
 
     export_policy(finished_home.experiment, finished_home.home, "w=0.1", tmp_path / "out", announce=clean)

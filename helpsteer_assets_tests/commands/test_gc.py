@@ -55,7 +55,6 @@ def make(of: Experiment, home: Path, *, record: bool) -> None:
                 reused=False,
                 table=None,
                 parquet=None,
-                constants={},
                 publish=False,
             )
 

@@ -10,6 +10,7 @@ from helpsteer_assets.defs.assets import build_assets
 from helpsteer_assets.defs.lab import Lab
 from helpsteer_assets.defs.up_to_date import UP_TO_DATE, build_up_to_date
 from helpsteer_assets.execution.dagster_home import dagster_home
+from helpsteer_assets.experiment.reading import load_experiment
 from helpsteer_assets_tests.finished import Finished, write_experiment
 
 BETA = "objective.beta 0.2 -> 0.3"
@@ -53,7 +54,7 @@ class Watched:
 
     def materialize(self, asset: str, w: str | None = None) -> dg.ExecuteInProcessResult:
         """One run, with the experiment's file as it stands."""
-        run = Finished(self.run.file, self.run.home)
+        run = Finished(load_experiment(str(self.run.file)), self.run.home)
         return dg.materialize(
             build_assets(run.experiment),
             selection=[asset],

@@ -42,7 +42,12 @@ class Hostile(Finished):
         experiment = quick_experiment(
             folder,
             description=TEXTS[11],
-            data={"source": str(folder / "source"), "validation_share": 0.3},
+            data={
+                "source": str(folder / "source"),
+                "validation_share": 0.3,
+                "max_train_prompts": None,
+                "max_validation_prompts": None,
+            },
             model={"base": str(self.planted.with_code(self.planted.model("base")))},
             objective={"weights": [0.5]},
             sft={"steps": 2},
