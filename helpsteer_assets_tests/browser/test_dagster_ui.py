@@ -235,8 +235,8 @@ def test_a_changed_setting_shows_in_the_checks_with_its_weights_and_values(ui: H
     words = "w=0.1, 0.9: modpo_models: objective.beta 0.2 -> 0.3"
     expect(page.get_by_text(words)).to_be_visible(timeout=TICKS * 1000)
     expect(page.get_by_text("Failed", exact=True).first).to_be_visible()
-    page.goto(f"{ui.url}/assets/score_summary?view=lineage")
-    expect(page.get_by_text("0 / 1 Passed").first).to_be_visible()
+    page.goto(f"{ui.url}/assets/score_summary?view=checks")
+    expect(page.get_by_text("modpo_models: objective.beta 0.2 -> 0.3")).to_be_visible()
 
 
 def test_a_changed_grid_asks_for_a_reload_and_then_marks_what_is_out_of_date(ui: HomeUi, page: Page) -> None:
