@@ -20,7 +20,7 @@ from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment.reading import load_experiment
 from helpsteer_assets.experiment.settings import Experiment
 from helpsteer_assets.modpo.settings import Compute, Sampling
-from helpsteer_assets.store.home import home_path
+from helpsteer_assets.store.home import Home
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -75,10 +75,9 @@ def load_table(
     Raises:
         HelpsteerError: there is no such table or experiment, or nothing has been published.
     """
-    from helpsteer_assets.store.warehouse import Warehouse
 
     whose = None if all_experiments else _experiment(experiment).name
-    return Warehouse(_home(home)).read(name, whose)
+    return _home(home).warehouse.read(name, whose)
 
 
 def load_policy(
@@ -118,5 +117,5 @@ def _experiment(reference: str | PathLike[str] | None) -> Experiment:
     return load_experiment(None if reference is None else str(reference))
 
 
-def _home(home: str | PathLike[str] | None) -> Path:
-    return home_path() if home is None else Path(home).expanduser().absolute()
+def _home(home: str | PathLike[str] | None) -> Home:
+    return Home.from_environment() if home is None else Home(Path(home).expanduser())

@@ -27,7 +27,7 @@ from helpsteer_assets.commands.console import (
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment.reading import SHIPPED, load_experiment
 from helpsteer_assets.experiment.settings import Experiment
-from helpsteer_assets.store.home import home_path
+from helpsteer_assets.store.home import Home
 
 if TYPE_CHECKING:
     pass
@@ -68,7 +68,7 @@ def check() -> None:
     """Validate the experiment, its source, its model and this machine without computing. Exits with 2 on problems."""
     from helpsteer_assets.commands.check import report
 
-    for line in report(load_experiment(), home_path()):
+    for line in report(load_experiment(), Home.from_environment()):
         click.echo(line)
 
 
@@ -87,7 +87,12 @@ def run(select: str | None, weights: str | None) -> None:
     chosen = None if weights is None else _chosen_weights(weights, experiment)
     console = Console()
     complete = run_experiment(
-        experiment, home_path(), select=select, weights=chosen, announce=console.say, terminal=console.terminal
+        experiment,
+        Home.from_environment(),
+        select=select,
+        weights=chosen,
+        announce=console.say,
+        terminal=console.terminal,
     )
     if not complete:
         sys.exit(1)
@@ -102,11 +107,11 @@ def status(as_json: bool) -> None:
     from helpsteer_assets.assets.status import status as find_status
 
     experiment = load_experiment()
-    found = find_status(experiment, home_path())
+    found = find_status(experiment, Home.from_environment())
     if as_json:
         click.echo(json.dumps([vars(item) for item in found], indent=2))
         return
-    click.echo(f"experiment {experiment.name}, home {home_path()}")
+    click.echo(f"experiment {experiment.name}, home {Home.from_environment()}")
     rows = [(label(s.asset, s.partition), s.state, s.detail, s.fingerprint[:8]) for s in found]
     _print_table(["asset", "state", "detail", "fingerprint"], rows)
 
@@ -117,9 +122,8 @@ def status(as_json: bool) -> None:
 @_readable_errors
 def query(sql: str, form: str) -> None:
     """Read the warehouse by SQL, read-only. Tables: `helpsteer query "show tables"`."""
-    from helpsteer_assets.store.warehouse import Warehouse
 
-    names, rows = Warehouse(home_path()).query(sql)
+    names, rows = Home.from_environment().warehouse.query(sql)
     if form == "csv":
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(names)
@@ -142,7 +146,7 @@ def report(to: Path | None, open_it: bool) -> None:
     """Print where the report of the trade-off is: one HTML file, which needs no network."""
     from helpsteer_assets.commands.export import take_report
 
-    path = take_report(load_experiment(), home_path(), to)
+    path = take_report(load_experiment(), Home.from_environment(), to)
     click.echo(path)
     click.echo(path.as_uri())
     if open_it:
@@ -181,7 +185,7 @@ def export(policy: str, to: Path, merged: bool, force: bool, repo: str | None, p
         check_repository(repo, public=public)
     made = export_policy(
         load_experiment(),
-        home_path(),
+        Home.from_environment(),
         policy,
         to,
         merged=merged,
@@ -222,7 +226,7 @@ def verify(deep: bool, samples: int, seed: int, as_json: bool) -> None:
     experiment, console = load_experiment(), Console()
     report = find_problems(
         experiment,
-        home_path(),
+        Home.from_environment(),
         samples=samples if deep else 0,
         seed=seed,
         log=lambda message: click.echo(message, err=True),
@@ -231,7 +235,7 @@ def verify(deep: bool, samples: int, seed: int, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(to_json(report), indent=2))
     else:
-        click.echo(f"experiment {experiment.name}, home {home_path()}")
+        click.echo(f"experiment {experiment.name}, home {Home.from_environment()}")
         for line in lines(report):
             click.echo(printable(line))
     if report.problems:
@@ -262,7 +266,7 @@ def gc(delete: bool, keep: tuple[str, ...], older_than: int | None, as_json: boo
     from helpsteer_assets.files.durable import size_in_words
 
     experiments = [load_experiment(), *map(load_experiment, (*SHIPPED, *keep))]
-    home = home_path()
+    home = Home.from_environment()
     survey = (delete_garbage if delete else find_garbage)(home, experiments, older_than)
     total = sum(item.bytes for item in survey.garbage)
     if as_json:
@@ -295,7 +299,7 @@ def ui(port: int, host: str) -> None:
     from helpsteer_assets.execution.dagster_home import make_dagster_home
 
     experiment = load_experiment()
-    home = home_path()
+    home = Home.from_environment()
     _require_free_port(host, port)
     os.environ["HELPSTEER_HOME"] = str(home)
     os.environ["DAGSTER_HOME"] = str(make_dagster_home(home, experiment.name))

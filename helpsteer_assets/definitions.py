@@ -11,13 +11,13 @@ from helpsteer_assets.defs.up_to_date import build_up_to_date
 from helpsteer_assets.execution.executor import chosen_executor
 from helpsteer_assets.execution.ray_cluster import require_shared_home
 from helpsteer_assets.experiment.reading import load_experiment
-from helpsteer_assets.store.home import home_path
+from helpsteer_assets.store.home import Home
 
 
 @dg.definitions
 def defs() -> dg.Definitions:
     """Dagster calls this when it loads the code location; importing the module reads no file."""
-    home = home_path()
+    home = Home.from_environment()
     require_shared_home(home)
     experiment = load_experiment()
     return dg.Definitions(

@@ -16,7 +16,7 @@ from helpsteer_assets.assets.graph import Fingerprint, fingerprints
 from helpsteer_assets.experiment.settings import Experiment
 from helpsteer_assets.files.os_errors import readable_os_errors
 from helpsteer_assets.store.artifacts import ALL, CHECKPOINTS, ArtifactStore
-from helpsteer_assets.store.home import digest_cache
+from helpsteer_assets.store.home import Home
 from helpsteer_assets.store.warehouse import Warehouse
 
 _REVISION = re.compile(r"(?P<id>.+)@(?P<revision>[0-9a-f]{40})")
@@ -39,7 +39,7 @@ class Status:
     """Folder of the finished or partial artifact."""
 
 
-def status(experiment: Experiment, home: Path, assets: Collection[str] | None = None) -> list[Status]:
+def status(experiment: Experiment, home: Home, assets: Collection[str] | None = None) -> list[Status]:
     """The state of every asset and weight, in topological order.
 
     Args:
@@ -47,9 +47,9 @@ def status(experiment: Experiment, home: Path, assets: Collection[str] | None = 
         home: where its results are kept.
         assets: those to look at; None: all.
     """
-    store, warehouse = ArtifactStore(home), Warehouse(home)
-    present = fingerprints(experiment, digest_cache(home))
-    with readable_os_errors("read", home):
+    store, warehouse = home.store, home.warehouse
+    present = fingerprints(experiment, home.digest_cache)
+    with readable_os_errors("read", home.path):
         return [
             _status(fingerprint, present, experiment.name, store, warehouse)
             for fingerprint in present.values()

@@ -47,6 +47,7 @@ from helpsteer_assets.modpo.data.tables import query
 from helpsteer_assets.modpo.settings import Compute, Lora, Training
 from helpsteer_assets.modpo.training.schedule import count_steps
 from helpsteer_assets.store.artifacts import ALL
+from helpsteer_assets.store.home import Home
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -112,7 +113,7 @@ class _Model:
     """Bytes of weights that are not in the hub's cache yet."""
 
 
-def report(experiment: Experiment, home: Path) -> Iterator[str]:
+def report(experiment: Experiment, home: Home) -> Iterator[str]:
     """The lines of the report, each as soon as it is known.
 
     Reads or downloads the source; from the hub's models it fetches configuration and tokenizer only. Raises
@@ -122,7 +123,7 @@ def report(experiment: Experiment, home: Path) -> Iterator[str]:
         yield from _report(experiment, home, Path(scratch))
 
 
-def _report(experiment: Experiment, home: Path, scratch: Path) -> Iterator[str]:
+def _report(experiment: Experiment, home: Home, scratch: Path) -> Iterator[str]:
     findings = _Findings()
     yield f"experiment {experiment.name}" + (f": {experiment.description}" if experiment.description else "")
     yield f"home {home}"
@@ -548,7 +549,7 @@ def _machine(experiment: Experiment, model: _Model | None, findings: _Findings) 
             require_vllm(precision, experiment.lora.r)
 
 
-def _cluster(experiment: Experiment, home: Path, findings: _Findings) -> Iterator[str]:
+def _cluster(experiment: Experiment, home: Home, findings: _Findings) -> Iterator[str]:
     yield from _heading("Cluster")
     nodes = None
     with findings.collecting():
@@ -564,14 +565,14 @@ def _cluster(experiment: Experiment, home: Path, findings: _Findings) -> Iterato
     findings.warnings += warnings
 
 
-def _disk(experiment: Experiment, home: Path, model: _Model | None, findings: _Findings) -> Iterator[str]:
-    existing, free = free_space(home)
+def _disk(experiment: Experiment, home: Home, model: _Model | None, findings: _Findings) -> Iterator[str]:
+    existing, free = free_space(home.path)
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         findings.problems.append(f"home {home} cannot be written to; set HELPSTEER_HOME to a folder that can")
         return
     to_make = [(stage.name, p) for stage in stages(experiment).values() for p in partitions_of(stage, experiment)]
     made: dict[str, Path] = {}
-    if home.exists():
+    if home.path.exists():
         try:
             found = status(experiment, home)
         except HelpsteerError:
@@ -590,7 +591,7 @@ def _disk(experiment: Experiment, home: Path, model: _Model | None, findings: _F
 
 
 def _estimate(
-    experiment: Experiment, home: Path, data: _Data, size: "ModelSize", lengths: _Lengths, findings: _Findings
+    experiment: Experiment, home: Home, data: _Data, size: "ModelSize", lengths: _Lengths, findings: _Findings
 ) -> Iterator[str]:
     """Tokens, FLOPs and time of the stages that compute with the model."""
     import torch

@@ -9,6 +9,7 @@ from helpsteer_assets.assets.sources import local_path
 from helpsteer_assets.execution.dagster_home import pool_limit
 from helpsteer_assets.experiment.settings import Experiment, is_hub_id
 from helpsteer_assets.files.durable import free_space, size_in_words
+from helpsteer_assets.store.home import Home
 
 if TYPE_CHECKING:
     from helpsteer_assets.modpo.models.loading import ModelSize
@@ -57,7 +58,7 @@ def disk_need(
     experiment: Experiment,
     to_make: Collection[tuple[str, str]],
     made: Mapping[str, Path],
-    home: Path,
+    home: Home,
     model: "ModelSize | None",
 ) -> DiskNeed:
     """Estimate how many bytes a home needs at most while assets are made.
@@ -101,9 +102,9 @@ def disk_need(
     return DiskNeed(parts, unknown)
 
 
-def in_words(need: DiskNeed, home: Path) -> str:
+def in_words(need: DiskNeed, home: Home) -> str:
     """`disk: about 310 MB will be written (data 3 MB, ...); 40 GB free in /data`."""
-    where, free = free_space(home)
+    where, free = free_space(home.path)
     parts = ", ".join(f"{what} {size_in_words(count)}" for what, count in need.parts.items())
     listed = f" ({parts})" if parts else ""
     beside = f", beside {need.unknown}" if need.unknown else ""
@@ -111,9 +112,9 @@ def in_words(need: DiskNeed, home: Path) -> str:
     return f"disk: {needed}; {size_in_words(free)} free in {where}"
 
 
-def shortage(need: DiskNeed, home: Path) -> str | None:
+def shortage(need: DiskNeed, home: Home) -> str | None:
     """Why a run cannot start, and what to do; None if the disk has room."""
-    where, free = free_space(home)
+    where, free = free_space(home.path)
     if need.bytes <= free:
         return None
     return (

@@ -20,7 +20,8 @@ from helpsteer_assets.experiment.settings import Experiment, TrainingSettings
 from helpsteer_assets.modpo.data.pairs import SPLITS, count_texts
 from helpsteer_assets.modpo.settings import Training
 from helpsteer_assets.modpo.training.schedule import count_steps, evaluation_interval
-from helpsteer_assets.store.artifacts import ALL, ArtifactStore
+from helpsteer_assets.store.artifacts import ALL
+from helpsteer_assets.store.home import Home
 
 if TYPE_CHECKING:
     import torch
@@ -120,7 +121,7 @@ def estimate(
     return works
 
 
-def measured_rates(home: Path, works: dict[str, Work], model_bytes: int, device: str) -> dict[str, float]:
+def measured_rates(home: Home, works: dict[str, Work], model_bytes: int, device: str) -> dict[str, float]:
     """FLOP/s by stage, of stages that this home has finished with a model of the same size; the newest of each counts.
 
     Args:
@@ -149,9 +150,9 @@ def measured_rates(home: Path, works: dict[str, Work], model_bytes: int, device:
     return rates
 
 
-def _finished(home: Path, stage: str) -> list[dict[str, Any]]:
+def _finished(home: Home, stage: str) -> list[dict[str, Any]]:
     """Manifests of a stage's finished artifacts, the newest last."""
-    store = ArtifactStore(home)
+    store = home.store
     folders = [path for path in (store.artifacts / stage).glob("*/*") if "." not in path.name]
     found = [store.find(stage, folder.parent.name, folder.name) for folder in folders]
     manifests = [artifact.manifest for artifact in found if artifact is not None]

@@ -35,7 +35,8 @@ from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment.settings import Experiment, canonical_weight, is_hub_id
 from helpsteer_assets.files.digests import is_intact, listing, sealed
 from helpsteer_assets.files.durable import free_space, size_in_words, sync
-from helpsteer_assets.store.artifacts import ALL, Artifact, ArtifactName, ArtifactStore, versions
+from helpsteer_assets.store.artifacts import ALL, Artifact, ArtifactName, versions
+from helpsteer_assets.store.home import Home
 from helpsteer_assets.store.locks import home_in_use
 
 PROVENANCE = "provenance.json"
@@ -92,7 +93,7 @@ def policy_artifacts(w: str | None) -> list[tuple[str, str]]:
 
 def require_finished(
     experiment: Experiment,
-    home: Path,
+    home: Home,
     wanted: Sequence[tuple[str, str]],
     if_there: Sequence[tuple[str, str]] = (),
 ) -> list[ArtifactName]:
@@ -109,7 +110,7 @@ def require_finished(
     return [(asset, partition, items[asset, partition].fingerprint) for asset, partition in taken]
 
 
-def _not_finished(item: Status, experiment: Experiment, home: Path) -> str:
+def _not_finished(item: Status, experiment: Experiment, home: Home) -> str:
     command = "`helpsteer run`" if item.partition == ALL else f"`helpsteer run --weights {item.partition}`"
     where = f"{label(item.asset, item.partition)} of experiment {experiment.name}"
     if item.state == "partial":
@@ -123,13 +124,13 @@ def _not_finished(item: Status, experiment: Experiment, home: Path) -> str:
 
 
 @contextmanager
-def held(home: Path, names: Sequence[ArtifactName], doing: str) -> Iterator[list[Artifact]]:
+def held(home: Home, names: Sequence[ArtifactName], doing: str) -> Iterator[list[Artifact]]:
     """Finished artifacts, verified by their digests, which nobody removes during the block.
 
     Raises HelpsteerError where one is damaged. Works in a home that cannot be written to.
     """
-    with home_in_use(home, doing):
-        store = ArtifactStore(home)
+    with home_in_use(home.path, doing):
+        store = home.store
         artifacts = []
         for asset, partition, fingerprint in names:
             artifact = store.get(asset, partition, fingerprint)
@@ -144,7 +145,7 @@ def held(home: Path, names: Sequence[ArtifactName], doing: str) -> Iterator[list
 
 def export_policy(
     experiment: Experiment,
-    home: Path,
+    home: Home,
     what: str | float,
     to: Path,
     *,
@@ -171,7 +172,7 @@ def export_policy(
     if w is None and not merged:
         raise HelpsteerError("the SFT model is one whole model and has no adapter; leave out --adapter")
     target = to.absolute().resolve()
-    if target.is_relative_to(home.resolve()):
+    if target.is_relative_to(home.path.resolve()):
         raise HelpsteerError(
             f"--to: {to} lies in the home {home}, which holds the pipeline's own files; choose another"
         )
@@ -220,7 +221,7 @@ def export_policy(
     return Export(target, title, _sizes(target, provenance), reused=False)
 
 
-def take_report(experiment: Experiment, home: Path, to: Path | None = None) -> Path:
+def take_report(experiment: Experiment, home: Home, to: Path | None = None) -> Path:
     """The report of the trade-off: its file in the home, or a copy of it.
 
     Args:
@@ -395,13 +396,13 @@ def _scores(summary: Artifact | None, w: str | None) -> list[dict[str, Any]]:
 
 
 def _provenance(
-    experiment: Experiment, home: Path, base: BaseModel, artifacts: dict[str, Artifact], identity: dict[str, Any]
+    experiment: Experiment, home: Home, base: BaseModel, artifacts: dict[str, Artifact], identity: dict[str, Any]
 ) -> dict[str, Any]:
     """The artifacts, data and versions that the export was made from. A local source is known by the digest of its
     content in the settings; its path stands nowhere."""
     data = experiment.data
     made_from: dict[str, dict[str, Any]] = {}
-    store = ArtifactStore(home)
+    store = home.store
 
     def describe(asset: str, partition: str, fingerprint: str) -> None:
         name = label(asset, partition)

@@ -27,7 +27,7 @@ from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment.settings import Experiment
 from helpsteer_assets.files.os_errors import readable_os_errors
 from helpsteer_assets.store.artifacts import CHECKPOINTS, FOLDER, MANIFEST, SCHEMA_VERSION, SCRATCH, ArtifactName
-from helpsteer_assets.store.home import digest_cache
+from helpsteer_assets.store.home import Home
 from helpsteer_assets.store.locks import home_alone
 
 UNFINISHED_DAYS = 7
@@ -62,7 +62,7 @@ class Survey:
     """What is kept in doubt, and why."""
 
 
-def find_garbage(home: Path, experiments: Sequence[Experiment], older_than: int | None = None) -> Survey:
+def find_garbage(home: Home, experiments: Sequence[Experiment], older_than: int | None = None) -> Survey:
     """List what nothing refers to. Changes nothing, and works in a home that cannot be written to.
 
     Args:
@@ -77,16 +77,16 @@ def find_garbage(home: Path, experiments: Sequence[Experiment], older_than: int 
     return _survey(home, _named_by(experiments, home), older_than)
 
 
-def delete_garbage(home: Path, experiments: Sequence[Experiment], older_than: int | None = None) -> Survey:
+def delete_garbage(home: Home, experiments: Sequence[Experiment], older_than: int | None = None) -> Survey:
     """Remove what `find_garbage` finds, and return it.
 
     Raises:
         HelpsteerError: as `find_garbage`; also if something runs in the home, or a file cannot be removed.
     """
     named = _named_by(experiments, home)
-    if not home.is_dir():
+    if not home.path.is_dir():
         return _survey(home, named, older_than)
-    with home_alone(home):
+    with home_alone(home.path):
         survey = _survey(home, named, older_than)
         for item in survey.garbage:
             with readable_os_errors("remove", item.path):
@@ -103,11 +103,11 @@ class _Named:
     """Experiments whose fingerprints cannot be computed here, and why."""
 
 
-def _named_by(experiments: Iterable[Experiment], home: Path) -> _Named:
+def _named_by(experiments: Iterable[Experiment], home: Home) -> _Named:
     named = _Named()
     for experiment in experiments:
         try:
-            present = fingerprints(experiment, digest_cache(home))
+            present = fingerprints(experiment, home.digest_cache)
         except HelpsteerError as error:
             named.unreadable[experiment.name] = str(error)
         else:
@@ -128,7 +128,7 @@ class _Folders:
     """The manifest of each finished artifact; empty where it cannot be read."""
 
 
-def _read_folders(home: Path) -> _Folders:
+def _read_folders(home: Home) -> _Folders:
     folders = _Folders()
     for asset, partition, folder in _nested(home / "artifacts"):
         if folder.name.startswith(_DELETED):
@@ -145,7 +145,7 @@ def _read_folders(home: Path) -> _Folders:
     return folders
 
 
-def _survey(home: Path, named: _Named, older_than: int | None) -> Survey:
+def _survey(home: Home, named: _Named, older_than: int | None) -> Survey:
     folders = _read_folders(home)
     doubted = _doubted(home, named, folders)
     latest, notes = _latest(home, folders)
@@ -193,14 +193,14 @@ def _survey(home: Path, named: _Named, older_than: int | None) -> Survey:
     return Survey(garbage, len(staying), sum(map(_size, staying.values())), notes)
 
 
-def _doubted(home: Path, named: _Named, folders: _Folders) -> dict[str, str]:
+def _doubted(home: Home, named: _Named, folders: _Folders) -> dict[str, str]:
     """The experiments that cannot be read here and have been run in this home, and why they cannot be read."""
     known = {folder.name for folder in _subfolders(home / "warehouse" / "registry")}
     known |= {str(manifest.get("experiment")) for manifest in folders.manifests.values()}
     return {name: reason for name, reason in sorted(named.unreadable.items()) if name in known}
 
 
-def _latest(home: Path, folders: _Folders) -> tuple[set[ArtifactName], list[str]]:
+def _latest(home: Home, folders: _Folders) -> tuple[set[ArtifactName], list[str]]:
     """The artifacts of all latest materializations; where an entry cannot be read, all that it may mean."""
     latest: set[ArtifactName] = set()
     notes = []
@@ -231,7 +231,7 @@ def _with_inputs(names: set[ArtifactName], manifests: dict[ArtifactName, dict[st
     return reached
 
 
-def _leftovers(home: Path, remaining: set[ArtifactName]) -> Iterator[Garbage]:
+def _leftovers(home: Home, remaining: set[ArtifactName]) -> Iterator[Garbage]:
     """Locks of artifacts that are gone, and temporary files of processes that were killed."""
     for asset, partition, path in _nested(home / "locks", files=True):
         is_lock = path.suffix == ".lock" and FOLDER.fullmatch(path.stem)

@@ -6,7 +6,6 @@ import textwrap
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TextIO
 
 import dagster as dg
@@ -31,6 +30,7 @@ from helpsteer_assets.experiment.settings import Experiment
 from helpsteer_assets.files.os_errors import readable_library_errors, readable_os_errors
 from helpsteer_assets.modpo.settings import Lora
 from helpsteer_assets.store.artifacts import ALL, Artifact
+from helpsteer_assets.store.home import Home
 
 _WIDTH = 110
 _NAMED = 3
@@ -39,7 +39,7 @@ _NAMED = 3
 
 def run_experiment(
     experiment: Experiment,
-    home: Path,
+    home: Home,
     *,
     select: str | None = None,
     weights: list[str] | None = None,
@@ -86,14 +86,14 @@ def run_experiment(
     job = defs.resolve_implicit_global_asset_job_def()
     selected = _selected(defs, select)
     announce(f"experiment {experiment.name}, home {home}")
-    with readable_os_errors("make", home):
-        home.mkdir(parents=True, exist_ok=True)  # What is learnt of a source is remembered in it.
+    with readable_os_errors("make", home.path):
+        home.path.mkdir(parents=True, exist_ok=True)  # What is learnt of a source is remembered in it.
     _announce_plan(experiment, home, selected, weights, announce)
     failed: list[str] = []
     try:
         with (
             _kept_streams(),
-            readable_library_errors(home),
+            readable_library_errors(home.path),
             readable_database_errors(dagster_home(home, experiment.name) / "dagster.yaml"),
             dg.DagsterInstance.from_config(str(make_dagster_home(home, experiment.name))) as instance,
             alive(home) as tags,
@@ -103,7 +103,7 @@ def run_experiment(
             complete = _materialize_phases(experiment, home, job, instance, tags, selected, weights, say, failed)
     finally:
         lab.models.release()
-        lab.warehouse.publish()
+        lab.home.warehouse.publish()
     if complete and selected >= {"score_summary", "tradeoff", "tradeoff_report"}:
         _announce_results(lab, announce)
     if complete is None:
@@ -128,16 +128,16 @@ def _leave(
 ) -> None:
     """Say where an interrupted run stands, and leave records and tables as they are after any other run."""
     announce(f"{what}; what is finished is kept, and the same command goes on from here:")
-    for item in status(lab.experiment, lab.warehouse.home):
+    for item in status(lab.experiment, lab.home):
         if item.state == "partial":
             announce(f"to resume:  {label(item.asset, item.partition)} ({item.detail})")
-    lab.warehouse.publish()
+    lab.home.warehouse.publish()
     cancel_runs(instance, tags)
 
 
 def _materialize_phases(
     experiment: Experiment,
-    home: Path,
+    home: Home,
     job: dg.JobDefinition,
     instance: dg.DagsterInstance,
     tags: dict[str, str],
@@ -208,7 +208,7 @@ def _chosen(experiment: Experiment, found: list[Status], selected: set[str], wei
 
 
 def _announce_plan(
-    experiment: Experiment, home: Path, selected: set[str], weights: list[str] | None, announce: Callable[[str], None]
+    experiment: Experiment, home: Home, selected: set[str], weights: list[str] | None, announce: Callable[[str], None]
 ) -> None:
     """Say what will be done and what it needs; raise HelpsteerError where that cannot end well."""
     found = status(experiment, home)
@@ -305,7 +305,7 @@ def _announce_results(lab: Lab, announce: Callable[[str], None]) -> None:
     present = lab.fingerprints()
 
     def finished(asset: str) -> Artifact:
-        artifact = lab.store.find(asset, ALL, present[asset, ALL].value)
+        artifact = lab.home.store.find(asset, ALL, present[asset, ALL].value)
         assert artifact is not None  # materialized a moment ago
         return artifact
 
@@ -330,5 +330,5 @@ def _announce_results(lab: Lab, announce: Callable[[str], None]) -> None:
     query = f"SELECT w, measure, mean, ci_low, ci_high FROM score_summary WHERE experiment = '{experiment.name}'"
     announce(f"report:  {finished('tradeoff_report').file('report.html')}")
     announce(f'scores:  {command_name()} query "{query}"')
-    announce(f"         or, in DuckDB's own shell: duckdb -readonly {lab.warehouse.path}")
+    announce(f"         or, in DuckDB's own shell: duckdb -readonly {lab.home.warehouse.path}")
     announce(f"UI:      {command} ui")

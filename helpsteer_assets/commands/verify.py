@@ -7,7 +7,6 @@ recomputed (oracle.py).
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from helpsteer_assets.assets.graph import fingerprint_value, fingerprints
@@ -16,7 +15,7 @@ from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment.settings import Experiment
 from helpsteer_assets.files.os_errors import readable_os_errors
 from helpsteer_assets.store.artifacts import FOLDER, MANIFEST, Artifact, ArtifactStore, environment, versions
-from helpsteer_assets.store.home import digest_cache
+from helpsteer_assets.store.home import Home
 from helpsteer_assets.store.locks import home_in_use
 from helpsteer_assets.store.warehouse import Warehouse
 
@@ -61,7 +60,7 @@ class Report:
 
 def verify(
     experiment: Experiment,
-    home: Path,
+    home: Home,
     *,
     samples: int = 0,
     seed: int = 0,
@@ -81,24 +80,24 @@ def verify(
     Raises:
         HelpsteerError: the home does not exist, or cannot be read.
     """
-    if not home.is_dir():
+    if not home.path.is_dir():
         raise HelpsteerError(f"{home} does not exist: nothing materialized yet; run `helpsteer run`")
-    with home_in_use(home, "verify"):
+    with home_in_use(home.path, "verify"):
         return _verify(experiment, home, samples, seed, log, terminal)
 
 
 def _verify(
     experiment: Experiment,
-    home: Path,
+    home: Home,
     samples: int,
     seed: int,
     log: Callable[[str], None],
     terminal: TextIO | None,
 ) -> Report:
-    store, warehouse = ArtifactStore(home), Warehouse(home)
+    store, warehouse = home.store, home.warehouse
     report = Report()
     try:
-        present = fingerprints(experiment, digest_cache(home))
+        present = fingerprints(experiment, home.digest_cache)
     except HelpsteerError as error:
         present = {}
         report.notes.append(f"the artifacts of experiment {experiment.name} cannot be told from others: {error}")

@@ -14,8 +14,8 @@ import dagster as dg
 from helpsteer_assets.assets.graph import fingerprints, stages
 from helpsteer_assets.assets.stage import Stage
 from helpsteer_assets.experiment.settings import Experiment
-from helpsteer_assets.store.artifacts import ALL, ArtifactStore
-from helpsteer_assets.store.home import digest_cache, home_path
+from helpsteer_assets.store.artifacts import ALL
+from helpsteer_assets.store.home import Home
 
 GROUP = "evaluation"
 """The group whose assets follow."""
@@ -34,9 +34,9 @@ class Finished(dg.AutomationCondition[dg.AssetKey]):
 
     def evaluate(self, context: dg.AutomationContext[dg.AssetKey]) -> dg.AutomationResult[dg.AssetKey]:
         """Look into the store."""
-        home, asset = home_path(), context.key.to_user_string()
-        store = ArtifactStore(home)
-        wanted = fingerprints(self._experiment, digest_cache(home))
+        home, asset = Home.from_environment(), context.key.to_user_string()
+        store = home.store
+        wanted = fingerprints(self._experiment, home.digest_cache)
         finished = {
             item
             for item in context.candidate_subset.expensively_compute_asset_partitions()

@@ -64,7 +64,7 @@ def build_checks(experiment: Experiment) -> list[dg.AssetChecksDefinition]:
 
 def _finished(lab: Lab, asset: str) -> Artifact:
     fingerprint = lab.fingerprints()[asset, ALL]
-    artifact = lab.store.find(asset, ALL, fingerprint.value)
+    artifact = lab.home.store.find(asset, ALL, fingerprint.value)
     if artifact is None:
         raise HelpsteerError(f"{asset} has not been materialized with the present settings; materialize it first")
     return artifact

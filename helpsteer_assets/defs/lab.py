@@ -24,9 +24,9 @@ from helpsteer_assets.defs.up_to_date import up_to_date_result
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment.settings import Experiment
 from helpsteer_assets.modpo.progress import ProgressReporter
-from helpsteer_assets.store.artifacts import ALL, CHECKPOINTS, Artifact, ArtifactStore
+from helpsteer_assets.store.artifacts import ALL, CHECKPOINTS, Artifact
+from helpsteer_assets.store.home import Home
 from helpsteer_assets.store.locks import home_in_use
-from helpsteer_assets.store.warehouse import Warehouse
 
 RETRIES = dg.RetryPolicy(max_retries=1, delay=5)
 """A killed or crashed step that loads a model goes on from its last checkpoint. A user's mistake is not tried again."""
@@ -55,7 +55,7 @@ class Lab:
     def __init__(
         self,
         experiment: Experiment,
-        home: Path,
+        home: Home,
         announce: Callable[[str], None] | None = None,
         terminal: TextIO | None = None,
         publish_reused: bool = True,
@@ -72,16 +72,14 @@ class Lab:
         self.experiment = experiment
         self.graph = stages(experiment)
         self._publish_reused = publish_reused
-        self.store = ArtifactStore(home)
-        self.warehouse = Warehouse(home)
-        self.digest_cache = home / "cache" / "digests.json"
+        self.home = home
         self.models = LoadedModels()
         self._announce = announce
         self._terminal = terminal
 
     def fingerprints(self) -> dict[tuple[str, str], Fingerprint]:
         """The fingerprint of every asset and partition, sources digested anew where they changed."""
-        return fingerprints(self.experiment, self.digest_cache)
+        return fingerprints(self.experiment, self.home.digest_cache)
 
     def materialize(self, stage: Stage, context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         """Reuse or compute one asset (of one weight), and record it in warehouse and Dagster."""
@@ -89,8 +87,8 @@ class Lab:
             fingerprint = step.fingerprint
             artifact, reused = self._make(stage, step)
             step.say(f"{'reused' if reused else 'finished'} ({artifact.path})")
-            self.warehouse.forget_others(self.experiment.name, set(step.present))
-            self.warehouse.record(
+            self.home.warehouse.forget_others(self.experiment.name, set(step.present))
+            self.home.warehouse.record(
                 experiment=self.experiment.name,
                 asset=fingerprint.asset,
                 partition=fingerprint.partition,
@@ -102,7 +100,7 @@ class Lab:
                 parquet=artifact.file(stage.file) if stage.file else None,
                 publish=self._publish_reused or not reused,
             )
-            up_to_date = up_to_date_result(self.experiment, self.store.home, stage.name)
+            up_to_date = up_to_date_result(self.experiment, self.home, stage.name)
         return dg.MaterializeResult(
             data_version=dg.DataVersion(fingerprint.value),
             check_results=[up_to_date],
@@ -131,7 +129,7 @@ class Lab:
             with _warnings_to(log):
                 present = self.fingerprints()
                 fingerprint = present[stage.name, partition]
-                with home_in_use(self.store.home, name, lambda message: log(f"{name}: {message}")):
+                with home_in_use(self.home.path, name, lambda message: log(f"{name}: {message}")):
                     inputs = self._inputs(stage, fingerprint)
                     if stage.gate is not None:
                         stage.gate(self.experiment, inputs)
@@ -147,7 +145,7 @@ class Lab:
 
     def _make(self, stage: Stage, step: _Step) -> tuple[Artifact, bool]:
         fingerprint = step.fingerprint
-        return self.store.build(
+        return self.home.store.build(
             fingerprint.asset,
             fingerprint.partition,
             fingerprint.value,
@@ -185,7 +183,7 @@ class Lab:
 
     def _inputs(self, stage: Stage, fingerprint: Fingerprint) -> Inputs:
         found: dict[str, dict[str, Artifact]] = {}
-        for look_up in (self.store.find, self.store.get):  # the second hashes what may be gigabytes
+        for look_up in (self.home.store.find, self.home.store.get):  # the second hashes what may be gigabytes
             found = {
                 asset: {w: artifact for w, value in wanted.items() if (artifact := look_up(asset, w, value))}
                 for asset, wanted in fingerprint.inputs.items()
@@ -200,7 +198,7 @@ class Lab:
 
     def _what_is_missing(self, reader: str, missing: set[tuple[str, str]]) -> str:
         reasons: dict[str, list[Status]] = {}
-        for item in status(self.experiment, self.store.home, {asset for asset, _ in missing}):
+        for item in status(self.experiment, self.home, {asset for asset, _ in missing}):
             if (item.asset, item.partition) in missing:
                 reason = f"{item.state}: {item.detail}" if item.detail else item.state
                 reasons.setdefault(reason, []).append(item)
@@ -215,7 +213,7 @@ class Lab:
         return {
             "dagster/partition_row_count" if partitioned else "dagster/row_count": rows,
             "dagster/table_name": stage.table,
-            "dagster/uri": str(self.warehouse.path),
+            "dagster/uri": str(self.home.warehouse.path),
         }
 
 

@@ -5,7 +5,6 @@ sensor reads the experiment's file and the home every few seconds, and reports w
 """
 
 from collections.abc import Iterable
-from pathlib import Path
 
 import dagster as dg
 
@@ -15,8 +14,7 @@ from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment.reading import load_experiment
 from helpsteer_assets.experiment.settings import Experiment
 from helpsteer_assets.store.artifacts import ALL
-from helpsteer_assets.store.home import home_path
-from helpsteer_assets.store.warehouse import Warehouse
+from helpsteer_assets.store.home import Home
 
 UP_TO_DATE = "up_to_date"
 _SECONDS = 15
@@ -35,7 +33,7 @@ def up_to_date_spec(asset: str) -> dg.AssetCheckSpec:
     return dg.AssetCheckSpec(UP_TO_DATE, asset=asset, description=description)
 
 
-def up_to_date_result(experiment: Experiment, home: Path, asset: str) -> dg.AssetCheckResult:
+def up_to_date_result(experiment: Experiment, home: Home, asset: str) -> dg.AssetCheckResult:
     """The check's result for an asset, or one of its weights, that was just made."""
     passed, description = _verdict(status(experiment, home, {asset}), experiment, home)
     return dg.AssetCheckResult(
@@ -58,7 +56,7 @@ def build_up_to_date(loaded: Experiment) -> dg.SensorDefinition:
     )
     def up_to_date(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
         try:
-            present = _verdicts(loaded, load_experiment(), home_path())
+            present = _verdicts(loaded, load_experiment(), Home.from_environment())
         except HelpsteerError as error:  # someone is writing the file, say
             return dg.SkipReason(str(error))
         changed = [
@@ -77,7 +75,7 @@ def build_up_to_date(loaded: Experiment) -> dg.SensorDefinition:
     return up_to_date
 
 
-def _verdicts(loaded: Experiment, present: Experiment, home: Path) -> dict[str, tuple[bool, str]]:
+def _verdicts(loaded: Experiment, present: Experiment, home: Home) -> dict[str, tuple[bool, str]]:
     """By asset of the code location: whether it is up to date, and a sentence about it."""
     reload = "reload the definitions (the button is in Catalog and in Lineage)"
     items: dict[str, list[Status]] = {}
@@ -99,9 +97,9 @@ def _verdicts(loaded: Experiment, present: Experiment, home: Path) -> dict[str, 
     return verdicts
 
 
-def _verdict(items: Iterable[Status], experiment: Experiment, home: Path) -> tuple[bool, str]:
+def _verdict(items: Iterable[Status], experiment: Experiment, home: Home) -> tuple[bool, str]:
     """Whether none of an asset's weights is out of date, and a sentence with the weights by reason."""
-    warehouse, passed = Warehouse(home), True
+    warehouse, passed = home.warehouse, True
     weights: dict[str, list[str]] = {}
     for item in items:
         reason = "up to date"

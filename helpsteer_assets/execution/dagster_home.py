@@ -19,6 +19,7 @@ from sqlalchemy.exc import DBAPIError
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.files.durable import write_atomically
 from helpsteer_assets.files.os_errors import readable_os_errors
+from helpsteer_assets.store.home import Home
 from helpsteer_assets.store.locks import exclusive_lock
 
 _STORAGES = {"storage", "run_storage", "event_log_storage", "schedule_storage"}
@@ -123,7 +124,7 @@ nux:
 """
 
 
-def dagster_home(home: Path, experiment: str) -> Path:
+def dagster_home(home: Home, experiment: str) -> Path:
     """DAGSTER_HOME of an experiment, made with its dagster.yaml where it is not there.
 
     One for each experiment, so that the materializations of two never mix.
@@ -145,7 +146,7 @@ def pool_limit() -> int:
     return 1 if has_gpu else max(1, (os.cpu_count() or 1) // 2)
 
 
-def make_dagster_home(home: Path, experiment: str) -> Path:
+def make_dagster_home(home: Home, experiment: str) -> Path:
     """DAGSTER_HOME of an experiment, with Dagster's databases.
 
     Two processes that make them at once fail, and one that dies halfway leaves some that nobody can open: so they are

@@ -23,6 +23,7 @@ import yaml
 
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment.settings import RunSettings
+from helpsteer_assets.store.home import Home
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -73,7 +74,7 @@ def _cpus(run: RunSettings) -> int:
     return run.threads or 1
 
 
-def require_shared_home(home: Path) -> None:
+def require_shared_home(home: Home) -> None:
     """Raise HelpsteerError in a step on a node that sees another home than the process that started the step."""
     token = os.environ.get(HOME_TOKEN)
     if token and not _sees(home, token):
@@ -83,10 +84,10 @@ def require_shared_home(home: Path) -> None:
         )
 
 
-def _sees(home: Path, token: str) -> bool:
+def _sees(home: Home, token: str) -> bool:
     from helpsteer_assets.store.locks import process_lock
 
-    return process_lock(home, token).exists()
+    return process_lock(home.path, token).exists()
 
 
 def forwarded_variables() -> list[str]:
@@ -132,14 +133,14 @@ class Node:
     versions: dict[str, str | None] = field(default_factory=dict)
 
 
-def ask_nodes(home: Path) -> tuple[str, list[Node]]:
+def ask_nodes(home: Home) -> tuple[str, list[Node]]:
     """The cluster's address, and what each of its living nodes sees of the home and has installed.
 
     It is asked by a job, as steps are started: what the job cannot do, no step can. Raises HelpsteerError where there
     is no cluster or no home, and where the job fails.
     """
     require_ray()
-    if not home.is_dir():
+    if not home.path.is_dir():
         raise HelpsteerError(f"home {home} is not there: make it, on a file system that all nodes mount at this path")
     from ray.job_submission import JobStatus, JobSubmissionClient
 
@@ -208,13 +209,12 @@ def print_nodes() -> None:
 
 
 def _describe_node() -> dict[str, Any]:
-    from helpsteer_assets.store.home import home_path
     from helpsteer_assets.store.locks import lock_if_free, process_lock
 
-    home, token = home_path(), os.environ[HOME_TOKEN]
+    home, token = Home.from_environment(), os.environ[HOME_TOKEN]
     answer = {"sees_home": _sees(home, token), "dagster": shutil.which("dagster"), "versions": _installed()}
     if answer["sees_home"]:
-        with lock_if_free(process_lock(home, token)) as is_free:
+        with lock_if_free(process_lock(home.path, token)) as is_free:
             answer["locks_reach"] = not is_free
     return answer
 
@@ -225,7 +225,7 @@ def _installed() -> dict[str, str | None]:
     return {name: versions()[name] for name in _COMPARED} | {"commit": git_revision()}
 
 
-def judge(nodes: list[Node], run: RunSettings, home: Path, dagster_home: Path) -> tuple[list[str], list[str]]:
+def judge(nodes: list[Node], run: RunSettings, home: Home, dagster_home: Path) -> tuple[list[str], list[str]]:
     """What keeps steps from running on the nodes, and what lets GPUs stand idle."""
     problems, warnings = [problem for node in nodes for problem in _problems_of(node, home)], []
     asked = f"{run.gpus:g} GPU" if run.gpus else f"{_cpus(run)} CPU"
@@ -244,7 +244,7 @@ def judge(nodes: list[Node], run: RunSettings, home: Path, dagster_home: Path) -
     return problems, warnings
 
 
-def _problems_of(node: Node, home: Path) -> Iterator[str]:
+def _problems_of(node: Node, home: Home) -> Iterator[str]:
     if node.error:
         yield f"node {node.name} does not answer: {node.error}"
         return

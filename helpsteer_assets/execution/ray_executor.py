@@ -9,7 +9,7 @@ from dagster_ray import ray_executor
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.execution.ray_cluster import HOME_TOKEN, forwarded_variables
 from helpsteer_assets.execution.recovery import PROCESS_TAG, MarkedRuns
-from helpsteer_assets.store.home import home_path
+from helpsteer_assets.store.home import Home
 
 
 @dg.executor(
@@ -28,7 +28,7 @@ def ray_step_executor(context: dg.InitExecutorContext) -> dg.Executor:
             f"{' and '.join(stated)} of the executor would take the place of what each asset asks for; leave it out, "
             "and set run.gpus in the experiment"
         )
-    os.environ["HELPSTEER_HOME"] = str(home_path())  # absolute, for processes that start elsewhere
+    os.environ["HELPSTEER_HOME"] = str(Home.from_environment())  # absolute, for processes that start elsewhere
     config = {**config, "env_vars": [*(config.get("env_vars") or []), *forwarded_variables()]}
     create = ray_executor.executor_creation_fn
     assert create is not None

@@ -10,12 +10,11 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
-from helpsteer_assets.store.home import home_path
+from helpsteer_assets.store.home import Home
 from helpsteer_assets.store.locks import home_in_use, lock_if_free, process_lock, remove_locks_of_dead_processes
 
 PROCESS_TAG = "helpsteer/process"
@@ -33,15 +32,15 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def alive(home: Path, doing: str = "a run") -> Iterator[dict[str, str]]:
+def alive(home: Home, doing: str = "a run") -> Iterator[dict[str, str]]:
     """Use the home for the block; yields the tags that mark runs of this process as those of a living one."""
-    with home_in_use(home, doing) as name:
+    with home_in_use(home.path, doing) as name:
         yield {PROCESS_TAG: name}
 
 
 @contextmanager
 def recovering(
-    instance: dg.DagsterInstance, home: Path, tags: dict[str, str], announce: Callable[[str], None]
+    instance: dg.DagsterInstance, home: Home, tags: dict[str, str], announce: Callable[[str], None]
 ) -> Iterator[None]:
     """Clear up after dead processes now, and every two seconds during the block: this one may wait for what they hold.
 
@@ -52,7 +51,7 @@ def recovering(
         announce: is told of runs that died, and once of each pool that this process waits for.
     """
     recover_dead_runs(instance, home, announce)
-    remove_locks_of_dead_processes(home)
+    remove_locks_of_dead_processes(home.path)
     ended, told = threading.Event(), set[str]()
 
     def watch() -> None:
@@ -75,19 +74,19 @@ def recovering(
         thread.join()
 
 
-def recover_dead_runs(instance: dg.DagsterInstance, home: Path, announce: Callable[[str], None]) -> None:
+def recover_dead_runs(instance: dg.DagsterInstance, home: Home, announce: Callable[[str], None]) -> None:
     """End the runs of dead processes, and free the slots that no living run holds."""
     for run in instance.get_runs(filters=dg.RunsFilter(statuses=_UNFINISHED)):
         if (name := run.tags.get(PROCESS_TAG)) is None:
             continue
-        with lock_if_free(process_lock(home, name)) as is_dead:
+        with lock_if_free(process_lock(home.path, name)) as is_dead:
             if is_dead:
                 announce(f"run {run.run_id} died; what it had finished is reused, and what it had begun goes on")
                 if run.status == dg.DagsterRunStatus.CANCELING:
                     instance.report_run_canceled(run, "The process of this run died while it was being canceled.")
                 else:
                     instance.report_run_failed(run, "The process of this run died.")
-                process_lock(home, name).unlink(missing_ok=True)
+                process_lock(home.path, name).unlink(missing_ok=True)
     _free_slots(instance)
 
 
@@ -134,7 +133,7 @@ class MarkedRuns(dg.Executor):
 
     def execute(self, plan_context: Any, execution_plan: Any) -> Iterator[dg.DagsterEvent]:
         """Let the inner executor execute the run, while this process uses the home."""
-        with alive(home_path()) as tags:
+        with alive(Home.from_environment()) as tags:
             self._tag(plan_context.instance, plan_context.run_id, tags)
             yield from self._executor.execute(plan_context, execution_plan)
 
