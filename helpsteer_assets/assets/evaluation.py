@@ -351,10 +351,11 @@ def _rater(run: StageRun) -> "Rater | None":
     settings = run.experiment.evaluation.rater
     if settings == "none":
         return None
-    from helpsteer_assets.modpo.scoring.raters import RewardModelRater, embedded_rater
+    from helpsteer_assets.embedded.rater import rate_all
+    from helpsteer_assets.modpo.scoring.raters import RewardModelRater
 
     if not isinstance(settings, RewardModelSettings):
-        return embedded_rater()
+        return rate_all
     from helpsteer_assets.modpo.models.loading import choose_device
 
     device = choose_device(run.compute, run.experiment.model.precision)

@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from helpsteer_assets.commands.verify import Whole
 
 NATS = {"fp32": (1e-4, 1e-5), "bf16": (5e-2, 5e-2)}
 """Rounding of a log-probability or log-ratio in nats: so much, and so much more per token of the response."""
@@ -58,6 +57,10 @@ _SHOWN = 3
 Row = dict[str, Any]
 Inputs = dict[str, Any]
 """What the asset was made from: an artifact by asset, or (under score_summary) artifacts by weight."""
+
+
+Whole = dict[tuple[str, str, str], Artifact]
+"""Artifacts that match their manifests, by asset, partition and fingerprint."""
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,8 @@ from helpsteer_assets.store.locks import home_in_use
 from helpsteer_assets.store.warehouse import Warehouse
 
 if TYPE_CHECKING:
-    from helpsteer_assets.commands.oracle import Recomputed
+    from helpsteer_assets.commands.oracle import Recomputed, Whole
 
-Whole = dict[tuple[str, str, str], Artifact]
-"""Artifacts that match their manifests, by asset, partition and fingerprint."""
 
 _RUN = "the next `helpsteer run`"
 _SHOWN = 5

@@ -19,6 +19,8 @@ from helpsteer_assets.embedded.generator import (
     rate_contents,
     useful_sentences,
 )
+from helpsteer_assets.modpo.data.attributes import ATTRIBUTES
+from helpsteer_assets.modpo.progress import Progress, silent
 
 _SENTENCE = re.compile(r"[^.!?]*[.!?]+|[^.!?]+$")
 _WORD = re.compile(r"[a-z]+")
@@ -35,6 +37,17 @@ def rate(prompt: str, response: str) -> dict[str, float | None]:
     if subject is None:
         ratings |= {"helpfulness": None, "correctness": None, "complexity": None}
     return ratings
+
+
+def rate_all(prompts: list[str], responses: list[str], progress: Progress = silent) -> dict[str, list[float | None]]:
+    """`rate` of many answers, as a `Rater` (modpo/scoring/raters.py): one rating per answer, by attribute."""
+    rated: dict[str, list[float | None]] = {attribute: [] for attribute in ATTRIBUTES}
+    for done, (prompt, response) in enumerate(zip(prompts, responses, strict=True), start=1):
+        ratings = rate(prompt, response)
+        for attribute in ATTRIBUTES:
+            rated[attribute].append(ratings[attribute])
+        progress(done, len(prompts))
+    return rated
 
 
 def subject_of(prompt: str) -> tuple[str, str] | None:

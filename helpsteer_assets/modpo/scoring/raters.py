@@ -17,7 +17,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from transformers.models.llama import modeling_llama
 
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.modpo.data.attributes import ATTRIBUTES
 from helpsteer_assets.modpo.models.loading import require_safetensors, require_whole_model
 from helpsteer_assets.modpo.progress import Progress, silent
 from helpsteer_assets.modpo.settings import RewardModel
@@ -31,24 +30,6 @@ class Rater(Protocol):
     ) -> dict[str, list[float | None]]:
         """Rate `responses[i]` as an answer to `prompts[i]`: by attribute one rating (or None) per response."""
         ...
-
-
-def embedded_rater() -> Rater:
-    """The demo generator's rules, which rate any response to its prompts, on HelpSteer's scale of 0 to 4."""
-    from helpsteer_assets.embedded.rater import rate
-
-    def rate_all(
-        prompts: list[str], responses: list[str], progress: Progress = silent
-    ) -> dict[str, list[float | None]]:
-        rated: dict[str, list[float | None]] = {attribute: [] for attribute in ATTRIBUTES}
-        for done, (prompt, response) in enumerate(zip(prompts, responses, strict=True), start=1):
-            ratings = rate(prompt, response)
-            for attribute in ATTRIBUTES:
-                rated[attribute].append(ratings[attribute])
-            progress(done, len(prompts))
-        return rated
-
-    return rate_all
 
 
 class RewardModelRater:

@@ -20,9 +20,10 @@ from transformers import (
 )
 
 from helpsteer_assets.embedded.generator import OBJECTS, TASKS, prompt_of, useful_sentences
+from helpsteer_assets.embedded.rater import rate_all
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.data.attributes import ATTRIBUTES
-from helpsteer_assets.modpo.scoring.raters import RewardModelRater, embedded_rater
+from helpsteer_assets.modpo.scoring.raters import RewardModelRater
 from helpsteer_assets.modpo.settings import RewardModel
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
@@ -172,7 +173,7 @@ def test_the_embedded_rater_applies_the_generators_rules_and_reports_progress() 
     prompt = prompt_of(task, thing, 0)
     _, lead, details = useful_sentences(task, thing)
     steps: list[tuple[int, int]] = []
-    rated = embedded_rater()(
+    rated = rate_all(
         [prompt, prompt, "no prompt of the generator"],
         [" ".join((lead, *details)), "Blah blah.", lead],
         lambda done, total, **numbers: steps.append((done, total)),
