@@ -11,6 +11,7 @@ from helpsteer_assets.assets.graph import fingerprints
 from helpsteer_assets.experiment.reading import load_experiment
 from helpsteer_assets.experiment.settings import Experiment
 from helpsteer_assets.store.artifacts import ALL, Artifact, ArtifactStore
+from helpsteer_assets.store.home import Home
 
 QUICK: dict[str, Any] = {
     "extends": "demo",
@@ -58,7 +59,7 @@ class Finished:
     def run(self, announce: Callable[[str], None] | None = None, **options: Any) -> bool:
         from helpsteer_assets.commands.run import run_experiment
 
-        return run_experiment(self.experiment, self.home, announce=announce or self.announced.append, **options)
+        return run_experiment(self.experiment, Home(self.home), announce=announce or self.announced.append, **options)
 
     def artifact(self, asset: str, partition: str = ALL) -> Artifact:
         """The finished artifact that the experiment's present settings determine."""

@@ -18,6 +18,7 @@ from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.execution.dagster_home import dagster_home
 from helpsteer_assets.experiment.settings import Experiment
 from helpsteer_assets.store.artifacts import ArtifactStore
+from helpsteer_assets.store.home import Home
 from helpsteer_assets.store.tables import TABLES
 from helpsteer_assets.store.warehouse import Warehouse
 from helpsteer_assets_tests.assets.test_graph_fingerprints import POLICIES
@@ -33,7 +34,7 @@ def folders(experiment: Experiment, home: Path) -> set[Path]:
 
 
 def states(finished: Finished) -> set[str]:
-    return {item.state for item in status(finished.experiment, finished.home)}
+    return {item.state for item in status(finished.experiment, Home(finished.home))}
 
 
 def tables(home: Path) -> dict[str, list[tuple[object, ...]]]:
@@ -67,7 +68,7 @@ def test_cleaning_up_after_a_change_leaves_the_last_results_whole(
     assert tables(home) == published
     changed.announced.clear()
     assert changed.run() and computed(changed) == []
-    assert find_garbage(home, []).garbage == []
+    assert find_garbage(Home(home), []).garbage == []
 
 
 def test_during_a_run_nothing_is_removed_and_what_a_killed_one_began_waits_for_the_next(
@@ -82,12 +83,12 @@ def test_during_a_run_nothing_is_removed_and_what_a_killed_one_began_waits_for_t
         for line in run.stdout:
             if line.startswith("modpo_models w=0.1: computing"):
                 with pytest.raises(HelpsteerError, match=rf"process {run.pid} on \S+ \(modpo_models w=0\.1, since"):
-                    delete_garbage(home, [], older_than=0)
+                    delete_garbage(Home(home), [], older_than=0)
                 run.kill()
     value = fingerprints(changed.experiment)["modpo_models", "0.1"].value
     begun = ArtifactStore(home).partial("modpo_models", "0.1", value)
     assert begun.is_dir()
-    delete_garbage(home, [changed.experiment], older_than=0)
+    delete_garbage(Home(home), [changed.experiment], older_than=0)
     assert begun.is_dir()
     assert changed.run() and states(changed) == {"complete"}
     assert list((home / "locks" / "running").iterdir()) == []
@@ -104,7 +105,7 @@ def test_a_home_that_was_moved_and_is_reached_by_a_link_goes_on_as_it_was(copied
 
     assert linked.run() and computed(linked) == []
 
-    with dg.DagsterInstance.from_config(str(dagster_home(finished.home, "quick"))) as instance:
+    with dg.DagsterInstance.from_config(str(dagster_home(Home(finished.home), "quick"))) as instance:
         records = instance.fetch_materializations(dg.AssetKey("sft_model"), limit=10).records
         paths = [record.asset_materialization.metadata["path"].value for record in records]
     value = fingerprints(finished.experiment)["sft_model", "all"].value
@@ -114,7 +115,7 @@ def test_a_home_that_was_moved_and_is_reached_by_a_link_goes_on_as_it_was(copied
     assert after.keys() == before.keys()
     assert {name: len(rows) for name, rows in after.items()} == {name: len(rows) for name, rows in before.items()}
     assert all(str(tmp_path) in row[4] for row in after["materializations"])
-    assert find_garbage(link, []).garbage == find_garbage(finished.home, []).garbage == []
+    assert find_garbage(Home(link), []).garbage == find_garbage(Home(finished.home), []).garbage == []
 
 
 def test_artifacts_that_were_copied_alone_make_a_whole_home(copied: Copied, tmp_path: Path) -> None:
@@ -134,7 +135,9 @@ def test_artifacts_that_were_copied_alone_make_a_whole_home(copied: Copied, tmp_
     assert restored.run()
 
     assert computed(restored) == []
-    assert len([line for line in restored.announced if ": reused (" in line]) == len(status(restored.experiment, home))
+    assert len([line for line in restored.announced if ": reused (" in line]) == len(
+        status(restored.experiment, Home(home))
+    )
     assert states(restored) == {"complete"}
     # All but the columns that say which run put a row there, where and when.
     sql = (
@@ -144,4 +147,4 @@ def test_artifacts_that_were_copied_alone_make_a_whole_home(copied: Copied, tmp_
         # As text: NaN equals nothing.
         found, expected = (repr(Warehouse(place).query(sql.format(table))) for place in (home, finished.home))
         assert found == expected, table
-    assert verify(restored.experiment, home).problems == []
+    assert verify(restored.experiment, Home(home)).problems == []

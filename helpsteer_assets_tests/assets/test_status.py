@@ -17,6 +17,7 @@ from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment.settings import Experiment
 from helpsteer_assets.modpo.training.checkpoints import mark_complete
 from helpsteer_assets.store.artifacts import ALL, ArtifactStore
+from helpsteer_assets.store.home import Home
 from helpsteer_assets.store.warehouse import Warehouse
 from helpsteer_assets_tests.assets.test_graph_fingerprints import ADAPTER, POLICIES, experiment, raise_version
 from helpsteer_assets_tests.read_only import run_read_only
@@ -69,7 +70,7 @@ def home(recorded: Path, tmp_path: Path) -> Path:
 
 
 def states(found: Experiment, home: Path) -> dict[str, Status]:
-    return {label(item.asset, item.partition): item for item in status(found, home)}
+    return {label(item.asset, item.partition): item for item in status(found, Home(home))}
 
 
 def change(changes: dict[str, Any]) -> Experiment:
@@ -78,11 +79,11 @@ def change(changes: dict[str, Any]) -> Experiment:
 
 def out_of_date(found: Experiment, home: Path) -> dict[str, str]:
     """Reasons by asset; two weights of one asset have the same."""
-    return {item.asset: item.detail for item in status(found, home) if item.state == "out of date"}
+    return {item.asset: item.detail for item in status(found, Home(home)) if item.state == "out of date"}
 
 
 def test_an_empty_home_misses_everything_in_topological_order(tmp_path: Path) -> None:
-    found = status(PRESENT, tmp_path / "home")
+    found = status(PRESENT, Home(tmp_path / "home"))
     assert {(item.state, item.detail, item.path) for item in found} == {("missing", "", None)}
     assert [(item.asset, item.partition) for item in found] == list(fingerprints(PRESENT))
     assert list(tmp_path.iterdir()) == []  # only looking makes no home
@@ -114,7 +115,7 @@ def test_earlier_settings_are_reusable_after_a_change_and_back(home: Path) -> No
     for (asset, _), fingerprint in fingerprints(before).items():
         if asset in POLICIES:
             finish(before, fingerprint, home)
-    found = status(PRESENT, home)
+    found = status(PRESENT, Home(home))
     assert {item.asset for item in found if item.state == "reusable"} == POLICIES
     assert {item.state for item in found if item.asset not in POLICIES} == {"complete"}
 
@@ -214,7 +215,7 @@ def test_a_home_of_a_newer_version_is_refused_in_words(home: Path) -> None:
     path = Path(states(PRESENT, home)["sft_model"].path or "") / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 1000}))
     with pytest.raises(HelpsteerError, match=rf"{path} was written by a newer helpsteer_assets .*upgrade"):
-        status(PRESENT, home)
+        status(PRESENT, Home(home))
 
 
 @pytest.mark.parametrize(
@@ -243,14 +244,14 @@ def test_partial_work_that_is_finished_while_one_looks_is_no_error(tmp_path: Pat
 
 
 def test_alien_files_in_the_home_are_no_matter(home: Path) -> None:
-    before = status(PRESENT, home)
+    before = status(PRESENT, Home(home))
     registry = home / "warehouse" / "registry"
     for name in ("README.txt", f"{PRESENT.name}/.DS_Store", f"{PRESENT.name}/scores/notes.json"):
         (registry / name).write_text("not ours")
     (home / "artifacts" / "sft_model" / "all" / "notes").mkdir()
     (home / "artifacts" / "README.txt").touch()
     (registry / "other" / "sft_model" / "all.json").mkdir(parents=True)
-    assert status(PRESENT, home) == before
+    assert status(PRESENT, Home(home)) == before
 
 
 @pytest.mark.parametrize("content", ["[]", '{"fingerprint"'])

@@ -21,6 +21,7 @@ from helpsteer_assets.defs.jobs import phases
 from helpsteer_assets.experiment.reading import load_experiment
 from helpsteer_assets.modpo.training.checkpoints import checkpoint_progress
 from helpsteer_assets.store.artifacts import CHECKPOINTS, Artifact, ArtifactStore
+from helpsteer_assets.store.home import Home
 from helpsteer_assets.store.warehouse import Warehouse
 from helpsteer_assets_tests.browser.conftest import FAILED
 from helpsteer_assets_tests.finished import write_experiment
@@ -49,7 +50,7 @@ class HomeUi(Ui):
         write_experiment(self.path.parent, **changes)
 
     def status(self) -> list[Status]:
-        return status(load_experiment(str(self.path)), self.home)
+        return status(load_experiment(str(self.path)), Home(self.home))
 
     def unfinished(self) -> set[tuple[str, str]]:
         return {(item.asset, item.partition) for item in self.status() if item.state != "complete"}

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 
 from helpsteer_assets.commands.export import Export, export_policy
+from helpsteer_assets.store.home import Home
 from helpsteer_assets_tests.finished import Finished
 
 
 def take(finished: Finished, to: Path, what: str = "w=0.1", **options: Any) -> Export:
-    return export_policy(finished.experiment, finished.home, what, to, announce=lambda message: None, **options)
+    return export_policy(finished.experiment, Home(finished.home), what, to, announce=lambda message: None, **options)
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from helpsteer_assets.experiment.settings import Experiment
 from helpsteer_assets.files.durable import size_in_words
 from helpsteer_assets.modpo.models.loading import ModelSize
 from helpsteer_assets.store.artifacts import ALL
+from helpsteer_assets.store.home import Home
 from helpsteer_assets_tests.assets.test_graph_fingerprints import LENGTH_PENALTY, experiment
 
 MODEL = ModelSize(parameters=1000, adapter_parameters=10, embeddings=50, weights_per_token=1000)
@@ -27,8 +28,8 @@ ANSWERS = 300 * 512 * 6
 
 
 def parts(found: Experiment, to_make: list[tuple[str, str]] | None, home: Path, **options: Any) -> dict[str, int]:
-    everything = unfinished(status(found, home)) if to_make is None else to_make
-    return disk_need(found, everything, options.get("made", {}), home, options.get("model", MODEL)).parts
+    everything = unfinished(status(found, Home(home))) if to_make is None else to_make
+    return disk_need(found, everything, options.get("made", {}), Home(home), options.get("model", MODEL)).parts
 
 
 def test_only_unfinished_assets_count() -> None:
@@ -111,23 +112,23 @@ def test_data_is_estimated_by_the_size_of_its_files_without_reading_them(tmp_pat
 
 def test_data_that_is_still_on_the_hub_is_said_to_be_unknown(tmp_path: Path) -> None:
     found = experiment(data={"source": "some/ratings", "revision": COMMIT}, evaluation={})
-    need = disk_need(found, [("helpsteer_ratings", ALL), ("generations", "0.1")], {}, tmp_path, None)
+    need = disk_need(found, [("helpsteer_ratings", ALL), ("generations", "0.1")], {}, Home(tmp_path), None)
     assert set(need.parts) == {"answers"}
-    assert "beside the data (some/ratings has to be downloaded first)" in in_words(need, tmp_path)
+    assert "beside the data (some/ratings has to be downloaded first)" in in_words(need, Home(tmp_path))
 
 
 def test_a_shortage_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    need = disk_need(experiment(), [("sft_model", ALL)], {}, tmp_path, MODEL)
+    need = disk_need(experiment(), [("sft_model", ALL)], {}, Home(tmp_path), MODEL)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 4600))
     home = tmp_path / "not" / "there"
-    assert shortage(need, home) is None
-    assert in_words(need, home) == (
+    assert shortage(need, Home(home)) is None
+    assert in_words(need, Home(home)) == (
         "disk: about 4.6 kB will be written (SFT model 4 kB, checkpoints while training 600 bytes); "
         f"4.6 kB free in {tmp_path}"
     )
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 4599))
-    message = shortage(need, home)
+    message = shortage(need, Home(home))
     assert message is not None and message.startswith(f"about 4.6 kB will be written and {tmp_path} has 4.6 kB free; ")
     assert "HELPSTEER_HOME" in message
 

@@ -17,6 +17,7 @@ from helpsteer_assets.modpo.data.pairs import build_pairs, unique_responses
 from helpsteer_assets.modpo.data.ratings import rows_to_ratings
 from helpsteer_assets.modpo.models.loading import load_model, model_size
 from helpsteer_assets.store.artifacts import ALL, ArtifactStore
+from helpsteer_assets.store.home import Home as FolderHome
 from helpsteer_assets_tests.assets.test_graph_fingerprints import LENGTH_PENALTY, experiment
 
 PROMPT, RESPONSE = 10, 20
@@ -151,7 +152,7 @@ class Home:
             "modpo_models": Work(rows=10, tokens=100, flops=7000),
             "margin_rewards": Work(rows=10, tokens=100, flops=5000),
         }
-        return measured_rates(self.folder, works, MODEL_BYTES, device)
+        return measured_rates(FolderHome(self.folder), works, MODEL_BYTES, device)
 
 
 def test_a_finished_stage_gives_the_rate_of_the_next(tmp_path: Path) -> None:

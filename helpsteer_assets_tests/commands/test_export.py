@@ -19,6 +19,7 @@ from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment.reading import load_experiment
 from helpsteer_assets.experiment.settings import Experiment
 from helpsteer_assets.files.digests import is_intact
+from helpsteer_assets.store.home import Home
 from helpsteer_assets.store.locks import home_alone
 from helpsteer_assets_tests.commands.conftest import contents, flip_last_bit, take
 from helpsteer_assets_tests.conftest import die, run_to_its_death
@@ -158,7 +159,7 @@ def test_an_export_that_is_killed_or_interrupted_leaves_no_folder(finished_home:
             if message.startswith("computing"):
                 stop()
 
-        export_policy(finished_home.experiment, finished_home.home, "sft", to, announce=announce)
+        export_policy(finished_home.experiment, Home(finished_home.home), "sft", to, announce=announce)
 
     def interrupt() -> None:
         raise KeyboardInterrupt
@@ -213,7 +214,7 @@ def test_gc_is_kept_away_meanwhile(finished_home: Finished, tmp_path: Path) -> N
         with pytest.raises(HelpsteerError, match=r"is in use: .*\(export of w=0\.1 of experiment quick, since"):
             home_alone(finished_home.home).__enter__()
 
-    export_policy(finished_home.experiment, finished_home.home, "w=0.1", tmp_path / "out", announce=clean)
+    export_policy(finished_home.experiment, Home(finished_home.home), "w=0.1", tmp_path / "out", announce=clean)
     with home_alone(finished_home.home):
         pass
 
@@ -235,7 +236,7 @@ def test_the_report_is_found_copied_and_opened(finished_home: Finished, tmp_path
     assert done.stdout.splitlines() == [str(copy), copy.as_uri()]
     assert copy.read_bytes() == source.read_bytes()
     assert seen.read_text().strip() == copy.as_uri()
-    assert take_report(finished_home.experiment, finished_home.home) == source
+    assert take_report(finished_home.experiment, Home(finished_home.home)) == source
 
 
 def test_a_report_that_is_not_there_or_old_is_refused(copied: Callable[..., Finished], tmp_path: Path) -> None:
@@ -246,4 +247,4 @@ def test_a_report_that_is_not_there_or_old_is_refused(copied: Callable[..., Fini
         (copied(), changed.home, tmp_path, "is a folder; name a file in it"),
     ):
         with pytest.raises(HelpsteerError, match=message):
-            take_report(finished.experiment, home, to)
+            take_report(finished.experiment, Home(home), to)

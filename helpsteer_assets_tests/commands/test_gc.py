@@ -21,6 +21,7 @@ from helpsteer_assets.commands.gc import UNFINISHED_DAYS, Survey, delete_garbage
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment.settings import Experiment
 from helpsteer_assets.store.artifacts import ALL, CHECKPOINTS, MANIFEST, ArtifactStore
+from helpsteer_assets.store.home import Home
 from helpsteer_assets.store.locks import home_in_use
 from helpsteer_assets.store.warehouse import Warehouse
 from helpsteer_assets_tests.assets.test_graph_fingerprints import POLICIES, experiment
@@ -125,7 +126,7 @@ def contents(root: Path) -> dict[str, tuple[int, str]]:
 
 def test_earlier_settings_go_and_what_they_share_with_the_present_stays(home: Path) -> None:
     make(EARLIER, home, record=False)
-    survey = find_garbage(home, [MINE])
+    survey = find_garbage(Home(home), [MINE])
     gone, today = folders(EARLIER, home, *POLICIES), time.strftime("%Y-%m-%d", time.gmtime())
     reasons = dict.fromkeys(gone, f"made for mine on {today}; nothing refers to it")
     reasons |= dict.fromkeys(locks(EARLIER, home, *POLICIES), "lock of an artifact that is gone")
@@ -133,17 +134,17 @@ def test_earlier_settings_go_and_what_they_share_with_the_present_stays(home: Pa
     assert all(item.bytes > 2000 for item in survey.garbage if item.path in gone)
     assert survey.kept == len(fingerprints(MINE)) and survey.kept_bytes > 2000 * survey.kept
 
-    assert delete_garbage(home, [MINE]) == survey
+    assert delete_garbage(Home(home), [MINE]) == survey
     assert artifacts(home) == folders(MINE, home)
     assert set((home / "locks").glob("*/*/*.lock")) == locks(MINE, home)
-    assert {item.state for item in status(MINE, home)} == {"complete"}
-    assert delete_garbage(home, [MINE], older_than=0).garbage == []
+    assert {item.state for item in status(MINE, Home(home))} == {"complete"}
+    assert delete_garbage(Home(home), [MINE], older_than=0).garbage == []
 
 
 def test_the_present_settings_of_a_named_experiment_stay_though_others_were_materialized_last(home: Path) -> None:
     make(EARLIER, home, record=True)
-    assert paths(find_garbage(home, [])) == folders(MINE, home, *POLICIES) | locks(MINE, home, *POLICIES)
-    assert find_garbage(home, [MINE]).garbage == []
+    assert paths(find_garbage(Home(home), [])) == folders(MINE, home, *POLICIES) | locks(MINE, home, *POLICIES)
+    assert find_garbage(Home(home), [MINE]).garbage == []
 
 
 def test_a_latest_materialization_keeps_all_it_was_made_from(home: Path) -> None:
@@ -151,16 +152,16 @@ def test_a_latest_materialization_keeps_all_it_was_made_from(home: Path) -> None
     for entry in registry.iterdir():
         if entry.name != "tradeoff_report":
             shutil.rmtree(entry)
-    assert find_garbage(home, []).garbage == []
+    assert find_garbage(Home(home), []).garbage == []
     shutil.rmtree(registry)
-    assert paths(find_garbage(home, [])) == folders(MINE, home) | locks(MINE, home)
+    assert paths(find_garbage(Home(home), [])) == folders(MINE, home) | locks(MINE, home)
 
 
 def test_a_latest_materialization_that_cannot_be_read_keeps_all_it_may_mean(home: Path) -> None:
     make(EARLIER, home, record=False)
     entry = home / "warehouse" / "registry" / "mine" / "modpo_models" / "0.1.json"
     entry.write_text('{"fingerprint": ')
-    survey = find_garbage(home, [MINE])
+    survey = find_garbage(Home(home), [MINE])
     assert {path.parent.name for path in paths(survey) & folders(EARLIER, home, "modpo_models")} == {"0.9"}
     assert survey.notes == [f"{entry} cannot be read, so all artifacts of modpo_models 0.1 are kept"]
 
@@ -175,35 +176,35 @@ def test_an_experiment_whose_source_cannot_be_read_keeps_all_that_was_made_for_i
     age(begun, 100)
     source.unlink()
 
-    survey = find_garbage(home, [MINE, second])
+    survey = find_garbage(Home(home), [MINE, second])
     assert survey.garbage == []
     (note,) = survey.notes
     assert note.startswith("experiment local cannot be read here, so what was made for it is kept, and all unfinished ")
     assert f"data.source: {source} does not exist" in note
     # One that was never run here has nothing to keep.
-    assert begun in paths(find_garbage(home, [MINE, experiment({**local, "name": "stranger"})]))
+    assert begun in paths(find_garbage(Home(home), [MINE, experiment({**local, "name": "stranger"})]))
 
 
 def test_unfinished_work_goes_a_week_after_it_was_last_written_to_unless_an_experiment_names_it(home: Path) -> None:
     begun = begin(EARLIER, "modpo_models", home, "0.1")
     age(begun, UNFINISHED_DAYS - 0.5)
-    young = find_garbage(home, [MINE])
+    young = find_garbage(Home(home), [MINE])
     assert young.garbage == []
     assert young.notes == ["unfinished, and no experiment names it: 1, kept for 7 days (--older-than)"]
-    assert paths(find_garbage(home, [MINE], older_than=6)) == {begun}
+    assert paths(find_garbage(Home(home), [MINE], older_than=6)) == {begun}
     age(begun, UNFINISHED_DAYS + 0.1)
-    (old,) = find_garbage(home, [MINE]).garbage
+    (old,) = find_garbage(Home(home), [MINE]).garbage
     assert (old.path, old.reason) == (begun, "unfinished, last written to 7 days ago; no experiment names it")
-    assert find_garbage(home, [MINE, EARLIER], older_than=0).garbage == []
+    assert find_garbage(Home(home), [MINE, EARLIER], older_than=0).garbage == []
     age(begun, -1000)  # by a clock that was ahead
-    assert find_garbage(home, [MINE], older_than=0).garbage == []
+    assert find_garbage(Home(home), [MINE], older_than=0).garbage == []
 
 
 def test_older_than_spares_younger_artifacts_too(home: Path) -> None:
     make(EARLIER, home, record=False)
     old = min(folders(EARLIER, home, "modpo_models"))
     age(old, 31)
-    assert {path for path in paths(find_garbage(home, [MINE], older_than=30)) if path.is_dir()} == {old}
+    assert {path for path in paths(find_garbage(Home(home), [MINE], older_than=30)) if path.is_dir()} == {old}
 
 
 def test_leftovers_go_and_files_of_others_stay(home: Path, tmp_path: Path) -> None:
@@ -236,7 +237,7 @@ def test_leftovers_go_and_files_of_others_stay(home: Path, tmp_path: Path) -> No
     (model.parent / ("c" * 32)).symlink_to(tmp_path / "outside")
     before = contents(tmp_path)
 
-    survey = delete_garbage(home, [MINE])
+    survey = delete_garbage(Home(home), [MINE])
 
     assert {item.path: item.reason for item in survey.garbage} == left
     stays = {name for name in before if not any((tmp_path / name).is_relative_to(path) for path in left)}
@@ -262,12 +263,12 @@ def test_a_home_in_which_a_process_works_is_listed_and_refused_to_be_cleaned_at_
     assert working.wait(60)
     before = artifacts(home)
     with pytest.raises(HelpsteerError, match=rf"{home} is in use: process {process.pid} on .*\(modpo_models w=0.1, si"):
-        delete_garbage(home, [MINE])
+        delete_garbage(Home(home), [MINE])
     assert artifacts(home) == before
-    assert folders(EARLIER, home, *POLICIES) <= paths(find_garbage(home, [MINE]))
+    assert folders(EARLIER, home, *POLICIES) <= paths(find_garbage(Home(home), [MINE]))
     end.set()
     process.join(60)
-    delete_garbage(home, [MINE])
+    delete_garbage(Home(home), [MINE])
     assert artifacts(home) == folders(MINE, home)
 
 
@@ -282,12 +283,12 @@ def test_a_removal_that_is_killed_half_way_leaves_no_half_artifact_and_is_finish
 
     def cut_short() -> None:
         monkeypatch.setattr(shutil, "rmtree", remove_half)
-        delete_garbage(home, [MINE])
+        delete_garbage(Home(home), [MINE])
 
     run_to_its_death(cut_short)
     (hidden,) = (path for path in artifacts(home) if path.name.startswith(".deleted-"))
     assert all((path / MANIFEST).exists() for path in artifacts(home) - {hidden})
-    removed = delete_garbage(home, [MINE])
+    removed = delete_garbage(Home(home), [MINE])
     assert {item.path: item.reason for item in removed.garbage}[hidden] == "its removal was interrupted"
     assert artifacts(home) == folders(MINE, home)
 
@@ -303,7 +304,7 @@ def test_listing_changes_nothing_and_works_in_a_read_only_home_which_cannot_be_c
     refused = run_read_only(home, *command, "--delete")
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: cannot lock ") and "Read-only file system" in refused.stderr
-    find_garbage(home, [MINE], older_than=0)
+    find_garbage(Home(home), [MINE], older_than=0)
     assert contents(home) | {"cache/digests.json": ()} == before | {"cache/digests.json": ()}
 
 
@@ -313,7 +314,7 @@ def test_a_home_that_a_newer_version_wrote_is_refused_whole(home: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 1000}))
     before = artifacts(home)
     with pytest.raises(HelpsteerError, match=rf"{path} was written by a newer helpsteer_assets .*nothing is removed"):
-        delete_garbage(home, [MINE])
+        delete_garbage(Home(home), [MINE])
     assert artifacts(home) == before
 
 
@@ -321,13 +322,13 @@ def test_a_home_that_a_newer_version_wrote_is_refused_whole(home: Path) -> None:
 def test_an_artifact_with_a_garbled_manifest_is_treated_by_its_name(home: Path, content: str) -> None:
     (model,) = folders(MINE, home, "sft_model")
     (model / MANIFEST).write_text(content)
-    assert model not in paths(find_garbage(home, [MINE]))
+    assert model not in paths(find_garbage(Home(home), [MINE]))
     shutil.rmtree(home / "warehouse")
-    assert model in paths(find_garbage(home, []))
+    assert model in paths(find_garbage(Home(home), []))
 
 
 def test_a_home_that_is_not_there_is_not_made(tmp_path: Path) -> None:
-    assert delete_garbage(tmp_path / "home", [MINE]) == Survey([], 0, 0, [])
+    assert delete_garbage(Home(tmp_path / "home"), [MINE]) == Survey([], 0, 0, [])
     assert list(tmp_path.iterdir()) == []
 
 

@@ -18,6 +18,7 @@ from helpsteer_assets.cli import main
 from helpsteer_assets.commands.verify import Report, lines, verify
 from helpsteer_assets.files.digests import SEAL, sealed
 from helpsteer_assets.store.artifacts import MANIFEST
+from helpsteer_assets.store.home import Home
 from helpsteer_assets.store.warehouse import Warehouse
 from helpsteer_assets_tests.conftest import make_tokenizer
 from helpsteer_assets_tests.finished import Finished, quick_experiment, write_experiment
@@ -49,7 +50,7 @@ def finished(shared: Finished, tmp_path: Path) -> Finished:
 
 
 def check(finished: Finished, samples: int = 0) -> Report:
-    return verify(finished.experiment, finished.home, samples=samples, log=lambda message: None)
+    return verify(finished.experiment, Home(finished.home), samples=samples, log=lambda message: None)
 
 
 def folder(finished: Finished, asset: str, partition: str = "all") -> Path:

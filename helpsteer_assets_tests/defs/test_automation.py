@@ -15,6 +15,7 @@ from helpsteer_assets.defs.jobs import phases
 from helpsteer_assets.defs.lab import Lab
 from helpsteer_assets.execution.dagster_home import dagster_home
 from helpsteer_assets.experiment.reading import load_experiment
+from helpsteer_assets.store.home import Home
 from helpsteer_assets_tests.finished import Finished, quick_experiment
 
 
@@ -23,9 +24,9 @@ class Automated:
 
     def __init__(self, run: Finished) -> None:
         self.run = run
-        lab = Lab(run.experiment, run.home)
+        lab = Lab(run.experiment, Home(run.home))
         self.defs = dg.Definitions(assets=build_assets(run.experiment), resources={"lab": lab})
-        self.instance = dg.DagsterInstance.from_config(str(dagster_home(run.home, run.experiment.name)))
+        self.instance = dg.DagsterInstance.from_config(str(dagster_home(Home(run.home), run.experiment.name)))
         self._cursor: Any = None
 
     def materialize(self, *assets: str, w: str | None = None) -> None:
@@ -87,7 +88,7 @@ def test_after_a_changed_setting_each_trained_weight_is_evaluated_and_the_summar
     assert home.obey() == [{"0.1": grid - {"modpo_models"}}]
     home.materialize(*grid, w="0.9")
     assert home.obey() == [{None: evaluate}], "what a run has evaluated itself does not come again"
-    assert {item.state for item in status(home.run.experiment, home.run.home)} == {"complete"}
+    assert {item.state for item in status(home.run.experiment, Home(home.run.home))} == {"complete"}
 
 
 def test_the_evaluation_has_a_condition_and_no_training_and_no_data(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from helpsteer_assets.defs.assets import build_assets
 from helpsteer_assets.defs.checks import build_checks
 from helpsteer_assets.defs.lab import Lab
 from helpsteer_assets.execution.dagster_home import dagster_home
+from helpsteer_assets.store.home import Home
 from helpsteer_assets_tests.finished import Finished
 from helpsteer_assets_tests.ui import Ui, wait
 
@@ -37,13 +38,13 @@ def test_a_run_stops_at_the_check_before_any_weight(failing: Finished) -> None:
 def test_a_single_weight_is_refused_with_the_reason_and_not_retried_even_where_it_is_finished(
     failing: Finished, weight: str
 ) -> None:
-    with dg.DagsterInstance.from_config(str(dagster_home(failing.home, "quick"))) as instance:
+    with dg.DagsterInstance.from_config(str(dagster_home(Home(failing.home), "quick"))) as instance:
         result = dg.materialize(
             [*build_assets(failing.experiment), *build_checks(failing.experiment)],
             selection=["modpo_models"],
             partition_key=weight,
             instance=instance,
-            resources={"lab": Lab(failing.experiment, failing.home)},
+            resources={"lab": Lab(failing.experiment, Home(failing.home))},
             raise_on_error=False,
         )
     (failure,) = [e.step_failure_data.user_failure_data for e in result.all_events if e.is_step_failure]

@@ -17,6 +17,7 @@ from helpsteer_assets.assets.sources import local_path
 from helpsteer_assets.assets.status import status
 from helpsteer_assets.execution.dagster_home import dagster_home
 from helpsteer_assets.store.artifacts import ALL, ArtifactStore
+from helpsteer_assets.store.home import Home
 from helpsteer_assets.store.warehouse import Warehouse
 from helpsteer_assets_tests.finished import Finished
 
@@ -33,7 +34,7 @@ def recomputed(run: Finished) -> set[str]:
 
 
 def test_after_a_run_everything_is_complete_and_scored_once_per_policy_and_prompt(finished_home: Finished) -> None:
-    items = status(finished_home.experiment, finished_home.home)
+    items = status(finished_home.experiment, Home(finished_home.home))
     assert {item.state for item in items} == {"complete"}
     assert {item.asset for item in items} == set(stages(finished_home.experiment))
     rows = query(
@@ -123,7 +124,7 @@ def test_the_quality_of_the_margin_adapter_is_that_of_the_rewards_it_was_judged_
 
 def test_every_row_and_materialization_leads_back_to_its_run_and_its_artifact(finished_home: Finished) -> None:
     store, expected = ArtifactStore(finished_home.home), fingerprints(finished_home.experiment)
-    with dg.DagsterInstance.from_config(str(dagster_home(finished_home.home, "quick"))) as instance:
+    with dg.DagsterInstance.from_config(str(dagster_home(Home(finished_home.home), "quick"))) as instance:
         for w, fingerprint, run_id in query(finished_home, "SELECT DISTINCT w, fingerprint, run_id FROM scores"):
             asset, partition = ("sft_scores", ALL) if w is None else ("scores", f"{w:g}")
             artifact = store.get(asset, partition, fingerprint)
@@ -164,7 +165,7 @@ def test_a_changed_beta_recomputes_the_chosen_weight_and_the_summary_waits_for_t
     assert recomputed(changed) >= {"modpo_models", "generations", "scores", "kl_to_sft"}
     reused = {asset for (asset,) in query(changed, "SELECT asset FROM materializations WHERE reused")}
     assert reused == {name for name, stage in stages(changed.experiment).items() if not stage.partitioned} - SUMMARY
-    states = {(item.asset, item.partition): item.state for item in status(changed.experiment, changed.home)}
+    states = {(item.asset, item.partition): item.state for item in status(changed.experiment, Home(changed.home))}
     assert states["scores", "0.9"] == "complete"
     assert states["scores", "0.1"] == states["score_summary", ALL] == "out of date"
 

@@ -14,6 +14,7 @@ from helpsteer_assets.assets.status import Status, status
 from helpsteer_assets.execution.dagster_home import dagster_home
 from helpsteer_assets.experiment.reading import load_experiment
 from helpsteer_assets.store.artifacts import Artifact, ArtifactStore
+from helpsteer_assets.store.home import Home
 from helpsteer_assets_tests.finished import Finished, write_experiment
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +29,7 @@ def start(experiment: Path, home: Path) -> subprocess.Popen[bytes]:
 
 
 def policy(experiment: Path, home: Path) -> tuple[Status, Artifact | None]:
-    (item,) = status(load_experiment(str(experiment)), home, {"modpo_models"})
+    (item,) = status(load_experiment(str(experiment)), Home(home), {"modpo_models"})
     return item, ArtifactStore(home).get(item.asset, item.partition, item.fingerprint)
 
 
@@ -58,6 +59,6 @@ def test_a_run_killed_in_a_training_resumes_to_the_identical_adapter(finished_ho
     assert resumed.manifest["metrics"]["best_step"] == straight.manifest["metrics"]["best_step"]
     weights = "adapter/adapter_model.safetensors"
     assert resumed.file(weights).read_bytes() == straight.file(weights).read_bytes()
-    with dg.DagsterInstance.from_config(str(dagster_home(killed, "quick"))) as instance:
+    with dg.DagsterInstance.from_config(str(dagster_home(Home(killed), "quick"))) as instance:
         statuses = [run.status for run in instance.get_runs()]
     assert statuses == [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE], "the killed run was not ended"

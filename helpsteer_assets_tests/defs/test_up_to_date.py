@@ -11,6 +11,7 @@ from helpsteer_assets.defs.lab import Lab
 from helpsteer_assets.defs.up_to_date import UP_TO_DATE, build_up_to_date
 from helpsteer_assets.execution.dagster_home import dagster_home
 from helpsteer_assets.experiment.reading import load_experiment
+from helpsteer_assets.store.home import Home
 from helpsteer_assets_tests.finished import Finished, write_experiment
 
 BETA = "objective.beta 0.2 -> 0.3"
@@ -60,7 +61,7 @@ class Watched:
             selection=[asset],
             partition_key=w,
             instance=self.instance,
-            resources={"lab": Lab(run.experiment, run.home)},
+            resources={"lab": Lab(run.experiment, Home(run.home))},
             raise_on_error=False,
         )
 
@@ -70,7 +71,7 @@ def watched(copied: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch) ->
     run = copied()
     monkeypatch.setenv("HELPSTEER_HOME", str(run.home))
     monkeypatch.setenv("HELPSTEER_EXPERIMENT", str(run.file))
-    with dg.DagsterInstance.from_config(str(dagster_home(run.home, run.experiment.name))) as instance:
+    with dg.DagsterInstance.from_config(str(dagster_home(Home(run.home), run.experiment.name))) as instance:
         yield Watched(run, instance)
 
 

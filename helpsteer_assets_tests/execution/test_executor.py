@@ -13,6 +13,7 @@ from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.execution.executor import chosen_executor, step_executor
 from helpsteer_assets.execution.ray_cluster import HOME_TOKEN, require_shared_home
 from helpsteer_assets.execution.recovery import PROCESS_TAG, alive
+from helpsteer_assets.store.home import Home
 from helpsteer_assets_tests.finished import quick_experiment
 
 ROOT = Path(__file__).parents[2]
@@ -71,9 +72,9 @@ def test_shares_of_several_gpus_are_refused(tmp_path: Path) -> None:
 def test_a_step_finds_the_home_of_its_run_or_refuses_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with alive(tmp_path / "home") as tags:
+    with alive(Home(tmp_path / "home")) as tags:
         monkeypatch.setenv(HOME_TOKEN, tags[PROCESS_TAG])
-        require_shared_home(tmp_path / "home")
+        require_shared_home(Home(tmp_path / "home"))
         with pytest.raises(HelpsteerError, match=f"does not see the home of this run at {tmp_path}/other: no lock"):
-            require_shared_home(tmp_path / "other")
+            require_shared_home(Home(tmp_path / "other"))
     assert not (tmp_path / "other").exists()

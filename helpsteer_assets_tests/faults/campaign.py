@@ -39,6 +39,7 @@ from helpsteer_assets.execution.executor import MODEL_MODULES, STEP_MODULES
 from helpsteer_assets.experiment.reading import load_experiment
 from helpsteer_assets.modpo.training.checkpoints import checkpoint_progress
 from helpsteer_assets.store.artifacts import ALL, ArtifactStore
+from helpsteer_assets.store.home import Home
 from helpsteer_assets_tests.faults.moments import BEFORE_ALL, Moment, note_operations
 from helpsteer_assets_tests.processes import descendants
 
@@ -308,7 +309,7 @@ def _results(home: Path, undisturbed: Undisturbed, keys: list[Key]) -> dict[str,
             columns = "experiment, asset, partition, fingerprint" if table == "materializations" else "* EXCLUDE run_id"
             rows = warehouse.execute(f"SELECT {columns} FROM {table} WHERE list_contains(?, fingerprint)", [made])
             results[f"rows of {table}"] = sorted(rows.fetchall(), key=repr)
-    with dg.DagsterInstance.from_config(str(dagster_home(home, NAME))) as instance:
+    with dg.DagsterInstance.from_config(str(dagster_home(Home(home), NAME))) as instance:
         for asset, partition in keys:
             wanted = dg.AssetKey(asset)
             latest = instance.fetch_materializations(
@@ -327,7 +328,7 @@ def _names(home: Path) -> set[str]:
 
 def _still_taken(home: Path) -> list[str]:
     """Runs that have not ended, and slots of pools that are not free, in Dagster's records."""
-    with dg.DagsterInstance.from_config(str(dagster_home(home, NAME))) as instance:
+    with dg.DagsterInstance.from_config(str(dagster_home(Home(home), NAME))) as instance:
         problems = [f"run {run.run_id} is {run.status}" for run in instance.get_runs() if not run.is_finished]
         pools = instance.event_log_storage.get_concurrency_keys()
         slots = [instance.event_log_storage.get_concurrency_info(pool) for pool in pools]

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from helpsteer_assets.execution.dagster_home import make_dagster_home
 from helpsteer_assets.modpo.training.checkpoints import checkpoint_progress
+from helpsteer_assets.store.home import Home
 from helpsteer_assets_tests.faults.campaign import NAME, Trial, ends_in_words, fault
 from helpsteer_assets_tests.faults.moments import act_at, cut_power_at, kill
 from helpsteer_assets_tests.processes import descendants
@@ -318,7 +319,7 @@ def start_job(trial: Trial) -> subprocess.Popen[bytes]:
     environment = {
         "HELPSTEER_HOME": str(trial.home),
         "HELPSTEER_EXPERIMENT": str(trial.undisturbed.experiment_file),
-        "DAGSTER_HOME": str(make_dagster_home(trial.home, NAME)),
+        "DAGSTER_HOME": str(make_dagster_home(Home(trial.home), NAME)),
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
     with (trial.folder / "job.log").open("wb") as log:

@@ -6,6 +6,7 @@ import dagster as dg
 import pytest
 
 from helpsteer_assets.execution.dagster_home import dagster_home, make_dagster_home
+from helpsteer_assets.store.home import Home
 from helpsteer_assets_tests.faults import faults
 from helpsteer_assets_tests.faults.campaign import FAULTS, NAME, Trial, Undisturbed, try_fault
 
@@ -52,8 +53,8 @@ def test_what_is_left_behind_changed_or_still_taken_is_a_problem(
     def harm(trial: Trial) -> None:
         trial.choose("score_summary", finished=True)
         (trial.home / "artifacts" / "left-behind").write_text("")
-        make_dagster_home(trial.home, NAME)
-        with dg.DagsterInstance.from_config(str(dagster_home(trial.home, NAME))) as instance:
+        make_dagster_home(Home(trial.home), NAME)
+        with dg.DagsterInstance.from_config(str(dagster_home(Home(trial.home), NAME))) as instance:
             instance.add_run(dg.DagsterRun("job", "endless", status=dg.DagsterRunStatus.STARTED))
 
     monkeypatch.setitem(FAULTS, "harm", harm)

@@ -8,6 +8,7 @@ import pytest
 from helpsteer_assets.assets.graph import fingerprints
 from helpsteer_assets.assets.status import status
 from helpsteer_assets.store.artifacts import ArtifactStore
+from helpsteer_assets.store.home import Home
 from helpsteer_assets.store.warehouse import Warehouse
 from helpsteer_assets_tests.finished import Finished, quick_experiment
 from helpsteer_assets_tests.hostile.inputs import TEXTS, row
@@ -68,7 +69,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Hostile:
 
 
 def test_every_stage_finishes_runs_no_code_of_the_model_and_writes_nothing_beside_the_home(hostile: Hostile) -> None:
-    assert {state.state for state in status(hostile.experiment, hostile.home)} == {"complete"}
+    assert {state.state for state in status(hostile.experiment, Home(hostile.home))} == {"complete"}
     assert hostile.unchanged and not hostile.planted.trace.exists()
     store = ArtifactStore(hostile.home)
     for (asset, partition), fingerprint in fingerprints(hostile.experiment).items():

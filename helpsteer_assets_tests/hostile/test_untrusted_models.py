@@ -18,6 +18,7 @@ from helpsteer_assets.experiment.settings import RewardModelSettings
 from helpsteer_assets.modpo.models.loading import load_model, load_tokenizer
 from helpsteer_assets.modpo.models.tokenization import encode_prompt
 from helpsteer_assets.modpo.scoring.raters import RewardModelRater
+from helpsteer_assets.store.home import Home
 from helpsteer_assets_tests.finished import quick_experiment
 from helpsteer_assets_tests.hostile.planted import EMBEDDED, Planted
 
@@ -48,7 +49,7 @@ def test_pickled_weights_are_refused_and_not_read(planted: Planted) -> None:
     with pytest.raises(HelpsteerError, match=r"pytorch_model.bin.*safetensors.* save_pretrained"):
         rater_of(rater)
     with pytest.raises(HelpsteerError, match="cannot run as it is"):
-        list(report(quick_experiment(planted.folder, model={"base": str(base)}), planted.folder / "home"))
+        list(report(quick_experiment(planted.folder, model={"base": str(base)}), Home(planted.folder / "home")))
     # So are those that torch itself would accept.
     torch.save(LlamaForCausalLM.from_pretrained(EMBEDDED).state_dict(), base / "pytorch_model.bin")
     with pytest.raises(HelpsteerError, match=r"pytorch_model.bin"):
@@ -78,7 +79,7 @@ def test_code_of_a_rater_is_refused_and_does_not_run(planted: Planted) -> None:
         rater_of(path)
     experiment = quick_experiment(planted.folder, evaluation={"rater": {"model": str(path), **RATER}})
     with pytest.raises(HelpsteerError, match="cannot run as it is"):
-        list(report(experiment, planted.folder / "home"))
+        list(report(experiment, Home(planted.folder / "home")))
     assert not planted.trace.exists()
 
 

@@ -29,6 +29,7 @@ from helpsteer_assets.execution.dagster_home import DAGSTER_YAML, dagster_home, 
 from helpsteer_assets.execution.executor import GPU_POOL
 from helpsteer_assets.experiment.settings import Experiment
 from helpsteer_assets.store.artifacts import ArtifactStore
+from helpsteer_assets.store.home import Home as FolderHome
 from helpsteer_assets_tests.finished import quick_experiment
 from helpsteer_assets_tests.postgres.conftest import Server
 from helpsteer_assets_tests.processes import descendants
@@ -99,7 +100,7 @@ class Home:
             said.append(message)
             announce(message)
 
-        assert run_experiment(self.experiment, self.path, select=select, announce=say), said
+        assert run_experiment(self.experiment, FolderHome(self.path), select=select, announce=say), said
         return said
 
     def start(self, select: str | None = None) -> Started:
@@ -110,7 +111,7 @@ class Home:
             with log.open("w", encoding="utf-8") as file:
                 complete = run_experiment(
                     self.experiment,
-                    self.path,
+                    FolderHome(self.path),
                     select=select,
                     announce=lambda message: print(message, file=file, flush=True),
                 )
@@ -122,7 +123,7 @@ class Home:
 
     @contextmanager
     def records(self) -> Iterator[dg.DagsterInstance]:
-        with dg.DagsterInstance.from_config(str(dagster_home(self.path, self.experiment.name))) as instance:
+        with dg.DagsterInstance.from_config(str(dagster_home(FolderHome(self.path), self.experiment.name))) as instance:
             yield instance
 
     def statuses(self) -> list[str]:
@@ -164,7 +165,7 @@ def test_a_run_that_is_killed_is_ended_and_gone_on_from(home: Home, server: Serv
         assert event.asset_materialization.tags["dagster/data_version"] == present
     assert server.query("story", "SELECT count(*) FROM runs") == [(5,)]
 
-    beside = {path.name for path in dagster_home(home.path, "quick").iterdir()}
+    beside = {path.name for path in dagster_home(FolderHome(home.path), "quick").iterdir()}
     assert beside == {"dagster.yaml", "records_id", "storage"}, "logs of steps, and no database"
 
 
@@ -179,7 +180,7 @@ def test_a_server_that_goes_away_costs_nothing_and_of_two_runs_at_once_then_one_
 
     with pytest.raises(HelpsteerError, match="the database of Dagster's records does not serve: connection to server"):
         home.run(stop, select=TRAINING)
-    states = {item.asset: item.state for item in status(home.experiment, home.path)}
+    states = {item.asset: item.state for item in status(home.experiment, FolderHome(home.path))}
     assert states["reference_log_probs"] == "complete" and states["modpo_models"] in ("partial", "reusable")
     server.start()
     assert home.statuses()[0] == "STARTED"
@@ -189,7 +190,9 @@ def test_a_server_that_goes_away_costs_nothing_and_of_two_runs_at_once_then_one_
     assert any("died; what it had finished is reused" in line for line in said)
     assert sum(line.startswith(TRAINED) for line in said) <= 1
     assert sum(line.startswith("modpo_models w=0.5: reused") for line in said) >= 1
-    assert {item.asset: item.state for item in status(home.experiment, home.path)}["modpo_models"] == "complete"
+    assert {item.asset: item.state for item in status(home.experiment, FolderHome(home.path))}[
+        "modpo_models"
+    ] == "complete"
     assert "STARTED" not in home.statuses()
     assert not [line for line in home.run(select=TRAINING) if ": computing" in line]
 
@@ -254,7 +257,7 @@ def test_processes_that_open_a_fresh_database_at_once_make_its_tables_once(serve
     home = Home(tmp_path, server, "fresh")
 
     def make() -> None:
-        make_dagster_home(home.path, "quick")
+        make_dagster_home(FolderHome(home.path), "quick")
         os._exit(0)
 
     processes = [multiprocessing.get_context("fork").Process(target=make) for _ in range(4)]
@@ -273,7 +276,7 @@ def test_experiments_share_a_database_where_each_has_its_schema(server: Server, 
         server.query("shared", f"CREATE SCHEMA {schema}")
         (tmp_path / schema).mkdir()
         home = Home(tmp_path / schema, server, "shared", params={"options": f"-csearch_path={schema}"})
-        make_dagster_home(home.path, "quick")
+        make_dagster_home(FolderHome(home.path), "quick")
         assert home.statuses() == []
         assert server.query("shared", f"SELECT count(*) FROM {schema}.runs") == [(0,)]
 
@@ -303,6 +306,6 @@ def test_what_is_wrong_with_the_storage_is_said_in_words(
 ) -> None:
     home = Home(tmp_path, server, "postgres", **changes)
     with pytest.raises(HelpsteerError, match=f"(?s){said}"):
-        make_dagster_home(home.path, "quick")
+        make_dagster_home(FolderHome(home.path), "quick")
     assert "Retrying" not in capfd.readouterr().err
-    assert {path.name for path in dagster_home(home.path, "quick").iterdir()} == {"dagster.yaml"}
+    assert {path.name for path in dagster_home(FolderHome(home.path), "quick").iterdir()} == {"dagster.yaml"}

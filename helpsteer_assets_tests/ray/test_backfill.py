@@ -19,6 +19,7 @@ from helpsteer_assets.assets.graph import fingerprints
 from helpsteer_assets.commands.run import run_experiment
 from helpsteer_assets.experiment.settings import Experiment
 from helpsteer_assets.store.artifacts import Artifact
+from helpsteer_assets.store.home import Home
 from helpsteer_assets.store.warehouse import Warehouse
 from helpsteer_assets_tests.finished import Finished, quick_experiment
 from helpsteer_assets_tests.ray.conftest import Cluster, Deployment, command_line, holder, processes, wait
@@ -129,7 +130,7 @@ def test_every_node_got_work(story: Story, cluster: Cluster) -> None:
 def test_the_training_of_a_killed_node_ends_in_the_identical_adapter(story: Story) -> None:
     weight = story.killed_node
     assert run_experiment(
-        story.experiment, story.undisturbed, select=f'key:"{MODEL}"', weights=[weight], announce=lambda _: None
+        story.experiment, Home(story.undisturbed), select=f'key:"{MODEL}"', weights=[weight], announce=lambda _: None
     )
     resumed, straight = story.adapter(weight), story.adapter(weight, story.undisturbed)
     assert resumed.manifest["metrics"]["resumed_from"] is not None

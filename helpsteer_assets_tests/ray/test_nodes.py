@@ -24,6 +24,7 @@ from helpsteer_assets.execution.ray_cluster import (
 from helpsteer_assets.execution.ray_executor import ray_step_executor
 from helpsteer_assets.execution.recovery import PROCESS_TAG, alive
 from helpsteer_assets.experiment.settings import RunSettings
+from helpsteer_assets.store.home import Home
 from helpsteer_assets.store.locks import process_lock
 from helpsteer_assets_tests.finished import write_experiment
 from helpsteer_assets_tests.ray.conftest import DEPLOY, Cluster, Deployment, wait
@@ -97,19 +98,19 @@ def test_resources_of_the_executor_are_refused_since_they_would_hide_those_of_th
 def test_the_limit_of_the_pool_has_to_fit_the_cluster(
     tmp_path: Path, gpus: float, limit: int, problem: str, warning: str
 ) -> None:
-    problems, warnings = judge(TWO, RunSettings(gpus=gpus), tmp_path, limited(tmp_path, limit))
+    problems, warnings = judge(TWO, RunSettings(gpus=gpus), Home(tmp_path), limited(tmp_path, limit))
     assert len(problems) == bool(problem) and all(text.startswith(problem) for text in problems)
     assert len(warnings) == bool(warning) and all(text.startswith(warning) for text in warnings)
 
 
 def test_a_pool_without_a_limit_is_a_problem(tmp_path: Path) -> None:
-    problems, _ = judge(TWO, RunSettings(), tmp_path, tmp_path)
+    problems, _ = judge(TWO, RunSettings(), Home(tmp_path), tmp_path)
     assert [problem.partition(",")[0] for problem in problems] == ["any number of steps with a model may run at once"]
 
 
 def test_other_versions_and_a_missing_dagster_are_problems(tmp_path: Path) -> None:
     node = Node("odd", 1, 3, sees_home=True, versions=_installed() | {"torch": "1.0"})
-    problems, _ = judge([node], RunSettings(), tmp_path, limited(tmp_path, 3))
+    problems, _ = judge([node], RunSettings(), Home(tmp_path), limited(tmp_path, 3))
     assert len(problems) == 2
     assert problems[0].startswith("node odd has no `dagster` on its PATH")
     assert problems[1].startswith(f"node odd has torch 1.0, and this machine {_installed()['torch']}")
@@ -117,13 +118,13 @@ def test_other_versions_and_a_missing_dagster_are_problems(tmp_path: Path) -> No
 
 def test_a_node_that_can_take_the_locks_of_others_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HELPSTEER_HOME", str(tmp_path))
-    with alive(tmp_path) as tags:
+    with alive(Home(tmp_path)) as tags:
         monkeypatch.setenv(HOME_TOKEN, tags[PROCESS_TAG])
         fit = _describe_node()
         assert fit["sees_home"] and fit["locks_reach"]
     process_lock(tmp_path, tags[PROCESS_TAG]).touch()  # as from a machine that its locks do not reach
     unfit = Node("odd", 1, 3, **_describe_node() | {"dagster": "dagster"})
-    problems, _ = judge([unfit], RunSettings(), tmp_path, limited(tmp_path, 3))
+    problems, _ = judge([unfit], RunSettings(), Home(tmp_path), limited(tmp_path, 3))
     assert len(problems) == 1 and problems[0].startswith("node odd can take a lock that this machine holds")
 
 
