@@ -184,8 +184,8 @@ def test_check_exits_by_whether_there_are_problems(
 ) -> None:
     import helpsteer_assets.commands.check
 
-    def report(experiment: Any, home: Path) -> Any:
-        yield f"{experiment.name} in {home.name}"
+    def report(experiment: Any, home: Any) -> Any:
+        yield f"{experiment.name} in {home.path.name}"
         if problem:
             raise HelpsteerError("1 problem")
 

@@ -14,7 +14,7 @@ from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.files.digests import content_digest
 from helpsteer_assets.modpo.data.tables import literal_path, query
 from helpsteer_assets.store.artifacts import ArtifactStore
-from helpsteer_assets.store.home import home_path
+from helpsteer_assets.store.home import Home
 from helpsteer_assets_tests.hostile.inputs import examples, read, row
 from helpsteer_assets_tests.hostile.test_readers import jsonl
 
@@ -108,7 +108,7 @@ def test_a_home_that_a_database_reads_as_another_or_that_is_a_url_is_refused(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HELPSTEER_HOME", name)
     with pytest.raises(HelpsteerError, match=r"set HELPSTEER_HOME to another folder|is a URL, and a home is a folder"):
-        home_path()
+        Home.from_environment()
 
 
 @pytest.mark.parametrize("linked", ["", "checkpoints"])
