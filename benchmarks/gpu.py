@@ -351,14 +351,19 @@ PARTS: dict[Callable[[Place], dict[str, Any]], float] = {
 """The parts, the most important first, and the seconds each of them may need."""
 
 
-def main(arguments: Items[str]) -> None:
-    """Run the parts one after another; raises HelpsteerError where there is no GPU or a part failed."""
+def parse(arguments: Items[str]) -> argparse.Namespace:
+    """The options of the command line behind `gpu`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description="The parts that matter on a GPU.")
     parser.add_argument("--budget", type=float, default=540, metavar="SECONDS", help="skip what would take longer")
     parser.add_argument("--part", action="append", choices=[part.__name__ for part in PARTS], help="may be repeated")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here, after each part")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal on the CPU, with a tiny model")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Items[str]) -> None:
+    """Run the parts one after another; raises HelpsteerError where there is no GPU or a part failed."""
+    options = parse(arguments)
     if not options.tiny and not torch.cuda.is_available():
         raise HelpsteerError("torch sees no CUDA device here; --tiny rehearses on a CPU")
     place = Place(torch.device("cpu" if options.tiny else "cuda"), options.tiny)

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
+from benchmarks import gpu
 from benchmarks.__main__ import _parse
 from helpsteer_assets.assets.sources import local_path
 from helpsteer_assets.embedded.generator import build_rows
@@ -108,7 +109,11 @@ def carry_out(folder: Path, line: str) -> None:
         assert done.returncode == 0, done.stderr
         return
     if " -m benchmarks " in line:
-        _parse(line.partition(" -m benchmarks ")[2].split())  # test_benchmarks.py runs them
+        arguments = line.partition(" -m benchmarks ")[2].partition(" #")[0].split()  # test_benchmarks.py runs them
+        if arguments[0] == "gpu":
+            gpu.parse(arguments[1:])
+        else:
+            _parse(arguments)
         return
     assert line.startswith(".venv/bin/helpsteer "), line
     done = shell(folder, line)

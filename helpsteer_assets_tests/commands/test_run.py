@@ -218,7 +218,8 @@ def interrupted(*_):
 
 Lab._make = interrupted
 running.cancel_runs = lambda *_: time.sleep(3)  # what a busy machine makes of it: the main thread goes on meanwhile
-running.run_experiment(load_experiment("demo"), Path(sys.argv[1]), select='key:"helpsteer_ratings"')
+say = lambda line: print(line, flush=True)
+running.run_experiment(load_experiment("demo"), Path(sys.argv[1]), select='key:"helpsteer_ratings"', announce=say)
 """
 
 
