@@ -207,8 +207,8 @@ def test_a_stage_that_is_tried_once_more_says_why(
 
 INTERRUPTED = """
 import os, signal, sys, time
-from pathlib import Path
 from helpsteer_assets.defs.lab import Lab
+from helpsteer_assets.store.home import Home
 from helpsteer_assets.commands import run as running
 from helpsteer_assets.experiment.reading import load_experiment
 
@@ -219,7 +219,7 @@ def interrupted(*_):
 Lab._make = interrupted
 running.cancel_runs = lambda *_: time.sleep(3)  # what a busy machine makes of it: the main thread goes on meanwhile
 say = lambda line: print(line, flush=True)
-running.run_experiment(load_experiment("demo"), Path(sys.argv[1]), select='key:"helpsteer_ratings"', announce=say)
+running.run_experiment(load_experiment("demo"), Home(sys.argv[1]), select='key:"helpsteer_ratings"', announce=say)
 """
 
 
