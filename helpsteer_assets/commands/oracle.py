@@ -35,7 +35,7 @@ from helpsteer_assets.modpo.models.tokenization import encode_prompt, encode_res
 from helpsteer_assets.modpo.progress import ProgressReporter
 from helpsteer_assets.modpo.scoring.raters import RewardModelRater
 from helpsteer_assets.modpo.settings import Compute, RewardModel
-from helpsteer_assets.store.artifacts import ALL, Artifact
+from helpsteer_assets.store.artifacts import ALL, Artifact, Artifacts
 
 if TYPE_CHECKING:
     import torch
@@ -57,10 +57,6 @@ _SHOWN = 3
 Row = dict[str, Any]
 Inputs = dict[str, Any]
 """What the asset was made from: an artifact by asset, or (under score_summary) artifacts by weight."""
-
-
-Whole = dict[tuple[str, str, str], Artifact]
-"""Artifacts that match their manifests, by asset, partition and fingerprint."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +85,7 @@ class _Near:
 def recompute(
     experiment: Experiment,
     present: dict[tuple[str, str], Fingerprint],
-    whole: "Whole",
+    whole: Artifacts,
     samples: int,
     seed: int,
     log: Callable[[str], None],
@@ -110,7 +106,7 @@ def recompute(
             progress(done, len(todo))
 
 
-def _compare(oracle: "_Oracle", fingerprint: Fingerprint, whole: "Whole", samples: int, seed: int) -> Recomputed:
+def _compare(oracle: "_Oracle", fingerprint: Fingerprint, whole: Artifacts, samples: int, seed: int) -> Recomputed:
     asset, partition = fingerprint.asset, fingerprint.partition
     file, key, computations = _RESULTS[asset]
     subject, inputs, lost = label(asset, partition), Inputs(), set()

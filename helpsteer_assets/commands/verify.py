@@ -14,13 +14,13 @@ from helpsteer_assets.assets.status import label
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment.settings import Experiment
 from helpsteer_assets.files.os_errors import readable_os_errors
-from helpsteer_assets.store.artifacts import FOLDER, MANIFEST, Artifact, ArtifactStore, environment, versions
+from helpsteer_assets.store.artifacts import FOLDER, MANIFEST, Artifact, Artifacts, ArtifactStore, environment, versions
 from helpsteer_assets.store.home import Home
 from helpsteer_assets.store.locks import home_in_use
 from helpsteer_assets.store.warehouse import Warehouse
 
 if TYPE_CHECKING:
-    from helpsteer_assets.commands.oracle import Recomputed, Whole
+    from helpsteer_assets.commands.oracle import Recomputed
 
 
 _RUN = "the next `helpsteer run`"
@@ -122,7 +122,7 @@ def _verify(
 
 def _verify_artifacts(
     store: ArtifactStore, report: Report, log: Callable[[str], None], terminal: TextIO | None
-) -> Whole:
+) -> Artifacts:
     from helpsteer_assets.modpo.progress import ProgressReporter
 
     finished: list[tuple[str, str, str]] = []
@@ -141,7 +141,7 @@ def _verify_artifacts(
             finished.append((path.parent.parent.name, path.parent.name, path.name))
     for state, count in others.items():
         report.notes.append(f"{count} {state} (`helpsteer status` and `helpsteer gc` tell more)")
-    whole: Whole = {}
+    whole: Artifacts = {}
     with ProgressReporter("verify", log, terminal) as progress:
         for done, name in enumerate(finished, start=1):
             artifact = _verify_artifact(store, name, report)
@@ -180,7 +180,7 @@ def _verify_artifact(store: ArtifactStore, name: tuple[str, str, str], report: R
     return None if wrong else artifact
 
 
-def _note_lost_inputs(whole: Whole, report: Report) -> None:
+def _note_lost_inputs(whole: Artifacts, report: Report) -> None:
     orphans = [
         label(artifact.asset, artifact.partition)
         for artifact in whole.values()
@@ -196,7 +196,7 @@ def _note_lost_inputs(whole: Whole, report: Report) -> None:
         )
 
 
-def _verify_registry(warehouse: Warehouse, whole: Whole, report: Report) -> None:
+def _verify_registry(warehouse: Warehouse, whole: Artifacts, report: Report) -> None:
     """Report registry entries that name no artifact, or another file than the artifact's."""
     entries, unreadable = warehouse.entries()
     remove = f"remove it; {_RUN} writes it anew"

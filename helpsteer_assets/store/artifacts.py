@@ -89,6 +89,10 @@ class _DamagedError(Exception):
     """A folder is no artifact; the message says why."""
 
 
+Artifacts = dict[tuple[str, str, str], Artifact]
+"""Finished artifacts by asset, partition and fingerprint."""
+
+
 class ArtifactStore:
     """Artifacts of a home, found by the fingerprint of all that determines them.
 

@@ -89,9 +89,10 @@ import json, sys
 from pathlib import Path
 from helpsteer_assets.experiment.reading import load_experiment
 from helpsteer_assets.commands.run import run_experiment
+from helpsteer_assets.store.home import Home
 
 said = []
-assert run_experiment(load_experiment(sys.argv[1]), Path(sys.argv[2]), announce=said.append)
+assert run_experiment(load_experiment(sys.argv[1]), Home(sys.argv[2]), announce=said.append)
 loaded = [name for name in ("torch", "transformers", "peft", "trl", "datasets") if name in sys.modules]
 print(json.dumps([said, loaded]))
 """
