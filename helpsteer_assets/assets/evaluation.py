@@ -15,12 +15,12 @@ import pyarrow as pa
 from helpsteer_assets.assets.run import StageRun, load_sft_tokenizer, sft_model_on_loan
 from helpsteer_assets.assets.sources import fetch
 from helpsteer_assets.assets.stage import Metrics, stage
+from helpsteer_assets.assets.training import MARGIN_REWARD
 from helpsteer_assets.experiment.settings import Experiment, RewardModelSettings
 from helpsteer_assets.modpo.comparison.scores import PolicyScores
 from helpsteer_assets.modpo.data.attributes import ATTRIBUTES
 from helpsteer_assets.modpo.generation.kl import kl_estimate, sample_responses
 from helpsteer_assets.modpo.settings import RewardModel, Sampling
-from helpsteer_assets.modpo.training.margins import margin_reward
 from helpsteer_assets.store.artifacts import Artifact
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def _draws_kl_samples(experiment: Experiment) -> bool:
     return experiment.evaluation.kl_samples > 0
 
 
-SCORE_SETTINGS = ("evaluation.rater", "objective.margin", "objective.margin_beta", "objective.penalty")
+SCORE_SETTINGS = ("evaluation.rater", *MARGIN_REWARD)
 
 
 @stage(
@@ -236,11 +236,8 @@ def _score(
     columns = {
         **_named(run, policy, len(rows)),
         "prompt_id": [row["prompt_id"] for row in rows],
-        "margin_reward": margin_reward(
-            np.array(margin_log_ratios, np.float64),
-            np.array(tokens, np.float64),
-            margin_beta=run.experiment.objective.margin_beta,
-            penalty=run.experiment.objective.penalty,
+        "margin_reward": run.experiment.margin.reward(
+            np.array(margin_log_ratios, np.float64), np.array(tokens, np.float64)
         ),
         "margin_log_ratio": margin_log_ratios,
         "log_ratio_to_sft": log_ratios.get("policy", [0.0] * len(rows)),
@@ -381,7 +378,7 @@ def policy_scores(scores: Artifact, experiment: Experiment) -> PolicyScores:
         measures={
             **rated,
             "margin_reward": reward,
-            "margin": experiment.objective.margin_sign * reward,
+            "margin": experiment.margin.sign * reward,
             "log_ratio_to_sft": column("log_ratio_to_sft"),
             "response_tokens": column("response_tokens"),
             "response_words": column("response_words"),

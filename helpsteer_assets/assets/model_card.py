@@ -45,12 +45,7 @@ def role_in_words(experiment: "Experiment", w: str) -> str:
     preference, rest = experiment.data.preference_attribute, 1 - Decimal(w)
     if not rest:
         return f"w={w}: all of the weight is on {preference} (plain DPO)"
-    if experiment.has_margin_adapter:
-        verb = "discourages" if experiment.objective.margin_role == "cost" else "encourages"
-        pull = f"{verb} {experiment.data.margin_attribute}"
-    else:
-        pull = "encourages shorter responses"
-    return f"w={w}: {rest} of the weight {pull}, {w} is on {preference}"
+    return f"w={w}: {rest} of the weight {experiment.margin.pull}, {w} is on {preference}"
 
 
 def model_card(

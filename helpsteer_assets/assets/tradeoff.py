@@ -149,8 +149,7 @@ def tradeoff_settings(experiment: Experiment) -> TradeoffSettings:
     generation = experiment.generation
     return TradeoffSettings(
         preference=experiment.data.preference_attribute,
-        margin_attribute=experiment.data.margin_attribute if experiment.has_margin_adapter else None,
-        margin_sign=experiment.objective.margin_sign,
+        margin=experiment.margin,
         rating_unit="0 to 4" if experiment.evaluation.rater == "embedded" else "",
         sampled=generation.do_sample,
         max_prompt_length=generation.max_prompt_length,

@@ -41,7 +41,8 @@ SANITY_BOOTSTRAP_SAMPLES = 2000
 
 LENGTHS = ("model.max_length", "model.max_prompt_length")
 BASE_MODEL = ("model.base", "model.precision", "model.trust_remote_code")
-MARGIN = ("objective.margin", "objective.margin_role", "objective.margin_beta", "objective.penalty")
+MARGIN_REWARD = ("objective.margin", "objective.margin_beta", "objective.penalty")
+MARGIN = (*MARGIN_REWARD, "objective.margin_role")
 
 
 def _trains_sft(experiment: Experiment) -> bool:
@@ -339,7 +340,7 @@ def modpo_models(
     margin_adapter: Artifact | None = None,
 ) -> Metrics:
     """The policy of one weight: a LoRA on the SFT model, trained by MODPO; w on the preference, 1 - w on the margin."""
-    from helpsteer_assets.modpo.training.margins import margins_by_response
+    from helpsteer_assets.modpo.margins import margins_by_response
 
     experiment = run.experiment
     result = _train(
@@ -351,12 +352,7 @@ def modpo_models(
         experiment.modpo,
         w=float(run.partition),
         beta=experiment.objective.beta,
-        margins=margins_by_response(
-            margin_rewards.table("margin_rewards.parquet"),
-            margin_beta=experiment.objective.margin_beta,
-            penalty=experiment.objective.penalty,
-            sign=experiment.objective.margin_sign,
-        ),
+        margins=margins_by_response(margin_rewards.table("margin_rewards.parquet"), experiment.margin),
         what=f"w={run.partition}",
     )
     return _record(run, result)

@@ -238,24 +238,9 @@ def _conflict(experiment: Experiment, data: _Data, findings: _Findings) -> Itera
     preference, margin = experiment.data.preference_attribute, experiment.data.margin_attribute
     assert data.preference_pairs is not None  # the caller has them
     described = describe_pairs(data.preference_pairs.file, data.ratings, preference, margin)
-    if experiment.has_margin_adapter:
-        shares = described["other"]
-        yield from _prose(
-            f"In the {preference} pairs, {margin} agrees (the chosen response is rated higher on it too) in "
-            f"{shares['agrees']:.1%}, opposes in {shares['opposes']:.1%} and ties in {shares['ties']:.1%}."
-        )
-        cost = experiment.objective.margin_role == "cost"
-        conflict = shares["agrees" if cost else "opposes"]
-        yield from _prose(
-            f"The role `{experiment.objective.margin_role}` {'penalizes' if cost else 'encourages'} {margin}: the "
-            f"{'agreeing' if cost else 'opposing'} pairs ({conflict:.1%}) are the conflict that w decides."
-        )
-    else:
-        conflict = described["chosen_longer"]
-        yield from _prose(
-            f"In {conflict:.1%} of the {preference} pairs the chosen response has more words: under the length "
-            "penalty these are the conflict that w decides."
-        )
+    conflict, sentences = experiment.margin.conflict(preference, described)
+    for sentence in sentences:
+        yield from _prose(sentence)
     if conflict < _LITTLE_CONFLICT:
         findings.warnings.append(
             f"the two objectives conflict in {conflict:.1%} of the pairs only: expect w to change little"
@@ -266,8 +251,7 @@ def _weights(experiment: Experiment, findings: _Findings) -> Iterator[str]:
     objective = experiment.objective
     yield from _heading("Weights")
     yield from (f"  {role_in_words(experiment, w)}" for w in objective.weights)
-    scale = f"margin_beta {objective.margin_beta}" if experiment.has_margin_adapter else f"penalty {objective.penalty}"
-    yield f"  beta {objective.beta}, {scale}"
+    yield f"  beta {objective.beta}, {experiment.margin.scale}"
     if small := [w for w in objective.weights if float(w) < _SMALL_WEIGHT]:
         factor = 1 / min(map(float, small))
         findings.warnings.append(

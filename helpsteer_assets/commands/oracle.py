@@ -301,15 +301,11 @@ def _kl_to_sft(oracle: _Oracle, inputs: Inputs, row: Row) -> Row:
 
 
 def _scores(oracle: _Oracle, inputs: Inputs, row: Row) -> Row:
-    answer, objective = _answer(inputs, row), oracle.experiment.objective
+    answer = _answer(inputs, row)
     (prompt, _), tokens = oracle.encode_prompt(answer["prompt"]), answer["token_ids"]
-    if objective.penalty is not None:
-        reward = -objective.penalty * len(tokens)
-    else:  # of the stored log-ratio, which is compared itself: so nothing is rounded
-        reward = objective.margin_beta * row["margin_log_ratio"]
     return {
         "margin_log_ratio": oracle.log_ratio(inputs.get("margin_adapter"), prompt, tokens),
-        "margin_reward": reward,
+        "margin_reward": oracle.experiment.margin.reward(row["margin_log_ratio"] or 0.0, len(tokens)),
         "log_ratio_to_sft": oracle.log_ratio(inputs.get("modpo_models"), prompt, tokens) or 0.0,
         "response_tokens": len(tokens),
         "response_words": len(answer["response"].split()),
@@ -343,7 +339,7 @@ def _mean(oracle: _Oracle, inputs: Inputs, w: str | None, measure: str) -> float
         case "overall":
             values = sum(scores[name].to_numpy() for name in ATTRIBUTES)
         case "margin":
-            values = oracle.experiment.objective.margin_sign * scores["margin_reward"].to_numpy()
+            values = oracle.experiment.margin.sign * scores["margin_reward"].to_numpy()
         case "kl_to_sft":
             values = [0.0] if w is None else inputs["kl_to_sft"][w].table("kl.parquet")["log_ratio"].to_numpy()
         case "capped":

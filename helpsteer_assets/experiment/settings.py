@@ -22,6 +22,8 @@ from pydantic import (
     model_validator,
 )
 
+from helpsteer_assets.modpo.margins import Margin, implicit_reward, length_penalty
+
 MOST_MISTAKES = 20
 Attribute = Literal["helpfulness", "correctness", "coherence", "complexity", "verbosity", "overall"]
 if TYPE_CHECKING:
@@ -277,11 +279,6 @@ class ObjectiveSettings(Section):
             )
         return self
 
-    @property
-    def margin_sign(self) -> Literal[-1, 1]:
-        """m = margin_sign * r_m: -1 for the role `cost`, +1 for `reward` and for a length penalty."""
-        return -1 if self.margin_role == "cost" else 1
-
 
 class GenerationSettings(Section):
     """How the policies answer the evaluation prompts."""
@@ -523,9 +520,18 @@ class Experiment(Section):
         return {**trainings, "modpo": self.modpo}
 
     @property
+    def margin(self) -> Margin:
+        """The margin, by its kind."""
+        objective = self.objective
+        if objective.penalty is not None:
+            return length_penalty(objective.penalty)
+        assert objective.margin_beta is not None and objective.margin_role is not None  # validated
+        return implicit_reward(objective.margin_beta, objective.margin_role, self.data.margin_attribute)
+
+    @property
     def has_margin_adapter(self) -> bool:
         """Whether the graph has `margin_pairs` and `margin_adapter`: a length penalty needs neither."""
-        return self.objective.margin == "implicit_reward"
+        return self.margin.attribute is not None
 
 
 def is_path(source: str) -> bool:

@@ -91,18 +91,13 @@ def report_content(
 
 def _facts(experiment: "Experiment", prompts: int) -> list[list[str]]:
     objective, data, generation = experiment.objective, experiment.data, experiment.generation
-    if objective.margin == "length_penalty":
-        margin = f"length penalty of {objective.penalty:g} per token"
-    else:
-        wanted = "discouraged" if objective.margin_sign < 0 else "encouraged"
-        margin = f"{data.margin_attribute}, {wanted} ({objective.margin_role}), margin_beta {objective.margin_beta:g}"
     how = f"temperature {generation.temperature:g}" if generation.do_sample else "greedy"
     rater = experiment.evaluation.rater
     return [
         ["ratings", _named(data.source)],
         ["base model", _named(experiment.model.base)],
         ["preference", data.preference_attribute],
-        ["margin", margin],
+        ["margin", experiment.margin.facts],
         ["beta", f"{objective.beta:g}"],
         ["weights", ", ".join(objective.weights)],
         ["evaluation", f"{prompts} held-out prompts, {how}, up to {generation.max_new_tokens} tokens"],

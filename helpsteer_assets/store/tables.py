@@ -66,7 +66,7 @@ _POLICY = "'sft' or 'modpo'"
 _FINISH = "'eos': the model ended the response; 'length': the limit on new tokens did"
 
 
-_MARGIN_LOG_RATIO = "log p_adapter - log p_sft of the response, in nats; null with a length penalty"
+_MARGIN_LOG_RATIO = "log p_adapter - log p_sft of the response, in nats; null without a margin adapter"
 
 
 _TOKENS = "tokens of the response, with its end-of-text token"
@@ -210,7 +210,7 @@ DECLARED = (
             Column(
                 "margin_reward",
                 "DOUBLE",
-                "r_m, without the role's sign: margin_beta * margin_log_ratio, or -penalty * response_tokens",
+                "r_m, without the role's sign (docs/how-it-works.md)",
             ),
             Column(
                 "margin_log_ratio",

@@ -45,7 +45,7 @@ def after(tmp_path: Path) -> Callable[[str, str, str], set[str]]:
 
 def test_a_helper_in_the_file_of_another_stage_counts(after: Callable[[str, str, str], set[str]]) -> None:
     """`policy_scores` stands in evaluation.py, and `score_summary`, in tradeoff.py, calls it."""
-    assert after("assets/evaluation.py", "margin_sign * reward", "margin_sign * -reward") == {"score_summary"}
+    assert after("assets/evaluation.py", "margin.sign * reward", "margin.sign * -reward") == {"score_summary"}
 
 
 def test_code_counts_for_the_stages_that_reach_it_and_for_no_others(

@@ -78,7 +78,7 @@ def test_helpsteer_is_the_described_pipeline_with_the_role_cost() -> None:
     assert (helpsteer.model.max_length, helpsteer.lora.r, helpsteer.evaluation.prompts) == (512, 16, 300)
     assert helpsteer.objective.weights == ["0.1", "0.2", "0.4", "0.6", "0.8", "0.9"]
     assert (helpsteer.objective.beta, helpsteer.objective.margin_beta) == (0.1, 0.1)
-    assert (helpsteer.objective.margin_role, helpsteer.objective.margin_sign) == ("cost", -1)
+    assert (helpsteer.objective.margin_role, helpsteer.margin.sign) == ("cost", -1)
     assert (helpsteer.generation.max_prompt_length, helpsteer.generation.max_new_tokens) == (1536, 2560)
 
 
@@ -199,7 +199,7 @@ def test_switching_to_a_length_penalty_when_extending_takes_two_nulls(tmp_path: 
     assert "margin_role and margin_beta cannot stand beside `margin: length_penalty`" in message
     assert "set it to null" in message
     mine = load_experiment(str(written(tmp_path, text + ", margin_role: null, margin_beta: null}\n")))
-    assert (mine.objective.margin_sign, mine.objective.margin_beta) == (1, None)
+    assert (mine.margin.sign, mine.objective.margin_beta) == (1, None)
     assert not mine.has_margin_adapter
 
 

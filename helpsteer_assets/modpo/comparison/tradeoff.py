@@ -6,7 +6,7 @@ It only combines the statistics of `fronts`, `differences` and `length`.
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from helpsteer_assets.modpo.comparison.length import at_equal_length, length_cav
 from helpsteer_assets.modpo.comparison.scores import PolicyScores, paired_difference, score_table, summarize
 from helpsteer_assets.modpo.comparison.text import REPETITION_LIMIT
 from helpsteer_assets.modpo.data.attributes import ATTRIBUTES, OVERALL
+from helpsteer_assets.modpo.margins import Margin
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,7 @@ class TradeoffSettings:
 
     preference: str
     """Attribute on the horizontal axis."""
-    margin_attribute: str | None
-    """Attribute that the margin adapter learnt; None under a length penalty."""
-    margin_sign: Literal[-1, 1]
-    """The margin m is margin_sign * margin_reward."""
+    margin: Margin
     rating_unit: str
     """Unit of the ratings, as in `Measure.unit`."""
     sampled: bool
@@ -44,14 +42,9 @@ class TradeoffSettings:
 
 def measures_of(settings: TradeoffSettings, names: Sequence[str]) -> dict[str, Measure]:
     """The measures called `names` as sentences speak of them, the most important first."""
-    attribute = settings.margin_attribute
+    margin, attribute = settings.margin, settings.margin.attribute
     drawn = "sampled" if settings.sampled else "greedy"
-    if attribute is None:
-        margin, reward = "margin (fewer tokens)", "length penalty"
-    else:
-        wanted = "less" if settings.margin_sign < 0 else "more"
-        margin, reward = f"margin (for {wanted} {attribute})", "margin reward"
-    unwanted = attribute if settings.margin_sign < 0 else None
+    unwanted = attribute if margin.sign < 0 else None
     rated = dict.fromkeys(name for name in (settings.preference, attribute, *ATTRIBUTES, OVERALL) if name)
     known = [
         *(
@@ -63,8 +56,8 @@ def measures_of(settings: TradeoffSettings, names: Sequence[str]) -> dict[str, M
             )
             for name in rated
         ),
-        Measure("margin", margin, "", "higher"),
-        Measure("margin_reward", reward, "", "higher" if settings.margin_sign > 0 else "lower"),
+        Measure("margin", margin.name, "", "higher"),
+        Measure("margin_reward", margin.reward_name, "", "higher" if margin.sign > 0 else "lower"),
         Measure("response_tokens", "response length", "tokens", None, ("longer", "shorter")),
         Measure("response_words", "response length in words", "words"),
         Measure("kl_to_sft", "KL to SFT", "nats", "lower", to_sft=True),
@@ -102,8 +95,9 @@ def analyse(settings: TradeoffSettings, policies: Sequence[PolicyScores]) -> dic
     flaws = ("capped", "repetition", "empty")
     shown = [name for name in flaws if any(own[name].verdict != "undecided" for own in differences.values())]
     ends = paired_difference(weighted[-1], weighted[0], "margin_reward", samples, seed)
-    # A length penalty depends on the length alone: at equal length it cannot differ.
-    rewarded = () if settings.margin_attribute is None else ("margin_reward", settings.margin_attribute)
+    # Without an adapter the margin depends on the length alone: at equal length it cannot differ.
+    attribute = settings.margin.attribute
+    rewarded = () if attribute is None else ("margin_reward", attribute)
     equal_length = [
         answer
         for name in dict.fromkeys((preference, *rewarded))
@@ -128,7 +122,7 @@ def analyse(settings: TradeoffSettings, policies: Sequence[PolicyScores]) -> dic
             for i, scores in enumerate(policies)
         ],
         "hypervolume_above_sft": asdict(front.hypervolume),
-        "direction": _finite(margin_follows_weight(rows, ends, settings.margin_sign)),
+        "direction": _finite(margin_follows_weight(rows, ends, settings.margin.sign)),
         "movement": _movement(weighted, moving, samples, seed),
         "differences": {w: {m: vars(difference) for m, difference in own.items()} for w, own in differences.items()},
         "headlines": headlines(

@@ -19,12 +19,13 @@ from helpsteer_assets.modpo.comparison.tradeoff import (
     measures_of,
     points_on,
 )
+from helpsteer_assets.modpo.margins import implicit_reward, length_penalty
 
 PROMPTS = 80
+REWARD = implicit_reward(0.1, "reward", "verbosity")
 SETTINGS = TradeoffSettings(
     preference="helpfulness",
-    margin_attribute="verbosity",
-    margin_sign=-1,
+    margin=implicit_reward(0.1, "cost", "verbosity"),
     rating_unit="0 to 4",
     sampled=False,
     max_prompt_length=64,
@@ -135,7 +136,7 @@ def test_without_a_rater_the_axis_is_the_distance_from_sft_and_that_is_said() ->
 
 
 def test_a_length_penalty_is_not_compared_at_equal_length() -> None:
-    result = analyse(replace(SETTINGS, margin_attribute=None, margin_sign=1), policies(**TRADE))
+    result = analyse(replace(SETTINGS, margin=length_penalty(0.1)), policies(**TRADE))
     assert {answer["measure"] for answer in result["equal_length"]} == {"helpfulness"}
 
 
@@ -196,7 +197,10 @@ def test_few_prompts_are_said_to_be_few() -> None:
 
 def test_measures_say_which_way_is_better_in_the_sense_of_the_role() -> None:
     names = ["margin_reward", "margin", "helpfulness", "verbosity", "response_tokens"]
-    cost, reward = measures_of(SETTINGS, names), measures_of(replace(SETTINGS, margin_sign=1), names)
+    cost, reward = (
+        measures_of(SETTINGS, names),
+        measures_of(replace(SETTINGS, margin=REWARD), names),
+    )
     assert (cost["margin_reward"].better, cost["verbosity"].better, cost["helpfulness"].better) == (
         "lower",
         "lower",
@@ -205,6 +209,6 @@ def test_measures_say_which_way_is_better_in_the_sense_of_the_role() -> None:
     assert reward["margin_reward"].better == reward["verbosity"].better == "higher"
     assert axis_label(cost["margin"]) == "margin (for less verbosity; more is better)"
     assert axis_label(cost["helpfulness"]) == "rated helpfulness, 0 to 4 (more is better)"
-    penalty = measures_of(replace(SETTINGS, margin_attribute=None, margin_sign=1), names)
+    penalty = measures_of(replace(SETTINGS, margin=length_penalty(0.1)), names)
     assert penalty["margin"].title == "margin (fewer tokens)" and penalty["verbosity"].better == "higher"
     assert next(iter(cost)) == "helpfulness"
