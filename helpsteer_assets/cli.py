@@ -27,10 +27,9 @@ from helpsteer_assets.commands.console import (
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment.reading import SHIPPED, load_experiment
 from helpsteer_assets.experiment.settings import Experiment
-from helpsteer_assets.store.home import Home
 
 if TYPE_CHECKING:
-    pass
+    from helpsteer_assets.store.home import Home
 
 
 def _readable_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -45,6 +44,12 @@ def _readable_errors(command: Callable[..., None]) -> Callable[..., None]:
             sys.exit(2)
 
     return wrapped
+
+
+def _home() -> "Home":
+    from helpsteer_assets.store.home import Home
+
+    return Home.from_environment()
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -68,7 +73,7 @@ def check() -> None:
     """Validate the experiment, its source, its model and this machine without computing. Exits with 2 on problems."""
     from helpsteer_assets.commands.check import report
 
-    for line in report(load_experiment(), Home.from_environment()):
+    for line in report(load_experiment(), _home()):
         click.echo(line)
 
 
@@ -88,7 +93,7 @@ def run(select: str | None, weights: str | None) -> None:
     console = Console()
     complete = run_experiment(
         experiment,
-        Home.from_environment(),
+        _home(),
         select=select,
         weights=chosen,
         announce=console.say,
@@ -107,11 +112,11 @@ def status(as_json: bool) -> None:
     from helpsteer_assets.assets.status import status as find_status
 
     experiment = load_experiment()
-    found = find_status(experiment, Home.from_environment())
+    found = find_status(experiment, _home())
     if as_json:
         click.echo(json.dumps([vars(item) for item in found], indent=2))
         return
-    click.echo(f"experiment {experiment.name}, home {Home.from_environment()}")
+    click.echo(f"experiment {experiment.name}, home {_home()}")
     rows = [(label(s.asset, s.partition), s.state, s.detail, s.fingerprint[:8]) for s in found]
     _print_table(["asset", "state", "detail", "fingerprint"], rows)
 
@@ -123,7 +128,7 @@ def status(as_json: bool) -> None:
 def query(sql: str, form: str) -> None:
     """Read the warehouse by SQL, read-only. Tables: `helpsteer query "show tables"`."""
 
-    names, rows = Home.from_environment().warehouse.query(sql)
+    names, rows = _home().warehouse.query(sql)
     if form == "csv":
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(names)
@@ -146,7 +151,7 @@ def report(to: Path | None, open_it: bool) -> None:
     """Print where the report of the trade-off is: one HTML file, which needs no network."""
     from helpsteer_assets.commands.export import take_report
 
-    path = take_report(load_experiment(), Home.from_environment(), to)
+    path = take_report(load_experiment(), _home(), to)
     click.echo(path)
     click.echo(path.as_uri())
     if open_it:
@@ -185,7 +190,7 @@ def export(policy: str, to: Path, merged: bool, force: bool, repo: str | None, p
         check_repository(repo, public=public)
     made = export_policy(
         load_experiment(),
-        Home.from_environment(),
+        _home(),
         policy,
         to,
         merged=merged,
@@ -226,7 +231,7 @@ def verify(deep: bool, samples: int, seed: int, as_json: bool) -> None:
     experiment, console = load_experiment(), Console()
     report = find_problems(
         experiment,
-        Home.from_environment(),
+        _home(),
         samples=samples if deep else 0,
         seed=seed,
         log=lambda message: click.echo(message, err=True),
@@ -235,7 +240,7 @@ def verify(deep: bool, samples: int, seed: int, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(to_json(report), indent=2))
     else:
-        click.echo(f"experiment {experiment.name}, home {Home.from_environment()}")
+        click.echo(f"experiment {experiment.name}, home {_home()}")
         for line in lines(report):
             click.echo(printable(line))
     if report.problems:
@@ -266,7 +271,7 @@ def gc(delete: bool, keep: tuple[str, ...], older_than: int | None, as_json: boo
     from helpsteer_assets.files.durable import size_in_words
 
     experiments = [load_experiment(), *map(load_experiment, (*SHIPPED, *keep))]
-    home = Home.from_environment()
+    home = _home()
     survey = (delete_garbage if delete else find_garbage)(home, experiments, older_than)
     total = sum(item.bytes for item in survey.garbage)
     if as_json:
@@ -299,7 +304,7 @@ def ui(port: int, host: str) -> None:
     from helpsteer_assets.execution.dagster_home import make_dagster_home
 
     experiment = load_experiment()
-    home = Home.from_environment()
+    home = _home()
     _require_free_port(host, port)
     os.environ["HELPSTEER_HOME"] = str(home)
     os.environ["DAGSTER_HOME"] = str(make_dagster_home(home, experiment.name))

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, TextIO
 
 from tqdm import tqdm
 
-from helpsteer_assets.store.home import Home
-
 if TYPE_CHECKING:
     from helpsteer_assets.commands.gc import Garbage
+    from helpsteer_assets.store.home import Home
 
 
 def unique(names: list[str]) -> list[str]:
@@ -46,7 +45,7 @@ def printable(text: str) -> str:
     return _COMMANDS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
-def garbage_rows(garbage: "list[Garbage]", home: Home) -> list[tuple[str, str, str]]:
+def garbage_rows(garbage: "list[Garbage]", home: "Home") -> list[tuple[str, str, str]]:
     """One row for each; those of a few bytes, such as locks, are counted."""
     from helpsteer_assets.files.durable import size_in_words
 

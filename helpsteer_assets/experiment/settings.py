@@ -22,12 +22,12 @@ from pydantic import (
     model_validator,
 )
 
-from helpsteer_assets.modpo.margins import Margin, implicit_reward, length_penalty
-
 MOST_MISTAKES = 20
 Attribute = Literal["helpfulness", "correctness", "coherence", "complexity", "verbosity", "overall"]
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+    from helpsteer_assets.modpo.margins import Margin
 
 _INHERITED = "in a file that extends another, set it to null"
 
@@ -520,8 +520,10 @@ class Experiment(Section):
         return {**trainings, "modpo": self.modpo}
 
     @property
-    def margin(self) -> Margin:
+    def margin(self) -> "Margin":
         """The margin, by its kind."""
+        from helpsteer_assets.modpo.margins import implicit_reward, length_penalty  # numpy and pyarrow
+
         objective = self.objective
         if objective.penalty is not None:
             return length_penalty(objective.penalty)
@@ -531,7 +533,7 @@ class Experiment(Section):
     @property
     def has_margin_adapter(self) -> bool:
         """Whether the graph has `margin_pairs` and `margin_adapter`: a length penalty needs neither."""
-        return self.margin.attribute is not None
+        return self.objective.margin == "implicit_reward"
 
 
 def is_path(source: str) -> bool:

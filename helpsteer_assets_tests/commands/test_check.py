@@ -18,6 +18,7 @@ from helpsteer_assets.experiment.reading import load_experiment
 from helpsteer_assets.experiment.settings import Experiment, SftSettings
 from helpsteer_assets.modpo.data.attributes import ATTRIBUTES
 from helpsteer_assets.modpo.training.schedule import count_steps
+from helpsteer_assets.store.home import Home
 from helpsteer_assets_tests.assets.test_graph_fingerprints import experiment
 
 EMBEDDED_MODEL = Path(helpsteer_assets.embedded.__file__).parent / "model"
@@ -66,7 +67,7 @@ class Report:
         self.error = ""
         self.lines: list[str] = []
         try:
-            for line in check.report(found, home):
+            for line in check.report(found, Home(home)):
                 self.lines.append(line)
         except HelpsteerError as error:
             self.error = str(error)
