@@ -1,10 +1,7 @@
 """Fingerprints: what a change of a setting, of code or of a source makes anew, and what it leaves alone."""
 
 import copy
-import json
-import os
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -175,48 +172,30 @@ def test_a_policy_reads_its_own_weight_and_the_summary_reads_them_all() -> None:
 # Sources
 
 
-def folder(path: Path, name: str, content: str) -> str:
-    path.mkdir(parents=True)
-    (path / name).write_text(content)
-    return str(path)
-
-
-@pytest.fixture
-def local(tmp_path: Path) -> Callable[..., Experiment]:
-    """An experiment on a local data set, model and rater."""
-    data = folder(tmp_path / "first" / "ratings", "train.jsonl", '{"prompt": "a"}\n')
-    model = folder(tmp_path / "model", "config.json", "{}")
-    rater = folder(tmp_path / "rater", "config.json", "{}")
-
-    def make(source: str = data) -> Experiment:
-        return experiment(
-            data={"source": source},
-            model={"base": model, "precision": "fp32"},
-            evaluation={"rater": {"model": rater, "heads": {"helpfulness": 0}}},
-        )
-
-    return make
-
-
-def test_a_moved_source_changes_nothing(local: Callable[..., Experiment], tmp_path: Path) -> None:
-    shutil.copytree(tmp_path / "first" / "ratings", tmp_path / "elsewhere" / "data")
-    assert changed(local(), local(str(tmp_path / "elsewhere" / "data"))) == set()
-
-
 @pytest.mark.parametrize(
     ("file", "made_anew"),
     [
-        ("first/ratings/train.jsonl", EVERYTHING),
+        ("ratings/train.jsonl", EVERYTHING),
         ("model/config.json", TRAINED),
         ("rater/config.json", {"sft_scores", "scores", *SUMMARY}),
     ],
 )
-def test_other_content_of_a_source_makes_anew_what_reads_it(
-    local: Callable[..., Experiment], tmp_path: Path, file: str, made_anew: set[str]
-) -> None:
-    before = fingerprints(local())
-    (tmp_path / file).write_text(json.dumps({"changed": os.urandom(4).hex()}))
-    assert moved(before, fingerprints(local())) == made_anew
+def test_local_sources_count_by_content_and_not_by_place(tmp_path: Path, file: str, made_anew: set[str]) -> None:
+    def at(place: Path) -> Experiment:
+        return experiment(
+            data={"source": str(place / "ratings")},
+            model={"base": str(place / "model"), "precision": "fp32"},
+            evaluation={"rater": {"model": str(place / "rater"), "heads": {"helpfulness": 0}}},
+        )
+
+    for name in ("ratings/train.jsonl", "model/config.json", "rater/config.json"):
+        (tmp_path / "here" / name).parent.mkdir(parents=True)
+        (tmp_path / "here" / name).write_text('{"prompt": "a"}\n')
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    here, there = at(tmp_path / "here"), at(tmp_path / "there")
+    assert changed(here, there) == set()
+    (tmp_path / "there" / file).write_text('{"prompt": "b"}\n')
+    assert changed(here, there) == made_anew
 
 
 def test_hub_references_count_by_their_pinned_revision_and_need_no_network(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,17 +68,14 @@ def test_a_shipped_experiment_validates_under_its_own_name_and_again_as_data(nam
 
 
 def test_helpsteer_is_the_described_pipeline_with_the_role_cost() -> None:
-    helpsteer = load_experiment("helpsteer")
-    assert (helpsteer.data.source, helpsteer.data.revision) == (
-        "nvidia/HelpSteer",
-        "3ca5d59c1bc1080af195b4254e7407db60b6f450",
-    )
-    assert (helpsteer.model.base, helpsteer.model.precision) == ("meta-llama/Llama-2-7b-hf", "bf16")
-    assert (helpsteer.model.max_length, helpsteer.lora.r, helpsteer.evaluation.prompts) == (512, 16, 300)
-    assert helpsteer.objective.weights == ["0.1", "0.2", "0.4", "0.6", "0.8", "0.9"]
-    assert (helpsteer.objective.beta, helpsteer.objective.margin_beta) == (0.1, 0.1)
-    assert (helpsteer.objective.margin_role, helpsteer.objective.margin_sign) == ("cost", -1)
-    assert (helpsteer.generation.max_prompt_length, helpsteer.generation.max_new_tokens) == (1536, 2560)
+    shown = load_experiment("helpsteer").model_dump()
+    data, model, objective, generation = (shown[name] for name in ("data", "model", "objective", "generation"))
+    assert (data["source"], data["revision"]) == ("nvidia/HelpSteer", "3ca5d59c1bc1080af195b4254e7407db60b6f450")
+    assert (model["base"], model["precision"], model["max_length"]) == ("meta-llama/Llama-2-7b-hf", "bf16", 512)
+    assert objective["weights"] == ["0.1", "0.2", "0.4", "0.6", "0.8", "0.9"]
+    assert (objective["beta"], objective["margin_beta"], objective["margin_role"]) == (0.1, 0.1, "cost")
+    assert (shown["lora"]["r"], shown["evaluation"]["prompts"]) == (16, 300)
+    assert (generation["max_prompt_length"], generation["max_new_tokens"]) == (1536, 2560)
 
 
 def test_demo_is_offline_and_smollm2_is_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,22 +194,18 @@ ROLE = "objective.margin_role"
         # Keys and types.
         ({"objective.margin_bta": 1}, "objective.margin_bta: unknown key; did you mean `margin_beta`? (allowed: beta,"),
         ({"evaluation.rater": {**RATER, "hads": {}}}, "evaluation.rater.hads: unknown key; did you mean `heads`?"),
-        ({"sft.steps": 2.5}, "sft.steps: expected a whole number, got 2.5"),
         ({"sft.steps": 0}, "sft.steps: must be greater than or equal to 1, got 0"),
         ({"objective.beta": "0.1"}, "objective.beta: expected a number, got '0.1'"),
         ({"objective.beta": float("inf")}, "objective.beta: must be a finite number, got inf"),
-        ({"seed": True}, "seed: expected a whole number, got true"),
         ({"name": "../up"}, "name: expected letters, digits, `-` and `_`, at most 63, the first a letter or digit"),
         ({"sft": "fast"}, "sft: expected a section of `key: value` lines, got 'fast'"),
         ({"run.report_to": "wandb"}, "run.report_to: expected a list, such as [a, b], got 'wandb'"),
-        ({"data.source": ""}, "data.source: must not be empty"),
         ({"lora.target_modules": []}, "expected `all-linear` or a list of module names such as [q_proj, v_proj]"),
         ({"model.precision": MISSING}, "model.precision: missing, and there is no default"),
         ({"margin_adapter": MISSING}, "margin_adapter: missing; `margin: implicit_reward` needs this section"),
         # Weights.
         ({"objective.weights": [0.5, 0]}, "objective.weights.1: a weight is a number in (0, 1]"),
         ({"objective.weights": [0.5, "0.50"]}, "weight 0.5 stands there more than once"),
-        ({"objective.weights": []}, "objective.weights: must not be empty"),
         # The margin.
         (
             {"objective.margin_beta": -0.1},
@@ -260,13 +253,11 @@ def test_several_mistakes_are_told_at_once_and_each_once(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("- a\n- b\n", "expected `key: value` lines, found a list"),
         ("", "expected `key: value` lines, found nothing"),
         ("name: x\nseed: [1\ndata: 2\n", "is not valid YAML: line 3: expected ',' or ']', but got ':'"),
         ("extends: demo\nname: x\nsft:\n  steps: 1\n  steps: 2\n", "line 5: the key 'steps' stands twice; leave one"),
         ("extends: demo\nname: x\n7: 8\n", "7: a key is text, got 7"),
         ("extends: demo\n", "give it a `name` of its own; it extends 'demo'"),
-        ("extends: 5\nname: x\n", "`extends` names an experiment or a path, got 5"),
         ("extends: demmo\nname: x\n", "'demmo', which is neither a shipped experiment (demo, smollm2, helpsteer)"),
         ("extends: ../{folder}/experiment.yaml\nname: x\n", "`extends` goes round in a circle"),
     ],
