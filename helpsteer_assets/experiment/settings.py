@@ -54,24 +54,20 @@ class DataSettings(Section):
     source: str = Field(
         min_length=1,
         description="`embedded`, a data set id on the hub, or a path that starts with `.`, `/` or `~`: one file, or a "
-        "folder with train and validation files. Relative to the experiment file; in shipped ones, to where you are.",
+        "folder with train and validation files. Relative to the experiment file (shipped: to the working directory).",
     )
     revision: str | None = Field(None, description="Commit hash of a data set on the hub; required there.")
     preference_attribute: Attribute = Field(
-        "helpfulness", description="What policies learn to prefer; `overall` is the sum of the five."
+        "helpfulness", description="What policies learn; `overall` is the sum of the five."
     )
-    margin_attribute: Attribute = Field(
-        "verbosity", description="What the margin adapter learns; unused with `margin: length_penalty`."
-    )
+    margin_attribute: Attribute = Field("verbosity", description="What the margin adapter learns, if there is one.")
     on_bad_rows: Literal["error", "drop"] = Field(
-        "error", description="`error`: list bad rows and stop; `drop`: count them and go on."
+        "error", description="error: list bad rows and stop; drop: count them."
     )
     selection_share: float = Field(
-        0.05, gt=0, lt=0.5, description="Share of the train prompts that chooses checkpoints."
+        0.05, gt=0, lt=0.5, description="Share of the train prompts to choose checkpoints by."
     )
-    validation_share: float = Field(
-        0.05, gt=0, lt=1, description="Share of the prompts of a single file for validation."
-    )
+    validation_share: float = Field(0.05, gt=0, lt=1, description="Share of one file's prompts for validation.")
     max_train_prompts: int | None = Field(None, ge=2, description="Most train prompts; null: all.")
     max_validation_prompts: int | None = Field(None, ge=1, description="Most validation prompts; null: all.")
 
@@ -181,9 +177,7 @@ class ObjectiveSettings(Section):
         None,
         description="Scales the margin adapter's log-ratio; margin_role gives the sign. Only with an implicit reward.",
     )
-    penalty: float | None = Field(
-        None, gt=0, description="Reward lost per response token; required with `length_penalty`."
-    )
+    penalty: float | None = Field(None, gt=0, description="Reward lost per response token of a length penalty.")
 
     @field_validator("weights")
     @classmethod
@@ -230,7 +224,7 @@ class GenerationSettings(Section):
     """How the policies answer the evaluation prompts."""
 
     engine: Literal["transformers", "vllm"] = Field(
-        "transformers", description="`vllm` needs a GPU and the extra `vllm`."
+        "transformers", description="vllm: on a GPU, with the extra `vllm`."
     )
     max_prompt_length: int = Field(1536, ge=4, description="Most tokens of a prompt; a longer one loses its beginning.")
     max_new_tokens: int = Field(512, ge=1, description="Most tokens of a response, its end-of-text token included.")
@@ -265,9 +259,7 @@ class RewardModelSettings(Section):
     )
     scale: float = Field(1.0, description="rating = scale * output + shift.")
     shift: float = Field(0.0, description="rating = scale * output + shift.")
-    output: Literal["logits", "rewards"] = Field(
-        "logits", description="The output with the heads; `rewards` for ArmoRM."
-    )
+    output: Literal["logits", "rewards"] = Field("logits", description="Output that has the heads; ArmoRM: rewards.")
     max_length: int = Field(4096, ge=8, description="Most tokens of a text; a longer one loses its beginning.")
     batch_size: int = Field(8, ge=1, description="Responses per forward pass.")
     trust_remote_code: bool = Field(False, description="Run code that comes with the reward model.")
@@ -326,9 +318,7 @@ class RunSettings(Section):
         description="Processes that train one model together, each on a GPU of its own (else on the CPU). batch_size * "
         "accumulation of each training must be a multiple.",
     )
-    fsdp: bool = Field(
-        False, description="train_processes share the frozen weights in training: less memory, more time."
-    )
+    fsdp: bool = Field(False, description="train_processes share the frozen weights: less memory, more time.")
     batch_tokens: int | None = Field(
         None,
         ge=64,
@@ -364,7 +354,7 @@ class Experiment(Section):
     lora: LoraSettings = Field(default_factory=LoraSettings, description="The adapters of all three trainings.")
     sft: SftSettings = Field(description="How the SFT model trains.")
     margin_adapter: MarginAdapterSettings | None = Field(
-        None, description="How the margin adapter trains; required with an implicit reward."
+        None, description="How the margin adapter trains, if there is one."
     )
     modpo: ModpoSettings = Field(description="How each weight's policy trains.")
     generation: GenerationSettings = Field(default_factory=GenerationSettings, description="How policies answer.")
