@@ -23,34 +23,18 @@ from helpsteer_assets_tests.read_only import run_read_only
 PRESENT = experiment({"objective.weights": [0.1, 0.9], "objective.beta": 0.2})
 
 
-def finish(found: Experiment, fingerprint: Fingerprint, home: Path, *, record: bool = True) -> Path:
-    """A finished artifact as an asset leaves it, recorded or not; returns its folder."""
+def finish(found: Experiment, fingerprint: Fingerprint, home: Path) -> None:
+    """A finished artifact as an asset leaves it, and its record."""
 
     def compute(folder: Path) -> dict[str, Any]:
         (folder / "result.txt").write_text(fingerprint.value)
         return {}
 
-    artifact, _ = ArtifactStore(home).build(
-        fingerprint.asset,
-        fingerprint.partition,
-        fingerprint.value,
-        manifest={"settings": fingerprint.settings, "version": fingerprint.version, "inputs": fingerprint.inputs},
-        compute=compute,
-        on_wait=lambda holder: None,
-    )
-    if record:
-        Warehouse(home).record(
-            experiment=found.name,
-            asset=fingerprint.asset,
-            partition=fingerprint.partition,
-            fingerprint=fingerprint.value,
-            path=artifact.path,
-            run_id="run-1",
-            reused=False,
-            table=None,
-            parquet=None,
-        )
-    return artifact.path
+    names = (fingerprint.asset, fingerprint.partition, fingerprint.value)
+    manifest = {"settings": fingerprint.settings, "version": fingerprint.version, "inputs": fingerprint.inputs}
+    artifact, _ = ArtifactStore(home).build(*names, manifest=manifest, compute=compute, on_wait=lambda holder: None)
+    place = dict(zip(("asset", "partition", "fingerprint"), names, strict=True)) | {"path": artifact.path}
+    Warehouse(home).record(experiment=found.name, run_id="run-1", reused=False, table=None, parquet=None, **place)
 
 
 @pytest.fixture(scope="session")
@@ -113,7 +97,6 @@ def test_a_changed_setting_names_itself_where_it_counts_and_its_asset_below(home
 @pytest.mark.parametrize(
     ("changes", "asset", "reason"),
     [
-        ({"objective.margin_role": "reward"}, "score_summary", "objective.margin_role cost -> reward"),
         ({"sft.steps": 3, "sft.batch_size": 4}, "sft_model", "sft.batch_size 8 -> 4, sft.steps 2 -> 3"),
         ({"data.max_train_prompts": 9}, "scores", "helpsteer_ratings: data.max_train_prompts null -> 9"),
         ({"objective.weights": [0.1]}, "score_summary", "objective.weights ['0.1', '0.9'] -> ['0.1']"),

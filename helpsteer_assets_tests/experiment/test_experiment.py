@@ -30,10 +30,10 @@ VALID: dict[str, Any] = {
 MISSING = object()
 
 
-def changed(changes: dict[str, Any], removed: tuple[str, ...] = ()) -> dict[str, Any]:
-    """VALID with values set, each named by its dotted key; those that are MISSING or in `removed` are taken out."""
+def changed(changes: dict[str, Any]) -> dict[str, Any]:
+    """VALID with values set, each named by its dotted key; those that are MISSING are taken out."""
     data = copy.deepcopy(VALID)
-    for dotted, value in (changes | dict.fromkeys(removed, MISSING)).items():
+    for dotted, value in changes.items():
         *sections, key = dotted.split(".")
         place = data
         for section in sections:
@@ -160,20 +160,14 @@ def test_extending_a_file_through_several_steps_keeps_each_ones_relative_paths(
         assert last.evaluation.rater.model == str(tmp_path / "sub" / "rater")
 
 
-def test_switching_to_a_length_penalty_when_extending_takes_two_nulls(tmp_path: Path) -> None:
+def test_what_plays_no_part_may_be_left_out_and_is_taken_out_by_null(tmp_path: Path) -> None:
     text = "extends: demo\nname: mine\nobjective: {margin: length_penalty, penalty: 0.01"
     message = message_of(written(tmp_path, text + "}\n"))
     assert "`margin_role` does not go with `margin: length_penalty`" in message and "set it to null" in message
-    mine = load_experiment(str(written(tmp_path, text + ", margin_role: null, margin_beta: null}\n")))
-    assert (mine.objective.margin_sign, mine.objective.margin_beta) == (1, None)
+    nulls = "margin_role: null, margin_beta: null}\nmargin_adapter: null\n"
+    mine = load_experiment(str(written(tmp_path, f"{text}, {nulls}")))
+    assert (mine.objective.margin_sign, mine.objective.margin_beta, mine.margin_adapter) == (1, None, None)
     assert not mine.has_margin_adapter
-
-
-def test_sections_and_keys_that_play_no_part_may_be_left_out(tmp_path: Path) -> None:
-    penalty = changed(
-        {"objective.margin": "length_penalty", "objective.penalty": 0.1}, ("objective.margin_role", "margin_adapter")
-    )
-    assert load_experiment(str(written(tmp_path, penalty))).margin_adapter is None
     plain = "extends: demo\nname: plain\nsft: {enabled: false, steps: null}\nobjective: {margin_beta: null}\n"
     experiment = load_experiment(str(written(tmp_path, plain)))
     assert not experiment.sft.enabled
