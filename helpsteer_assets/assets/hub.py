@@ -1,9 +1,7 @@
-"""Data sets and models from the Hugging Face hub, and the digests by which local files and folders are known.
+"""Data sets and models from the Hugging Face hub.
 
-A download is one commit of one repository, kept in the hub's own cache (`HF_HOME`); a commit that is cached already is
-found with no network. Of a model no pickles are fetched, which run code when they are read. A local folder has no
-commit, so its content is hashed; since models are large, each file's hash is remembered by path, size and modification
-time.
+A download is one commit of one repository, kept in the hub's own cache (`HF_HOME`); a cached commit needs no network.
+Pickles of a model are left out, because reading them runs code.
 """
 
 from pathlib import Path

@@ -38,14 +38,9 @@ if TYPE_CHECKING:
 LOSS_CURVE = "loss_curve.png"
 SANITY_BOOTSTRAP_SAMPLES = 2000
 
-
 LENGTHS = ("model.max_length", "model.max_prompt_length")
 BASE_MODEL = ("model.base", "model.precision", "model.trust_remote_code")
 MARGIN = ("objective.margin", "objective.margin_role", "objective.margin_beta", "objective.penalty")
-
-
-def _trains_sft(experiment: Experiment) -> bool:
-    return experiment.sft.enabled
 
 
 def _sft_settings(experiment: Experiment) -> tuple[str, ...]:
@@ -57,7 +52,7 @@ def _sft_settings(experiment: Experiment) -> tuple[str, ...]:
     kinds={"pytorch", "huggingface"},
     settings=_sft_settings,
     loads_model=True,
-    reads_if={"preference_pairs": _trains_sft},
+    reads_if={"preference_pairs": lambda experiment: experiment.sft.enabled},
 )
 def sft_model(run: StageRun, preference_pairs: Artifact | None = None) -> Metrics:
     """The base model fine-tuned on chosen responses by LoRA and merged: the reference policy of all that follows."""
