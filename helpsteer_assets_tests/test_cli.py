@@ -155,7 +155,7 @@ def test_a_query_before_anything_was_materialized_says_what_to_do(run: Run) -> N
     ("arguments", "message"),
     [
         (["--weights", "0.2"], "0.2 is not in the grid of experiment demo (0.1, 0.3, 0.5, 0.7, 0.9); add it to objec"),
-        (["--weights", "0.1,half"], "--weights: a weight is a number in (0, 1], got 'half'"),
+        (["--weights", "0.1,half"], "--weights: a weight is a number in (0, 1] of at most ten decimals, got 'half'"),
         (["--weights", ""], "a weight is a number in (0, 1]"),
         (["--select", "scores or +"], "--select 'scores or +' cannot be read"),
         (["--select", "group:nope"], "--select 'group:nope' selects no asset"),

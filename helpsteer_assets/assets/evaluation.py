@@ -59,8 +59,8 @@ KL_SCHEMA = pa.schema(
 """Columns of kl.parquet; its rows stand by prompt in the order of the prompts, then by sample."""
 
 
-def generation_settings(experiment: Experiment) -> tuple[str, ...]:
-    """The keys that responses depend on: the batch only where rounding lets it change them, the seed where it draws."""
+def _generation_settings(experiment: Experiment) -> tuple[str, ...]:
+    """The batch counts only where rounding lets it change responses, the seed where it draws them."""
     keys = [f"generation.{key}" for key in type(experiment.generation).model_fields if key != "max_batch_tokens"]
     return (*keys, *_batch(experiment), *(("seed",) if experiment.generation.do_sample else ()))
 
@@ -75,17 +75,13 @@ def _kl_settings(experiment: Experiment) -> tuple[str, ...]:
     return ("evaluation.kl_samples", *drawn, *_batch(experiment))
 
 
-def _draws_kl_samples(experiment: Experiment) -> bool:
-    return experiment.evaluation.kl_samples > 0
-
-
 SCORE_SETTINGS = ("evaluation.rater", *MARGIN_REWARD)
 
 
 @stage(
     group="evaluation",
     kinds={"pytorch", "parquet"},
-    settings=generation_settings,
+    settings=_generation_settings,
     loads_model=True,
     table="generations",
     file="generations.parquet",
@@ -98,7 +94,7 @@ def sft_generations(run: StageRun, evaluation_prompts: Artifact, sft_model: Arti
 @stage(
     group="evaluation",
     kinds={"pytorch", "parquet"},
-    settings=generation_settings,
+    settings=_generation_settings,
     partitioned=True,
     loads_model=True,
     table="generations",
@@ -296,7 +292,7 @@ def _log_ratios(
     loads_model=True,
     table="kl_to_sft",
     file="kl.parquet",
-    exists_if=_draws_kl_samples,
+    exists_if=lambda experiment: experiment.evaluation.kl_samples > 0,
 )
 def kl_to_sft(run: StageRun, evaluation_prompts: Artifact, sft_model: Artifact, modpo_models: Artifact) -> Metrics:
     """How far one policy is from SFT: responses drawn from it as it is, each with its log-ratio to SFT.

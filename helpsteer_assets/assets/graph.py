@@ -69,9 +69,7 @@ def fingerprints(experiment: Experiment, digest_cache: Path | None = None) -> di
     graph = stages(experiment)
     for stage in graph.values():
         for partition in partitions_of(stage, experiment):
-            settings = _settings_of(stage, flat)
-            if stage.partitioned:
-                settings["w"] = partition
+            settings = _settings_of(stage, flat) | ({"w": partition} if stage.partitioned else {})
             inputs: dict[str, dict[str, str]] = {}
             for name in stage.inputs:
                 same = stage.partitioned and graph[name].partitioned

@@ -1,9 +1,7 @@
-"""Data sets and models from the Hugging Face hub, and the digests by which local files and folders are known.
+"""Data sets and models from the Hugging Face hub.
 
-A download is one commit of one repository, kept in the hub's own cache (`HF_HOME`); a commit that is cached already is
-found with no network. Of a model no pickles are fetched, which run code when they are read. A local folder has no
-commit, so its content is hashed; since models are large, each file's hash is remembered by path, size and modification
-time.
+A download is one commit of one repository, kept in the hub's own cache (`HF_HOME`); a cached commit needs no network.
+Pickles of a model are left out, because reading them runs code.
 """
 
 from pathlib import Path
@@ -32,10 +30,7 @@ def download(
     """
     from huggingface_hub import constants, errors, snapshot_download
 
-    what = f"{'data set' if kind == 'dataset' else 'model'} {repo_id} at revision {revision}"
     key = "`data.source`" if kind == "dataset" else "`model.base` (or `evaluation.rater.model`)"
-    or_local = f"or give the path of a local folder as {key}"
-    page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo_id}"
     try:
         return Path(
             snapshot_download(
@@ -46,38 +41,25 @@ def download(
                 ignore_patterns=_PICKLES if kind == "model" else None,
             )
         )
-    except errors.GatedRepoError as error:
-        raise HelpsteerError(
-            f"the {what} is gated: accept its licence on {page}, then {_LOG_IN} of that account, {or_local}"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise HelpsteerError(
-            f"the {what} was not found on the hub: it does not exist or is private. Check the name; if it is private, "
-            f"{_LOG_IN} of an account that may read it, {or_local}"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise HelpsteerError(
-            f"the {what}: the repository is there, the revision is not. Take a commit hash from {page}/commits/main, "
-            f"{or_local}"
-        ) from error
-    except errors.DisabledRepoError as error:
-        raise HelpsteerError(f"the {what} was disabled on the hub: choose another, {or_local}") from error
-    except errors.LocalEntryNotFoundError as error:
-        if isinstance(error.__cause__, errors.OfflineModeIsEnabled):
-            raise HelpsteerError(
-                f"the {what} is not in the hub cache ({constants.HF_HUB_CACHE}) and HF_HUB_OFFLINE forbids fetching "
-                f"it: unset HF_HUB_OFFLINE, or point HF_HOME at a cache that holds it, {or_local}"
-            ) from error
-        raise HelpsteerError(
-            f"the {what} is not in the hub cache ({constants.HF_HUB_CACHE}) and {constants.ENDPOINT} cannot be reached "
-            f"({error.__cause__ or error}): check the network, or point HF_HOME at a cache that holds it, {or_local}"
-        ) from error
     except errors.HFValidationError as error:
         raise HelpsteerError(
             f"{key}: {repo_id!r} is no id on the hub ({error}). An id reads `owner/name`; a path starts with `.`, `/` "
             "or `~`"
         ) from error
     except (errors.HTTPError, OSError) as error:  # what the server, the proxy or the disk said
-        raise HelpsteerError(
-            f"the {what} could not be downloaded: {error}\nIf it says 401 or 403, {_LOG_IN}; else try again, {or_local}"
-        ) from error
+        what = f"{'data set' if kind == 'dataset' else 'model'} {repo_id} at revision {revision}"
+        page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo_id}"
+        reason = f"could not be downloaded: {error}\nIf it says 401 or 403, {_LOG_IN}; else try again"
+        if isinstance(error, errors.GatedRepoError):
+            reason = f"is gated: accept its licence on {page}, then {_LOG_IN} of that account"
+        elif isinstance(error, errors.RepositoryNotFoundError):
+            reason = f"does not exist on the hub, or is private: check the name, or {_LOG_IN} of an account with access"
+        elif isinstance(error, errors.RevisionNotFoundError):
+            reason = f"was not found: the repository has no such commit. Take a commit hash from {page}/commits/main"
+        elif isinstance(error, errors.LocalEntryNotFoundError):
+            reason = (
+                f"is not in the hub cache ({constants.HF_HUB_CACHE}), and {constants.ENDPOINT} cannot be reached "
+                f"({error.__cause__ or error}): check the network, unset HF_HUB_OFFLINE, or point HF_HOME at a cache "
+                "that holds it"
+            )
+        raise HelpsteerError(f"the {what} {reason}, or give the path of a local folder as {key}") from error

@@ -129,19 +129,21 @@ def _render(
 ) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
-    if is_margin_adapter:
+    source, tags = experiment.data.source, ["modpo", "dpo", "lora", "alignment"]
+    if w is not None:
+        title = f"MODPO policy, w = {w}"
+    elif is_margin_adapter:
         title = f"Margin adapter for {experiment.data.margin_attribute}"
     else:
-        title = "SFT model of a MODPO experiment" if w is None else f"MODPO policy, w = {w}"
-    is_sft_model = w is None and not is_margin_adapter
+        title, tags = "SFT model of a MODPO experiment", ["sft", "alignment"]
     card_data = ModelCardData(
         license=base.licence,
         base_model=base.id,
         base_model_relation=None if base.id is None else "finetune" if merged else "adapter",
         library_name="transformers" if merged else "peft",
         pipeline_tag="text-generation",
-        tags=["sft", "alignment"] if is_sft_model else ["modpo", "dpo", "lora", "alignment"],
-        datasets=[experiment.data.source] if experiment.data.revision else None,
+        tags=tags,
+        datasets=[source] if experiment.data.revision else None,
     )
     card = ModelCard.from_template(
         card_data,
@@ -153,8 +155,8 @@ def _render(
         role=None if w is None else role_in_words(experiment, w),
         licence=base.licence,
         notice=_NOTICES.get(base.licence or ""),
-        data_licence=DATA_LICENCES.get(experiment.data.source),
-        attribution=_ATTRIBUTIONS.get(experiment.data.source),
+        data_licence=DATA_LICENCES.get(source),
+        attribution=_ATTRIBUTIONS.get(source),
         interval=lambda mean, low, high: f"{mean:.3g} [{low:.3g}, {high:.3g}]",
         **facts,
     )

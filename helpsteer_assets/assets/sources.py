@@ -28,23 +28,20 @@ def local_path(key: str, source: str) -> Path:
 
 def fetch(experiment: Experiment, section: Literal["data", "model", "rater"]) -> Path:
     """The folder or file of the source, the base model or the rater, downloaded where it lives on the hub."""
-    key, source, revision = experiment.hub_references()[section]
-    if not is_hub_id(source):
-        return local_path(key, source)
-    assert revision is not None  # validated with the experiment
-    if section == "data":
-        return download(source, revision, "dataset")
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
-    return download(source, revision, "model", patterns)
+    return _located(experiment, section, None if section == "data" else [*_WITHOUT_WEIGHTS, "*.safetensors"])
+
+
+def described_model(experiment: Experiment, section: Literal["model", "rater"]) -> Path:
+    """Folder with a model's configuration and tokenizer; from the hub they are fetched without the weights."""
+    return _located(experiment, section, _WITHOUT_WEIGHTS)
 
 
 _WITHOUT_WEIGHTS = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
 
 
-def described_model(experiment: Experiment, section: Literal["model", "rater"]) -> Path:
-    """Folder with a model's configuration and tokenizer; from the hub they are fetched without the weights."""
+def _located(experiment: Experiment, section: str, patterns: list[str] | None) -> Path:
     key, source, revision = experiment.hub_references()[section]
     if not is_hub_id(source):
         return local_path(key, source)
     assert revision is not None  # validated with the experiment
-    return download(source, revision, "model", _WITHOUT_WEIGHTS)
+    return download(source, revision, "dataset" if section == "data" else "model", patterns)

@@ -10,7 +10,7 @@ reads all of them. An input with the default None is left out where the graph ha
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from helpsteer_assets.experiment.settings import Experiment
@@ -31,34 +31,40 @@ def always(experiment: Experiment) -> bool:
     return True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Stage:
     """A declared asset; `for_experiment` gives its form in one experiment's graph."""
 
     compute: Callable[..., Metrics]
     name: str
     description: str
-    group: str
-    kinds: frozenset[str]
-    version: int
-    """Raised when the code computes something else: all that was made before is then out of date."""
     inputs: tuple[str, ...]
     """The assets that it reads."""
-    settings: tuple[str, ...]
-    """Dotted keys of the experiment that its results depend on."""
-    partitioned: bool
-    """One partition per weight."""
-    loads_model: bool
-    table: str | None
-    """Table of the warehouse that holds its rows."""
-    file: str | None
-    """Parquet file of those rows."""
-    gate: Callable[[Experiment, Inputs], None] | None
-    """Raises HelpsteerError where the asset must not be made or reused, whatever lies in the store."""
-    exists_if: Callable[[Experiment], bool]
-    reads_if: Mapping[str, Callable[[Experiment], bool]]
     optional: frozenset[str]
+    """Inputs that may be missing from the graph."""
     picks_settings: Callable[[Experiment], Sequence[str]]
+    settings: tuple[str, ...] = ()
+    """Dotted keys of the experiment that its results depend on."""
+    group: str
+    """The UI's group."""
+    kinds: set[str]
+    """The UI's icons."""
+    version: int = 1
+    """Raised when the code computes something else: all that was made before is then out of date."""
+    partitioned: bool = False
+    """One partition per weight."""
+    loads_model: bool = False
+    """It takes a place in the pool of such steps, and is tried again after a crash."""
+    table: str | None = None
+    """Table of the warehouse that its rows are published in; its columns stand in store/tables.py."""
+    file: str | None = None
+    """Parquet file of those rows."""
+    gate: Callable[[Experiment, Inputs], None] | None = None
+    """Raises HelpsteerError where the asset must not be made or reused, whatever lies in the store."""
+    exists_if: Callable[[Experiment], bool] = always
+    """The experiments whose graph has it."""
+    reads_if: Mapping[str, Callable[[Experiment], bool]] = field(default_factory=dict)
+    """Optional inputs that only some experiments' graphs have."""
 
     def for_experiment(self, experiment: Experiment, present: Mapping[str, "Stage"]) -> "Stage":
         """The stage with the inputs and settings that it has in an experiment.
@@ -78,34 +84,12 @@ class Stage:
         )
 
 
-def stage(
-    *,
-    group: str,
-    kinds: set[str],
-    settings: Settings = (),
-    version: int = 1,
-    partitioned: bool = False,
-    loads_model: bool = False,
-    table: str | None = None,
-    file: str | None = None,
-    gate: Callable[[Experiment, Inputs], None] | None = None,
-    exists_if: Callable[[Experiment], bool] = always,
-    reads_if: Mapping[str, Callable[[Experiment], bool]] | None = None,
-) -> Callable[[Callable[..., Metrics]], Stage]:
+def stage(*, settings: Settings = (), **options: Any) -> Callable[[Callable[..., Metrics]], Stage]:
     """Make a function a stage of the graph.
 
     Args:
-        group: the UI's group.
-        kinds: the UI's icons.
         settings: what of the experiment its results depend on.
-        version: of the code; see `Stage.version`.
-        partitioned: one partition per weight.
-        loads_model: it takes a place in the pool of such steps, and is tried again after a crash.
-        table: table of the warehouse that its rows are published in; its columns stand in store/tables.py.
-        file: Parquet file of those rows.
-        gate: refuses to make or reuse the asset.
-        exists_if: the experiments whose graph has it.
-        reads_if: inputs (which have the default None) that only some experiments' graphs have.
+        **options: fields of `Stage`, from `group` on.
     """
 
     def declare(compute: Callable[..., Metrics]) -> Stage:
@@ -114,20 +98,10 @@ def stage(
             compute=compute,
             name=compute.__name__,
             description=inspect.getdoc(compute) or "",
-            group=group,
-            kinds=frozenset(kinds),
-            version=version,
             inputs=tuple(parameter.name for parameter in parameters),
-            settings=(),
-            partitioned=partitioned,
-            loads_model=loads_model,
-            table=table,
-            file=file,
-            gate=gate,
-            exists_if=exists_if,
-            reads_if=reads_if or {},
             optional=frozenset(parameter.name for parameter in parameters if parameter.default is None),
             picks_settings=settings if callable(settings) else lambda experiment: settings,
+            **options,
         )
 
     return declare

@@ -5,7 +5,6 @@ asset as out of date. Here the present fingerprints are compared with the store 
 materialization. Imports neither Dagster nor torch.
 """
 
-import re
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,8 +17,6 @@ from helpsteer_assets.files.os_errors import readable_os_errors
 from helpsteer_assets.store.artifacts import ALL, CHECKPOINTS, ArtifactStore
 from helpsteer_assets.store.home import Home
 from helpsteer_assets.store.warehouse import Warehouse
-
-_REVISION = re.compile(r"(?P<id>.+)@(?P<revision>[0-9a-f]{40})")
 
 
 @dataclass(frozen=True)
@@ -82,12 +79,11 @@ def _status(
     reasons = _why(fingerprint, latest["fingerprint"], present, store)
     told: set[str] = set()
     parts = []
-    for origin, found in reasons.items():
-        # A setting that several assets depend on is named once.
-        new = [reason for reason in found if reason not in told]
-        told.update(new)
+    for origin, changes in reasons.items():
+        new = ", ".join(change for change in changes if change not in told)
+        told.update(changes)  # a setting that several assets depend on is named once
         if new:
-            parts.append(", ".join(new) if origin == asset else f"{origin}: {', '.join(new)}")
+            parts.append(new if origin == asset else f"{origin}: {new}")
     return result("out of date", "; ".join(parts))
 
 
@@ -95,9 +91,9 @@ def partial_progress(checkpoints: Path) -> str:
     """How far unfinished work is, in words; empty where it has kept nothing yet."""
     from helpsteer_assets.modpo.training.checkpoints import checkpoint_progress
 
-    found = checkpoint_progress(checkpoints)
-    if found is not None:
-        return f"step {found[0]} of {found[1]}"
+    steps = checkpoint_progress(checkpoints)
+    if steps is not None:
+        return f"step {steps[0]} of {steps[1]}"
     rows = 0
     with readable_os_errors("read", checkpoints), suppress(FileNotFoundError):  # a running process may finish meanwhile
         rows = sum(path.read_bytes().count(b"\n") for path in checkpoints.glob("*.jsonl"))
@@ -124,33 +120,28 @@ def _why(
         for partition, value in partitions.items():
             before = inputs.get(name, {}).get(partition)
             if before is not None and before != value:
-                for origin, found in _why(present[name, partition], before, present, store).items():
-                    known = reasons.setdefault(origin, [])
-                    known += [reason for reason in found if reason not in known]
+                for origin, causes in _why(present[name, partition], before, present, store).items():
+                    reasons[origin] = list(dict.fromkeys([*reasons.get(origin, []), *causes]))
     return reasons or {asset: ["it reads other inputs"]}
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    absent = object()
-    return [
-        f"the content of {key}"
-        if _is_digest(before.get(key)) and _is_digest(now.get(key))
-        else f"{key} {_shown(before.get(key))} -> {_shown(now.get(key))}"
-        for key in sorted({*before, *now})
-        if before.get(key, absent) != now.get(key, absent)
-    ]
+    absent, changes = object(), []
+    for key in sorted({*before, *now}):
+        if before.get(key, absent) != now.get(key, absent):
+            old, new = _shown(before.get(key)), _shown(now.get(key))
+            changes.append(f"the content of {key}" if old == new == _LOCAL else f"{key} {old} -> {new}")
+    return changes
 
 
-def _is_digest(value: Any) -> bool:
-    """Whether it stands for the content of a local source or model."""
-    return isinstance(value, str) and value.startswith("sha256:")
+_LOCAL = "a local path"
 
 
 def _shown(value: Any) -> str:
-    """A setting's value, a local source's digest or a hub id with its revision, short enough for a table."""
-    if isinstance(value, str) and (match := _REVISION.fullmatch(value)):
-        return f"{match['id']}@{match['revision'][:8]}"
-    text = "a local path" if _is_digest(value) else "null" if value is None else str(value)
+    """A setting's value, short enough for a table; a local source is in the settings by its digest."""
+    text = "null" if value is None else str(value)
+    if text.startswith("sha256:"):
+        return _LOCAL
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -167,13 +158,13 @@ def labels(items: Iterable[Status]) -> list[str]:
     return [label(asset, ", ".join(partitions)) for asset, partitions in weights.items()]
 
 
-def unfinished(found: Iterable[Status]) -> list[tuple[str, str]]:
+def unfinished(items: Iterable[Status]) -> list[tuple[str, str]]:
     """The assets and partitions that are still to be made or ended."""
-    return [(s.asset, s.partition) for s in found if s.state not in ("complete", "reusable")]
+    return [(s.asset, s.partition) for s in items if s.state not in ("complete", "reusable")]
 
 
-def finished_folders(found: Iterable[Status]) -> dict[str, Path]:
+def finished_folders(items: Iterable[Status]) -> dict[str, Path]:
     """Folders of the finished artifacts that have no weight, by asset."""
     return {
-        s.asset: Path(s.path) for s in found if s.partition == ALL and s.path and s.state in ("complete", "reusable")
+        s.asset: Path(s.path) for s in items if s.partition == ALL and s.path and s.state in ("complete", "reusable")
     }

@@ -62,7 +62,7 @@ def score_summary(
 ) -> Metrics:
     """Per policy and measure: mean, spread, 95% interval over prompts, and the paired difference to SFT."""
     experiment = run.experiment
-    kl = {w: _kl(artifact) for w, artifact in (kl_to_sft or {}).items()}
+    kl = {w: policy_kl(artifact) for w, artifact in (kl_to_sft or {}).items()}
     zero = dict.fromkeys(next(iter(kl.values())), 0.0) if kl else None
     policies = [_measured(experiment, sft_scores, sft_generations, zero)]
     policies += [_measured(experiment, scores[w], generations[w], kl.get(w)) for w in sorted(scores, key=float)]
@@ -96,7 +96,7 @@ def _measured(
     return PolicyScores(measured.policy, measured.w, measured.prompt_ids, measures)
 
 
-def _kl(kl_to_sft: Artifact) -> dict[str, float]:
+def policy_kl(kl_to_sft: Artifact) -> dict[str, float]:
     """KL divergence to SFT by prompt, nats."""
     table = kl_to_sft.table("kl.parquet", columns=["prompt_id", "log_ratio", "finish_reason"])
     capped = [reason == "length" for reason in table["finish_reason"].to_pylist()]

@@ -38,15 +38,10 @@ if TYPE_CHECKING:
 LOSS_CURVE = "loss_curve.png"
 SANITY_BOOTSTRAP_SAMPLES = 2000
 
-
 LENGTHS = ("model.max_length", "model.max_prompt_length")
 BASE_MODEL = ("model.base", "model.precision", "model.trust_remote_code")
 MARGIN_REWARD = ("objective.margin", "objective.margin_beta", "objective.penalty")
 MARGIN = (*MARGIN_REWARD, "objective.margin_role")
-
-
-def _trains_sft(experiment: Experiment) -> bool:
-    return experiment.sft.enabled
 
 
 def _sft_settings(experiment: Experiment) -> tuple[str, ...]:
@@ -58,7 +53,7 @@ def _sft_settings(experiment: Experiment) -> tuple[str, ...]:
     kinds={"pytorch", "huggingface"},
     settings=_sft_settings,
     loads_model=True,
-    reads_if={"preference_pairs": _trains_sft},
+    reads_if={"preference_pairs": lambda experiment: experiment.sft.enabled},
 )
 def sft_model(run: StageRun, preference_pairs: Artifact | None = None) -> Metrics:
     """The base model fine-tuned on chosen responses by LoRA and merged: the reference policy of all that follows."""
@@ -177,8 +172,6 @@ def margin_adapter(
     run: StageRun, sft_model: Artifact, margin_pairs: Artifact, reference_log_probs: Artifact
 ) -> Metrics:
     """LoRA trained by DPO on the margin pairs; margin_beta (log p_adapter - log p_sft) is its implicit reward."""
-    from helpsteer_assets.modpo.models.loading import load_adapters
-
     experiment = run.experiment
     settings = experiment.margin_adapter
     assert settings is not None  # validated with the experiment: this asset would not be there
@@ -199,10 +192,7 @@ def margin_adapter(
         margins=None,
         what="margin_adapter",
     )
-    with sft_model_on_loan(run, sft_model) as base:
-        model = load_adapters(base, {"margin": run.folder / "adapter"})
-        log_probs = _log_probs(run, model, list(encoded.values()), "margin", resumable=False)
-    ratios = {response: log_prob - reference[response] for response, log_prob in zip(encoded, log_probs, strict=True)}
+    ratios = _margin_log_ratios(run, sft_model, run.folder / "adapter", encoded, reference, resumable=False)
     sanity, failures = adapter_quality.judge_pairs(
         validation,
         ratios,
@@ -230,28 +220,23 @@ def margin_adapter_quality(
     margin_adapter: Artifact,
 ) -> Metrics:
     """What the margin adapter's reward measures on validation pairs: the attribute, or only the length."""
-    from helpsteer_assets.modpo.models.loading import load_adapters
-
     experiment = run.experiment
     pairs = margin_pairs.file("pairs.parquet")
     attribute = experiment.data.margin_attribute
     validation = pq.read_table(pairs, filters=[("split", "=", "validation")])
     encoded = _encode(run, load_sft_tokenizer(run, sft_model), unique_responses(pairs, splits=("validation",)))
-    with sft_model_on_loan(run, sft_model) as base:
-        model = load_adapters(base, {"margin": margin_adapter.path / "adapter"})
-        log_probs = _log_probs(run, model, list(encoded.values()), "margin")
-    reference = _reference(reference_log_probs)
-    log_ratios = {r: log_prob - reference[r] for r, log_prob in zip(encoded, log_probs, strict=True)}
+    adapter = margin_adapter.path / "adapter"
+    log_ratios = _margin_log_ratios(run, sft_model, adapter, encoded, _reference(reference_log_probs))
     ids = {side: validation[f"{side}_id"].to_pylist() for side in ("chosen", "rejected")}
     gaps = pc.subtract(
         validation[f"chosen_{attribute}"].cast(pa.int32()), validation[f"rejected_{attribute}"].cast(pa.int32())
     )
     columns = {"pair_id": validation["pair_id"], "prompt_id": validation["prompt_id"], "rating_gap": gaps}
-    for side, found in ids.items():
-        # Of what is scored, which may be cut: the length that the reward can depend on.
-        columns[f"{side}_tokens"] = pa.array([len(encoded[r].response_ids) for r in found], pa.int32())
-    for side, found in ids.items():
-        columns[f"{side}_log_ratio"] = pa.array([log_ratios[r] for r in found], pa.float64())
+    for side, responses in ids.items():
+        # Tokens of what is scored, which may be cut: the length that the reward can depend on.
+        columns[f"{side}_tokens"] = pa.array([len(encoded[r].response_ids) for r in responses], pa.int32())
+    for side, responses in ids.items():
+        columns[f"{side}_log_ratio"] = pa.array([log_ratios[r] for r in responses], pa.float64())
     table = pa.table(columns)
     run.write(table, "margin_validation.parquet")
     return adapter_quality.margin_adapter_quality(
@@ -283,19 +268,15 @@ def margin_rewards(
     margin_adapter: Artifact | None = None,
 ) -> Metrics:
     """The unscaled margin reward of every response in the preference pairs, once for all weights and roles."""
-    from helpsteer_assets.modpo.models.loading import load_adapters
     from helpsteer_assets.modpo.models.tokenization import count_response_tokens
 
     responses = unique_responses(preference_pairs.file("pairs.parquet"))
     tokenizer = load_sft_tokenizer(run, sft_model)
     log_ratios: list[float] | list[None] = [None] * responses.num_rows
     if margin_adapter is not None and reference_log_probs is not None:
-        encoded = _encode(run, tokenizer, responses)
-        with sft_model_on_loan(run, sft_model) as base:
-            model = load_adapters(base, {"margin": margin_adapter.path / "adapter"})
-            log_probs = _log_probs(run, model, list(encoded.values()), "margin")
-        reference = _reference(reference_log_probs)
-        log_ratios = [log_prob - reference[response] for response, log_prob in zip(encoded, log_probs, strict=True)]
+        adapter, encoded = margin_adapter.path / "adapter", _encode(run, tokenizer, responses)
+        by_response = _margin_log_ratios(run, sft_model, adapter, encoded, _reference(reference_log_probs))
+        log_ratios = list(by_response.values())
     tokens = count_response_tokens(tokenizer, responses)
     table = responses.select(["prompt_id", "response_id"])
     table = table.append_column("log_ratio", pa.array(log_ratios, pa.float64()))
@@ -384,6 +365,24 @@ def _log_probs(
         checkpoint=run.checkpoints / "log_probs.jsonl" if resumable else None,
     )
     return scored[adapter]
+
+
+def _margin_log_ratios(
+    run: StageRun,
+    sft_model: Artifact,
+    adapter: Path,
+    encoded: "EncodedResponses",
+    reference: dict[str, float],
+    *,
+    resumable: bool = True,
+) -> dict[str, float]:
+    """log p_adapter - log p_sft by response_id."""
+    from helpsteer_assets.modpo.models.loading import load_adapters
+
+    with sft_model_on_loan(run, sft_model) as base:
+        model = load_adapters(base, {"margin": adapter})
+        log_probs = _log_probs(run, model, list(encoded.values()), "margin", resumable=resumable)
+    return {response: log_prob - reference[response] for response, log_prob in zip(encoded, log_probs, strict=True)}
 
 
 def _reference(reference_log_probs: Artifact) -> dict[str, float]:

@@ -28,7 +28,7 @@ def _asset(stage: Stage, experiment: Experiment) -> dg.AssetsDefinition:
         name=stage.name,
         deps=list(stage.inputs),
         group_name=stage.group,
-        kinds=set(stage.kinds),
+        kinds=stage.kinds,
         description=stage.description,
         owners=["team:helpsteer_assets"],
         tags={"experiment": experiment.name},

@@ -5,9 +5,8 @@ Dagster's record.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -30,23 +29,6 @@ from helpsteer_assets.store.locks import home_in_use
 
 RETRIES = dg.RetryPolicy(max_retries=1, delay=5)
 """A killed or crashed step that loads a model goes on from its last checkpoint. A user's mistake is not tried again."""
-
-
-@dataclass(frozen=True)
-class _Step:
-    """What a step of an asset works with."""
-
-    present: Mapping[tuple[str, str], Fingerprint]
-    """Of every asset and partition."""
-    fingerprint: Fingerprint
-    inputs: Inputs
-    label: str
-    """Asset and weight, for people."""
-    log: Callable[[str], None]
-
-    def say(self, message: str) -> None:
-        """Log what happens to it."""
-        self.log(f"{self.label}: {message}")
 
 
 class Lab:
@@ -83,40 +65,6 @@ class Lab:
 
     def materialize(self, stage: Stage, context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         """Reuse or compute one asset (of one weight), and record it in warehouse and Dagster."""
-        with self._step(stage, context) as step:
-            fingerprint = step.fingerprint
-            artifact, reused = self._make(stage, step)
-            step.say(f"{'reused' if reused else 'finished'} ({artifact.path})")
-            self.home.warehouse.forget_others(self.experiment.name, set(step.present))
-            self.home.warehouse.record(
-                experiment=self.experiment.name,
-                asset=fingerprint.asset,
-                partition=fingerprint.partition,
-                fingerprint=fingerprint.value,
-                path=artifact.path,
-                run_id=context.run_id,
-                reused=reused,
-                table=stage.table,
-                parquet=artifact.file(stage.file) if stage.file else None,
-                publish=self._publish_reused or not reused,
-            )
-            up_to_date = up_to_date_result(self.experiment, self.home, stage.name)
-        return dg.MaterializeResult(
-            data_version=dg.DataVersion(fingerprint.value),
-            check_results=[up_to_date],
-            metadata={
-                **rounded(describe(stage.name, artifact, step.inputs, self.experiment)),
-                **self._table_metadata(stage, artifact),
-                "fingerprint": fingerprint.value,
-                "reused": reused,
-                "duration_s": artifact.manifest["duration_s"],
-                "path": dg.MetadataValue.path(str(artifact.path)),
-            },
-        )
-
-    @contextmanager
-    def _step(self, stage: Stage, context: dg.AssetExecutionContext) -> Iterator[_Step]:
-        """What a step of an asset needs; a user's mistake within ends it without another try."""
         partition = context.partition_key if context.has_partition_key else ALL
         name = label(stage.name, partition)
 
@@ -125,75 +73,111 @@ class Lab:
             if self._announce is not None:
                 self._announce(message)
 
+        def say(message: str) -> None:
+            log(f"{name}: {message}")
+
         try:
-            with _warnings_to(log):
+            with _warnings_to(log), home_in_use(self.home.path, name, say):
                 present = self.fingerprints()
                 fingerprint = present[stage.name, partition]
-                with home_in_use(self.home.path, name, lambda message: log(f"{name}: {message}")):
-                    inputs = self._inputs(stage, fingerprint)
-                    if stage.gate is not None:
-                        stage.gate(self.experiment, inputs)
-                    yield _Step(present, fingerprint, inputs, name, log)
+                inputs = self._inputs(stage, fingerprint)
+                if stage.gate is not None:
+                    stage.gate(self.experiment, inputs)
+                artifact, reused = self.home.store.build(
+                    stage.name,
+                    partition,
+                    fingerprint.value,
+                    manifest={
+                        "experiment": self.experiment.name,
+                        "version": fingerprint.version,
+                        "settings": fingerprint.settings,
+                        "inputs": fingerprint.inputs,
+                        "seed": self.experiment.seed,
+                        "run": self.experiment.run.model_dump(mode="json"),
+                    },
+                    compute=lambda folder: self._compute(stage, fingerprint, inputs, folder, log),
+                    on_wait=say,
+                )
+                say(f"{'reused' if reused else 'finished'} ({artifact.path})")
+                self._record(stage, artifact, reused, context.run_id, set(present))
+                up_to_date = up_to_date_result(self.experiment, self.home, stage.name)
         except HelpsteerError as error:
             # The user has to change something first: trying again would end the same way.
             raise dg.Failure(description=str(error), allow_retries=False) from error
         except Exception as error:
             if stage.loads_model and context.retry_number < RETRIES.max_retries:
                 # Else it would seem to begin anew by itself, and nobody would hear of it if it then went well.
-                log(f"{name}: failed by {type(error).__name__}: {error}; it is tried once more, from where it was")
+                say(f"failed by {type(error).__name__}: {error}; it is tried once more, from where it was")
             raise
-
-    def _make(self, stage: Stage, step: _Step) -> tuple[Artifact, bool]:
-        fingerprint = step.fingerprint
-        return self.home.store.build(
-            fingerprint.asset,
-            fingerprint.partition,
-            fingerprint.value,
-            manifest={
-                "experiment": self.experiment.name,
-                "version": fingerprint.version,
-                "settings": fingerprint.settings,
-                "inputs": fingerprint.inputs,
-                "seed": self.experiment.seed,
-                "run": self.experiment.run.model_dump(mode="json"),
+        return dg.MaterializeResult(
+            data_version=dg.DataVersion(fingerprint.value),
+            check_results=[up_to_date],
+            metadata={
+                **rounded(describe(stage.name, artifact, inputs, self.experiment)),
+                **self._table_metadata(stage, artifact),
+                "fingerprint": fingerprint.value,
+                "reused": reused,
+                "duration_s": artifact.manifest["duration_s"],
+                "path": dg.MetadataValue.path(str(artifact.path)),
             },
-            compute=lambda folder: self._compute(stage, step, folder),
-            on_wait=step.say,
         )
 
-    def _compute(self, stage: Stage, step: _Step, folder: Path) -> Metrics:
+    def _record(
+        self, stage: Stage, artifact: Artifact, reused: bool, run_id: str, present: set[tuple[str, str]]
+    ) -> None:
+        warehouse = self.home.warehouse
+        warehouse.forget_others(self.experiment.name, present)
+        warehouse.record(
+            experiment=self.experiment.name,
+            asset=artifact.asset,
+            partition=artifact.partition,
+            fingerprint=artifact.fingerprint,
+            path=artifact.path,
+            run_id=run_id,
+            reused=reused,
+            table=stage.table,
+            parquet=artifact.file(stage.file) if stage.file else None,
+            publish=self._publish_reused or not reused,
+        )
+
+    def _compute(
+        self, stage: Stage, fingerprint: Fingerprint, inputs: Inputs, folder: Path, log: Callable[[str], None]
+    ) -> Metrics:
         """Compute the stage's results in a partial folder; returns what it measured."""
-        begun = partial_progress(folder / CHECKPOINTS)
-        step.say("computing" + (f", going on from {begun}" if begun else ""))
-        with ProgressReporter(step.label, step.log, self._terminal) as progress:
+        name, begun = label(stage.name, fingerprint.partition), partial_progress(folder / CHECKPOINTS)
+        log(f"{name}: computing" + (f", going on from {begun}" if begun else ""))
+        with ProgressReporter(name, log, self._terminal) as progress:
             run = StageRun(
                 experiment=self.experiment,
                 asset=stage.name,
-                partition=step.fingerprint.partition,
-                fingerprint=step.fingerprint.value,
+                partition=fingerprint.partition,
+                fingerprint=fingerprint.value,
                 folder=folder,
                 progress=progress,
-                log=step.log,
+                log=log,
                 models=self.models,
             )
             try:
-                return stage.compute(run, **step.inputs)
+                return stage.compute(run, **inputs)
             finally:
                 release_memory()
 
     def _inputs(self, stage: Stage, fingerprint: Fingerprint) -> Inputs:
-        found: dict[str, dict[str, Artifact]] = {}
+        artifacts: dict[str, dict[str, Artifact]] = {}
+        wanted = [(asset, w, value) for asset, values in fingerprint.inputs.items() for w, value in values.items()]
         for look_up in (self.home.store.find, self.home.store.get):  # the second hashes what may be gigabytes
-            found = {
-                asset: {w: artifact for w, value in wanted.items() if (artifact := look_up(asset, w, value))}
-                for asset, wanted in fingerprint.inputs.items()
-            }
-            missing = {(asset, w) for asset, wanted in fingerprint.inputs.items() for w in wanted.keys() - found[asset]}
+            missing = set()
+            for asset, w, value in wanted:
+                artifact = look_up(asset, w, value)
+                if artifact is None:
+                    missing.add((asset, w))
+                else:
+                    artifacts.setdefault(asset, {})[w] = artifact
             if missing:
                 raise HelpsteerError(self._what_is_missing(label(stage.name, fingerprint.partition), missing))
         return {
-            asset: artifacts if self.graph[asset].partitioned and not stage.partitioned else artifacts.popitem()[1]
-            for asset, artifacts in found.items()
+            asset: by_weight if self.graph[asset].partitioned and not stage.partitioned else by_weight.popitem()[1]
+            for asset, by_weight in artifacts.items()
         }
 
     def _what_is_missing(self, reader: str, missing: set[tuple[str, str]]) -> str:
@@ -209,9 +193,8 @@ class Lab:
         if stage.table is None or stage.file is None:
             return {}
         rows = pq.read_metadata(artifact.file(stage.file)).num_rows
-        partitioned = artifact.partition != ALL
         return {
-            "dagster/partition_row_count" if partitioned else "dagster/row_count": rows,
+            "dagster/row_count" if artifact.partition == ALL else "dagster/partition_row_count": rows,
             "dagster/table_name": stage.table,
             "dagster/uri": str(self.home.warehouse.path),
         }

@@ -7,63 +7,52 @@ from typing import Any
 
 import dagster as dg
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from helpsteer_assets.assets.evaluation import policy_scores
 from helpsteer_assets.assets.stage import Inputs
-from helpsteer_assets.assets.tradeoff import PLOTS, REPORT, wide_summary
+from helpsteer_assets.assets.tradeoff import PLOTS, REPORT, policy_kl, wide_summary
 from helpsteer_assets.assets.training import LOSS_CURVE
 from helpsteer_assets.experiment.settings import Experiment
 from helpsteer_assets.modpo.comparison.bootstrap import bootstrap_interval
 from helpsteer_assets.modpo.comparison.plots import markdown_image
 from helpsteer_assets.modpo.data.attributes import ATTRIBUTES
 from helpsteer_assets.modpo.data.pairs import describe_pairs
-from helpsteer_assets.modpo.data.ratings import RATINGS_SCHEMA
 from helpsteer_assets.modpo.data.tables import query
-from helpsteer_assets.modpo.generation.kl import kl_by_prompt
 from helpsteer_assets.store.artifacts import Artifact
 
+PREVIEW_ROWS = 5
 SHOWN_CHARACTERS = 300
-SHOWN_DIGITS = 5
-"""Significant digits of a number: 17 of them fill a column, and none beyond these says anything."""
-
-
-def shorten(text: str) -> str:
-    """The beginning of a text, for a table's cell."""
-    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + " …"
 
 
 def rounded(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata with its plain numbers cut to what people read; the artifact keeps the exact ones."""
-    return {
-        key: float(f"{value:.{SHOWN_DIGITS}g}") if isinstance(value, float) else value
-        for key, value in metadata.items()
-    }
+    """Metadata with its plain numbers cut to five digits, which fit a column; the artifact keeps the exact ones."""
+    return {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in metadata.items()}
 
 
 def table_metadata(rows: list[dict[str, Any]]) -> dg.TableMetadataValue | dg.TextMetadataValue:
     """Rows as a table, numbers rounded, texts shortened; what is neither a number nor a truth value becomes text."""
     if not rows:
         return dg.MetadataValue.text("none")
-    shown = [
-        {
-            key: value if isinstance(value, bool | int | float) else shorten(str(value))
-            for key, value in rounded(row).items()
-        }
-        for row in rows
-    ]
+    cells = [{key: _cell(value) for key, value in rounded(row).items()} for row in rows]
     names = {bool: "bool", int: "int", float: "float", str: "string"}
-    columns = [dg.TableColumn(key, names[type(value)]) for key, value in shown[0].items()]
-    return dg.MetadataValue.table([dg.TableRecord(row) for row in shown], schema=dg.TableSchema(columns=columns))
+    columns = [dg.TableColumn(key, names[type(value)]) for key, value in cells[0].items()]
+    return dg.MetadataValue.table([dg.TableRecord(row) for row in cells], schema=dg.TableSchema(columns=columns))
 
 
-def arrow_schema(schema: pa.Schema) -> dg.TableSchema:
-    """Columns of a Parquet file, for the UI."""
-    return dg.TableSchema(columns=[dg.TableColumn(field.name, str(field.type)) for field in schema])
+def _cell(value: Any) -> bool | int | float | str:
+    if isinstance(value, bool | int | float):
+        return value
+    text = str(value)
+    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + " …"
 
 
-PREVIEW_ROWS = 5
+def _table_facts(parquet: Path) -> dict[str, Any]:
+    columns = [dg.TableColumn(field.name, str(field.type)) for field in pq.read_schema(parquet)]
+    return {
+        "dagster/row_count": pq.read_metadata(parquet).num_rows,
+        "dagster/column_schema": dg.TableSchema(columns=columns),
+    }
 
 
 def describe(stage: str, artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
@@ -80,18 +69,14 @@ def _one(inputs: Inputs, name: str) -> Artifact:
 
 def _describe_ratings(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
     report = artifact.manifest["metrics"]
-    ratings = pq.read_table(artifact.file("ratings.parquet"), columns=["split", *ATTRIBUTES])
-    histograms = [
-        {"attribute": attribute} | {str(rating): _counts(ratings[attribute]).get(rating, 0) for rating in range(5)}
-        for attribute in ATTRIBUTES
-    ]
+    ratings = artifact.table("ratings.parquet", columns=list(ATTRIBUTES))
+    histograms = []
+    for attribute in ATTRIBUTES:
+        counts = {entry["values"]: entry["counts"] for entry in ratings[attribute].value_counts().to_pylist()}
+        histograms.append({"attribute": attribute} | {str(rating): counts.get(rating, 0) for rating in range(5)})
     return {
-        "dagster/row_count": ratings.num_rows,
-        "dagster/column_schema": arrow_schema(RATINGS_SCHEMA),
-        "train_rows": report["splits"]["train"]["rows"],
-        "train_prompts": report["splits"]["train"]["prompts"],
-        "validation_rows": report["splits"]["validation"]["rows"],
-        "validation_prompts": report["splits"]["validation"]["prompts"],
+        **_table_facts(artifact.file("ratings.parquet")),
+        **{f"{split}_{what}": number for split, kept in report["splits"].items() for what, number in kept.items()},
         "bad_rows_dropped": report["bad_rows"]["count"],
         "prompts_removed_from_validation": report["removed_from_validation"]["prompts"],
         "rating_histograms": table_metadata(histograms),
@@ -99,28 +84,29 @@ def _describe_ratings(artifact: Artifact, inputs: Inputs, experiment: Experiment
     }
 
 
-def _describe_pairs(attribute: Callable[[Experiment], str], other: Callable[[Experiment], str]) -> Any:
-    def describe(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
-        ratings = _one(inputs, "helpsteer_ratings")
-        pairs = artifact.file("pairs.parquet")
-        report = describe_pairs(pairs, ratings.file("ratings.parquet"), attribute(experiment), other(experiment))
-        count = sum(report["pairs"].values())
-        shares = {how: report["other"][how] for how in ("agrees", "opposes", "ties")}
-        return {
-            "attribute": attribute(experiment),
-            **{f"{split}_pairs": count for split, count in report["pairs"].items()},
-            "tied_pairs": report["ties"],
-            "duplicate_responses": report["duplicate_responses"],
-            **{f"pairs_{other(experiment)}_{how}": round(share * count) for how, share in shares.items()},
-            **{f"share_{other(experiment)}_{how}": share for how, share in shares.items()},
-            "mean_words_chosen": report["chosen_words"],
-            "mean_words_rejected": report["rejected_words"],
-            "chosen_longer": report["chosen_longer"],
-            "rating_histograms": table_metadata(_side_by_side(report["chosen_ratings"], report["rejected_ratings"])),
-            "preview": table_metadata(_preview(pairs, attribute(experiment))),
-        }
-
-    return describe
+def _describe_pairs(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
+    attribute, other = experiment.data.preference_attribute, experiment.data.margin_attribute
+    if artifact.asset == "margin_pairs":
+        attribute, other = other, attribute
+    pairs = artifact.file("pairs.parquet")
+    report = describe_pairs(pairs, _one(inputs, "helpsteer_ratings").file("ratings.parquet"), attribute, other)
+    ratings = {side: report[f"{side}_ratings"] for side in ("chosen", "rejected")}
+    histograms = [
+        {"rating": int(rating)} | {side: ratings[side].get(rating, 0) for side in ratings}
+        for rating in sorted({*ratings["chosen"], *ratings["rejected"]}, key=int)
+    ]
+    return {
+        "attribute": attribute,
+        **{f"{split}_pairs": count for split, count in report["pairs"].items()},
+        "tied_pairs": report["ties"],
+        "duplicate_responses": report["duplicate_responses"],
+        **{f"share_{other}_{how}": report["other"][how] for how in ("agrees", "opposes", "ties")},
+        "mean_words_chosen": report["chosen_words"],
+        "mean_words_rejected": report["rejected_words"],
+        "chosen_longer": report["chosen_longer"],
+        "rating_histograms": table_metadata(histograms),
+        "preview": table_metadata(_preview(pairs, attribute)),
+    }
 
 
 def _preview(pairs: Path, attribute: str) -> list[dict[str, Any]]:
@@ -139,30 +125,8 @@ def _preview(pairs: Path, attribute: str) -> list[dict[str, Any]]:
 
 
 def _describe_prompts(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
-    prompts = pq.read_table(artifact.file("prompts.parquet"))
-    preview = prompts.slice(0, PREVIEW_ROWS).to_pylist()
-    return {
-        "dagster/row_count": prompts.num_rows,
-        "dagster/column_schema": arrow_schema(prompts.schema),
-        "preview": table_metadata(preview),
-    }
-
-
-def _side_by_side(chosen: dict[str, int], rejected: dict[str, int]) -> list[dict[str, Any]]:
-    ratings = sorted({*chosen, *rejected}, key=int)
-    return [{"rating": int(r), "chosen": chosen.get(r, 0), "rejected": rejected.get(r, 0)} for r in ratings]
-
-
-def _counts(column: pa.ChunkedArray) -> dict[int, int]:
-    return {entry["values"]: entry["counts"] for entry in column.value_counts().to_pylist()}
-
-
-def _preference(experiment: Experiment) -> str:
-    return experiment.data.preference_attribute
-
-
-def _margin(experiment: Experiment) -> str:
-    return experiment.data.margin_attribute
+    prompts = artifact.table("prompts.parquet").slice(0, PREVIEW_ROWS)
+    return {**_table_facts(artifact.file("prompts.parquet")), "preview": table_metadata(prompts.to_pylist())}
 
 
 def _describe_training(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
@@ -178,9 +142,7 @@ def _describe_training(artifact: Artifact, inputs: Inputs, experiment: Experimen
     }
     last: dict[str, float] = next((row for row in reversed(history) if "loss" in row), {})
     described |= {f"final_{key}": last[key] for key in ("loss", "accuracy", "grad_norm") if key in last}
-    if metrics["best_loss"] is not None:
-        described["best_selection_loss"] = metrics["best_loss"]
-    return described
+    return described | ({} if metrics["best_loss"] is None else {"best_selection_loss": metrics["best_loss"]})
 
 
 def _describe_adapter(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
@@ -196,24 +158,25 @@ def _describe_adapter(artifact: Artifact, inputs: Inputs, experiment: Experiment
 def _describe_quality(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
     quality = artifact.manifest["metrics"]
 
-    def shown(share: dict[str, Any]) -> dict[str, Any]:
+    def row(name: str, value: Any, share: dict[str, Any]) -> dict[str, Any]:
         if share["mean"] is None:
-            return {"pairs": 0, "share": ""}
-        return {"pairs": share["n"], "share": f"{share['mean']:.1%} [{share['low']:.1%}, {share['high']:.1%}]"}
+            return {name: value, "pairs": 0, "share": ""}
+        interval = f"{share['mean']:.1%} [{share['low']:.1%}, {share['high']:.1%}]"
+        return {name: value, "pairs": share["n"], "share": interval}
 
     shares = ("accuracy", "longer_wins", "prefers_longer", "length_rule_right", "length_rule_wrong", "gain_over_length")
-    described: dict[str, Any] = {"verdict": quality["sentence"], "pairs": quality["n"], "prompts": quality["prompts"]}
-    for name in ("pearson", "spearman"):
-        if quality[name]["value"] is not None:
-            described[f"{name}_with_length"] = quality[name]["value"]
-    return described | {
-        "shares": table_metadata([{"measure": name} | shown(quality[name]) for name in shares]),
-        "accuracy_by_rating_gap": table_metadata(
-            [{"rating_gap": row["rating_gap"]} | shown(row) for row in quality["by_rating_gap"]]
-        ),
-        "accuracy_by_length": table_metadata(
-            [{"chosen_is": row["chosen_is"]} | shown(row) for row in quality["by_length"]]
-        ),
+    correlations = {f"{name}_with_length": quality[name]["value"] for name in ("pearson", "spearman")}
+    tables = {
+        "shares": [row("measure", name, quality[name]) for name in shares],
+        "accuracy_by_rating_gap": [row("rating_gap", share["rating_gap"], share) for share in quality["by_rating_gap"]],
+        "accuracy_by_length": [row("chosen_is", share["chosen_is"], share) for share in quality["by_length"]],
+    }
+    return {
+        "verdict": quality["sentence"],
+        "pairs": quality["n"],
+        "prompts": quality["prompts"],
+        **{name: value for name, value in correlations.items() if value is not None},
+        **{name: table_metadata(rows) for name, rows in tables.items()},
     }
 
 
@@ -222,9 +185,8 @@ def _describe_counts(artifact: Artifact, inputs: Inputs, experiment: Experiment)
 
 
 def _describe_generations(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
-    preview = pq.read_table(artifact.file("generations.parquet")).slice(0, 5).to_pylist()
-    shown = [{"prompt": r["prompt"], "response": r["response"], "tokens": r["response_tokens"]} for r in preview]
-    return {**artifact.manifest["metrics"], "preview": table_metadata(shown)}
+    preview = artifact.table("generations.parquet", columns=["prompt", "response", "response_tokens"])
+    return artifact.manifest["metrics"] | {"preview": table_metadata(preview.slice(0, PREVIEW_ROWS).to_pylist())}
 
 
 def _describe_scores(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
@@ -233,20 +195,20 @@ def _describe_scores(artifact: Artifact, inputs: Inputs, experiment: Experiment)
 
 
 def _describe_kl(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
-    table, metrics = pq.read_table(artifact.file("kl.parquet")), artifact.manifest["metrics"]
-    capped = [reason == "length" for reason in table["finish_reason"].to_pylist()]
-    estimates = kl_by_prompt(table["prompt_id"].to_pylist(), table["log_ratio"].to_numpy(), capped)
-    kl = bootstrap_interval(estimates.kl, experiment.evaluation.bootstrap_samples, experiment.seed)
+    metrics = artifact.manifest["metrics"]
+    by_prompt = np.array(list(policy_kl(artifact).values()))
+    kl = bootstrap_interval(by_prompt, experiment.evaluation.bootstrap_samples, experiment.seed)
+    preview = artifact.table("kl.parquet", columns=["response", "log_ratio", "response_tokens"]).slice(0, PREVIEW_ROWS)
     return {
         "kl_in_words": f"{kl.mean:.3g} [{kl.low:.3g}, {kl.high:.3g}] nats per response (95% interval over prompts)",
         **metrics,
         "capped_share": metrics["capped"] / metrics["samples"],
-        "preview": table_metadata(table.select(["response", "log_ratio", "response_tokens"]).slice(0, 5).to_pylist()),
+        "preview": table_metadata(preview.to_pylist()),
     }
 
 
 def _describe_summary(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
-    policies = wide_summary(pq.read_table(artifact.file("score_summary.parquet")).to_pylist())
+    policies = wide_summary(artifact.table("score_summary.parquet").to_pylist())
     measures = [measure for measure in policies[0] if measure != "policy"]
     rows = [{"measure": m} | {policy["policy"]: policy[m] for policy in policies} for m in measures]
     return {"summary": table_metadata(rows)}
@@ -255,21 +217,15 @@ def _describe_summary(artifact: Artifact, inputs: Inputs, experiment: Experiment
 def _describe_tradeoff(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
     result = json.loads(artifact.file("tradeoff.json").read_text(encoding="utf-8"))
     area = result["hypervolume_above_sft"]
-    shown = [name for name in PLOTS if f"{name}.png" in artifact.manifest["files"]]
+    front = [
+        {"policy": point["label"], "on_front": point["on_front"], "probability": point["front_probability"]}
+        for point in result["points"]
+    ]
+    sentences = {name: "\n".join(f"- {sentence}" for sentence in result[name]) for name in ("headlines", "caveats")}
     return {
-        **{name: _image(artifact, name) for name in shown},
-        "headlines": dg.MetadataValue.md("\n".join(f"- {sentence}" for sentence in result["headlines"])),
-        **(
-            {"caveats": dg.MetadataValue.md("\n".join(f"- {c}" for c in result["caveats"]))}
-            if result["caveats"]
-            else {}
-        ),
-        "front_probabilities": table_metadata(
-            [
-                {"policy": point["label"], "on_front": point["on_front"], "probability": point["front_probability"]}
-                for point in result["points"]
-            ]
-        ),
+        **_plots(artifact),
+        **{name: dg.MetadataValue.md(text) for name, text in sentences.items() if text},
+        "front_probabilities": table_metadata(front),
         "hypervolume_above_sft": f"{area['mean']:.3g} [{area['low']:.3g}, {area['high']:.3g}]",
         "direction": result["direction"]["sentence"],
         "preference_measured": result["preference_measured"],
@@ -279,25 +235,27 @@ def _describe_tradeoff(artifact: Artifact, inputs: Inputs, experiment: Experimen
 
 
 def _describe_report(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
-    tradeoff = _one(inputs, "tradeoff")
-    shown = [name for name in PLOTS if f"{name}.png" in tradeoff.manifest["files"]]
     return {
         # No link: browsers follow none from here to a file.
         "report": dg.MetadataValue.path(str(artifact.file(REPORT))),
         "open_it_by": "helpsteer report --open",
-        **dict(artifact.manifest["metrics"]),
-        **{name: _image(tradeoff, name) for name in shown},
+        **artifact.manifest["metrics"],
+        **_plots(_one(inputs, "tradeoff")),
     }
 
 
-def _image(artifact: Artifact, name: str) -> dg.MarkdownMetadataValue:
-    return dg.MetadataValue.md(markdown_image(artifact.file(f"{name}.png").read_bytes(), PLOTS[name]))
+def _plots(tradeoff: Artifact) -> dict[str, dg.MarkdownMetadataValue]:
+    files = {name: f"{name}.png" for name in PLOTS if f"{name}.png" in tradeoff.manifest["files"]}
+    return {
+        name: dg.MetadataValue.md(markdown_image(tradeoff.file(file).read_bytes(), PLOTS[name]))
+        for name, file in files.items()
+    }
 
 
 _DESCRIPTIONS: dict[str, Callable[[Artifact, Inputs, Experiment], dict[str, Any]]] = {
     "helpsteer_ratings": _describe_ratings,
-    "preference_pairs": _describe_pairs(_preference, _margin),
-    "margin_pairs": _describe_pairs(_margin, _preference),
+    "preference_pairs": _describe_pairs,
+    "margin_pairs": _describe_pairs,
     "evaluation_prompts": _describe_prompts,
     "sft_model": _describe_training,
     "margin_adapter": _describe_adapter,

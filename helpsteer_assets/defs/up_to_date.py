@@ -77,36 +77,35 @@ def build_up_to_date(loaded: Experiment) -> dg.SensorDefinition:
 
 def _verdicts(loaded: Experiment, present: Experiment, home: Home) -> dict[str, tuple[bool, str]]:
     """By asset of the code location: whether it is up to date, and a sentence about it."""
+    if present.name != loaded.name:
+        another = f"name {loaded.name} -> {present.name}: another experiment; start the UI anew"
+        return dict.fromkeys(stages(loaded), (False, another))
     reload = "reload the definitions (the button is in Catalog and in Lineage)"
-    items: dict[str, list[Status]] = {}
-    for item in status(present, home):
-        items.setdefault(item.asset, []).append(item)
+    before, now = loaded.objective.weights, present.objective.weights
+    items = status(present, home)
     verdicts = {}
     for name, stage in stages(loaded).items():
-        if present.name != loaded.name:
-            verdicts[name] = False, f"name {loaded.name} -> {present.name}: another experiment; start the UI anew"
-        elif name not in items:
-            verdicts[name] = False, f"the experiment no longer has this asset: {reload}"
-        else:
-            passed, description = _verdict(items[name], present, home)
-            weights = loaded.objective.weights, present.objective.weights
-            if stage.partitioned and weights[0] != weights[1]:
-                grids = " -> ".join(", ".join(grid) for grid in weights)
-                passed, description = False, f"objective.weights {grids}: {reload}. {description}"
-            verdicts[name] = passed, description
+        of_asset = [item for item in items if item.asset == name]
+        passed, description = _verdict(of_asset, present, home)
+        if not of_asset:
+            passed, description = False, f"the experiment no longer has this asset: {reload}"
+        elif stage.partitioned and before != now:
+            grids = f"{', '.join(before)} -> {', '.join(now)}"
+            passed, description = False, f"objective.weights {grids}: {reload}. {description}"
+        verdicts[name] = passed, description
     return verdicts
 
 
 def _verdict(items: Iterable[Status], experiment: Experiment, home: Home) -> tuple[bool, str]:
     """Whether none of an asset's weights is out of date, and a sentence with the weights by reason."""
-    warehouse, passed = home.warehouse, True
+    passed = True
     weights: dict[str, list[str]] = {}
     for item in items:
         reason = "up to date"
         if item.state == "out of date":
             reason, passed = item.detail, False
         elif item.state != "complete":
-            made = warehouse.latest(experiment.name, item.asset, item.partition) is not None
+            made = home.warehouse.latest(experiment.name, item.asset, item.partition) is not None
             reason, passed = (_OUTDATED if made else _UNMADE)[item.state], passed and not made
         weights.setdefault(reason, []).append(item.partition)
     return passed, "; ".join(

@@ -11,14 +11,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.experiment.settings import (
-    MOST_MISTAKES,
-    Experiment,
-    clipped,
-    is_path,
-    shown,
-)
+from helpsteer_assets.experiment.settings import Experiment, clipped, is_path, shown
 
+_MOST_MISTAKES = 20
 _MOST_CHARACTERS = 100_000
 """Of a file, its aliases written out: a few lines of aliases of aliases can stand for billions."""
 
@@ -60,9 +55,8 @@ class _Loader(yaml.SafeLoader):
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> str:
         value = super().construct_scalar(node)
         if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
-            raise HelpsteerError(
-                f"line {node.start_mark.line + 1}: {shown(value)} holds a NUL or half a surrogate pair; remove it"
-            )
+            line = node.start_mark.line + 1
+            raise HelpsteerError(f"line {line}: {shown(value)} holds a NUL or half a surrogate pair; remove it")
         return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -80,13 +74,8 @@ _Loader.yaml_implicit_resolvers = {
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
-    ),
-    list("-+0123456789."),
-)
+_FLOAT = r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789."))
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
 
@@ -94,6 +83,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         with path.open(encoding="utf-8") as file:
             text = file.read(_MOST_CHARACTERS)
+        if len(text) == _MOST_CHARACTERS:
+            raise HelpsteerError(f"it has more than {_MOST_CHARACTERS} characters")
+        data = yaml.load(text, Loader=_Loader)  # a SafeLoader: it makes plain values only
+        if not isinstance(data, dict):
+            content = "nothing" if data is None else "a list" if isinstance(data, list) else shown(data)
+            raise HelpsteerError(f"expected `key: value` lines, found {content}")
     except FileNotFoundError:
         close = difflib.get_close_matches(path.name, SHIPPED, n=1)
         hint = f"; did you mean `{close[0]}`?" if close else ""
@@ -105,10 +100,6 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise HelpsteerError(f"experiment {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise HelpsteerError(f"experiment {path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    if len(text) == _MOST_CHARACTERS:
-        raise HelpsteerError(f"experiment {path} is no experiment: it has more than {_MOST_CHARACTERS} characters")
-    try:
-        data = yaml.load(text, Loader=_Loader)  # a SafeLoader: it makes plain values only
     except HelpsteerError as error:
         raise HelpsteerError(f"experiment {path}: {error}") from None
     except yaml.MarkedYAMLError as error:
@@ -119,30 +110,25 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise HelpsteerError(f"experiment {path} is nested too deeply") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a number of thousands of digits
         raise HelpsteerError(f"experiment {path} is not valid YAML: {error}") from None
-    if not isinstance(data, dict):
-        found = "nothing" if data is None else "a list" if isinstance(data, list) else shown(data)
-        raise HelpsteerError(f"experiment {path}: expected `key: value` lines, found {found}")
     return data
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
+    merged = base | changes
     for key, value in changes.items():
-        merged[key] = (
-            _merge(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
-        )
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            merged[key] = _merge(base[key], value)
     return merged
 
 
 def _absolute_paths(data: dict[str, Any], folder: Path) -> None:
     """Relative paths of a file mean its own folder; make them absolute, in place."""
-    evaluation = data.get("evaluation")
-    places = [(data.get("data"), "source"), (data.get("model"), "base")]
-    places.append((evaluation.get("rater") if isinstance(evaluation, dict) else None, "model"))
-    for section, key in places:
-        value = section.get(key) if isinstance(section, dict) else None
-        if isinstance(section, dict) and isinstance(value, str) and is_path(value):
-            section[key] = _absolute(value, folder)
+    for *sections, key in (("data", "source"), ("model", "base"), ("evaluation", "rater", "model")):
+        place: Any = data
+        for section in sections:
+            place = place.get(section) if isinstance(place, dict) else None
+        if isinstance(place, dict) and isinstance(place.get(key), str) and is_path(place[key]):
+            place[key] = _absolute(place[key], folder)
 
 
 def _absolute(path: str, folder: Path) -> str:
@@ -212,7 +198,7 @@ _EXPECTED = {
 def _explain(error: ValidationError) -> list[str]:
     lines = []
     errors = error.errors()
-    for item in errors[:MOST_MISTAKES]:
+    for item in errors[:_MOST_MISTAKES]:
         location = [part for part in item["loc"] if part not in ("RewardModelSettings", "[key]")]
         where = ".".join(clipped(str(part)) for part in location)
         if item["type"] == "extra_forbidden":
@@ -227,22 +213,10 @@ def _explain(error: ValidationError) -> list[str]:
             lines.append(f"{where}: {message}" if where else message)
         else:
             message = _EXPECTED.get(item["type"]) or item["msg"].replace("Input should be", "must be")
-            lines.append(f"{where}: {message}, got {shown(item['input'])}{_quotes_hint(item['type'], item['input'])}")
+            lines.append(f"{where}: {message}, got {shown(item['input'])}")
     if len(errors) > len(lines):
         lines.append(f"... and {len(errors) - len(lines)} more")
     return lines
-
-
-def _quotes_hint(error_type: str, value: object) -> str:
-    if error_type == "string_type" and isinstance(value, int | float):
-        return " (put it in quotes)"
-    if error_type in ("int_type", "float_type") and isinstance(value, str):
-        try:
-            float(value)
-        except ValueError:
-            return ""
-        return " (remove the quotes)"
-    return ""
 
 
 def _keys_at(location: list[Any]) -> list[str]:

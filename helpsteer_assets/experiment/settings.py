@@ -6,51 +6,37 @@ result and enter no fingerprint: `run` (how things run) and `checks` (thresholds
 """
 
 import re
-from collections import Counter
 from dataclasses import fields
 from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
-MOST_MISTAKES = 20
-Attribute = Literal["helpfulness", "correctness", "coherence", "complexity", "verbosity", "overall"]
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
     from helpsteer_assets.modpo.margins import Margin
 
-_INHERITED = "in a file that extends another, set it to null"
-
-
+Attribute = Literal["helpfulness", "correctness", "coherence", "complexity", "verbosity", "overall"]
 Plain = TypeVar("Plain", bound="DataclassInstance")
+
+_INHERITED = "in a file that extends another, set it to null"
 
 
 def canonical_weight(value: object) -> str:
     """The one spelling of a weight, which is also its partition key: `0.50` and `.5` are `0.5`.
 
-    Raises ValueError for what is no number in (0, 1].
+    Raises ValueError for anything but a number in (0, 1] of at most ten decimals. 0 is excluded: the loss divides by w.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
-        raise ValueError(f"a weight is a number in (0, 1], got {shown(value)}")
+    text = ""
     try:
         number = Decimal(str(value).strip())
     except InvalidOperation:
-        raise ValueError(f"a weight is a number in (0, 1], got {shown(value)}") from None
-    if not number.is_finite() or not 0 < number <= 1:
-        raise ValueError(f"a weight is a number in (0, 1] (0 is excluded: the loss divides by w), got {shown(value)}")
-    text = format(number.normalize(), "f")
-    if len(text) > 12 or Decimal(text) != number:
-        raise ValueError(f"a weight has at most ten decimals, got {shown(value)}")
+        number = Decimal("nan")
+    if number.is_finite() and 0 < number <= 1:
+        text = format(number.normalize(), "f")
+    if not text or len(text) > 12 or Decimal(text) != number:
+        raise ValueError(f"a weight is a number in (0, 1] of at most ten decimals, got {shown(value)}")
     return text
 
 
@@ -70,38 +56,28 @@ class DataSettings(Section):
     source: str = Field(
         min_length=1,
         description="`embedded`, a data set id on the hub, or a path that starts with `.`, `/` or `~`: one file, or a "
-        "folder with train and validation files. It is relative to the experiment file (in the shipped experiments: to "
-        "the working directory).",
+        "folder with train and validation files. Relative to the experiment file (shipped: to the working directory).",
     )
     revision: str | None = Field(None, description="Commit hash of a data set on the hub; required there.")
     preference_attribute: Attribute = Field(
-        "helpfulness", description="What policies learn to prefer; `overall` is the sum of the five."
+        "helpfulness", description="What policies learn; `overall` is the sum of the five."
     )
-    margin_attribute: Attribute = Field(
-        "verbosity", description="What the margin adapter learns; unused with `margin: length_penalty`."
-    )
+    margin_attribute: Attribute = Field("verbosity", description="What the margin adapter learns, if there is one.")
     on_bad_rows: Literal["error", "drop"] = Field(
-        "error", description="`error` lists the bad rows and stops; `drop` counts them and goes on."
+        "error", description="error: list bad rows and stop; drop: count them."
     )
     selection_share: float = Field(
-        0.05, gt=0, lt=0.5, description="Share of the train prompts that are held out to choose checkpoints."
+        0.05, gt=0, lt=0.5, description="Share of the train prompts to choose checkpoints by."
     )
-    validation_share: float = Field(
-        0.05, gt=0, lt=1, description="Share of the prompts for validation, where the source is one file."
-    )
-    max_train_prompts: int | None = Field(None, ge=2, description="Use at most so many train prompts; null: all.")
-    max_validation_prompts: int | None = Field(
-        None, ge=1, description="Use at most so many validation prompts; null: all."
-    )
+    validation_share: float = Field(0.05, gt=0, lt=1, description="Share of one file's prompts for validation.")
+    max_train_prompts: int | None = Field(None, ge=2, description="Most train prompts; null: all.")
+    max_validation_prompts: int | None = Field(None, ge=1, description="Most validation prompts; null: all.")
 
 
 class ModelSettings(Section):
     """The base model, its precision, and how long its texts may be in training and scoring."""
 
-    base: str = Field(
-        min_length=1,
-        description="`embedded`, a path that starts with `.`, `/` or `~`, or a model id on the hub.",
-    )
+    base: str = Field(min_length=1, description="`embedded`, a model id on the hub, or a path as of `data.source`.")
     revision: str | None = Field(None, description="Commit hash of a model on the hub; required there.")
     precision: Literal["fp32", "bf16"] = Field(description="Precision of the weights and of training.")
     trust_remote_code: bool = Field(False, description="Run code that comes with the base model.")
@@ -112,19 +88,16 @@ class ModelSettings(Section):
     def _response_has_room(self) -> "ModelSettings":
         if self.max_prompt_length >= self.max_length:
             raise ValueError(
-                f"max_prompt_length ({self.max_prompt_length}) must be below max_length ({self.max_length}): "
-                "the rest is what a response gets"
+                f"max_prompt_length ({self.max_prompt_length}) must be below max_length ({self.max_length}), "
+                "so that a response has room"
             )
         return self
 
 
 def _target_modules(value: object) -> object:
-    names = isinstance(value, list) and value and all(isinstance(name, str) for name in value)
-    if value != "all-linear" and not names:
-        raise ValueError(
-            f"expected `all-linear` or a list of module names such as [q_proj, v_proj], got {shown(value)}"
-        )
-    return value
+    if value == "all-linear" or (isinstance(value, list) and value and all(isinstance(name, str) for name in value)):
+        return value
+    raise ValueError(f"expected `all-linear` or a list of module names such as [q_proj, v_proj], got {shown(value)}")
 
 
 class LoraSettings(Section):
@@ -147,17 +120,12 @@ class TrainingSettings(Section):
     accumulation: int = Field(1, ge=1, description="Micro-batches per optimizer step.")
     learning_rate: float = Field(gt=0, description="Peak learning rate of AdamW.")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="Learning rate after the warm-up.")
-    warmup_share: float = Field(
-        0.05, ge=0, lt=1, description="Share of the steps in which the learning rate rises to its peak."
-    )
+    warmup_share: float = Field(0.05, ge=0, lt=1, description="Share of the steps until the learning rate's peak.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
     evaluate_every: int | None = Field(
-        None,
-        ge=1,
-        description="Steps between evaluations on the held-out train prompts. Each leaves a checkpoint. null: ten in a "
-        "training.",
+        None, ge=1, description="Steps between evaluations, each of which leaves a checkpoint; null: ten in a training."
     )
     early_stopping: int | None = Field(
         None, ge=1, description="Stop after so many evaluations in a row without a lower loss; null: never."
@@ -165,16 +133,10 @@ class TrainingSettings(Section):
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainingSettings":
-        if self.epochs is None and self.steps is None and self.trains:
-            raise ValueError("give `steps` (optimizer steps) or `epochs` (passes over the train pairs)")
-        if self.epochs is not None and self.steps is not None:
-            raise ValueError(f"give `steps` or `epochs`, not both; remove one ({_INHERITED})")
+        given = [key for key in ("steps", "epochs") if getattr(self, key) is not None]
+        if len(given) > 1 or (not given and getattr(self, "enabled", True)):
+            raise ValueError(f"give either `steps` or `epochs`; to remove one {_INHERITED}")
         return self
-
-    @property
-    def trains(self) -> bool:
-        """Whether the stage trains at all."""
-        return True
 
 
 class SftSettings(TrainingSettings):
@@ -182,11 +144,6 @@ class SftSettings(TrainingSettings):
 
     enabled: bool = Field(True, description="false: the base model itself is the reference policy.")
     learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
-
-    @property
-    def trains(self) -> bool:
-        """Whether there is an SFT at all."""
-        return self.enabled
 
 
 class MarginAdapterSettings(TrainingSettings):
@@ -199,29 +156,12 @@ class ModpoSettings(TrainingSettings):
     """How the policy of each weight trains."""
 
 
-def _canonical_weights(value: object) -> object:
-    if not isinstance(value, list) or not value:
-        raise ValueError("give a list of at least one weight in (0, 1], such as [0.1, 0.5, 0.9]")
-    weights, mistakes = [], []
-    for item in value:
-        try:
-            weights.append(canonical_weight(item))
-        except ValueError as error:
-            mistakes.append(str(error))
-    if mistakes:
-        raise ValueError("; ".join(mistakes[:MOST_MISTAKES]))
-    for weight, count in Counter(weights).items():
-        if count > 1:
-            spelled = ", ".join(str(item) for item, w in zip(value, weights, strict=True) if w == weight)
-            raise ValueError(f"weight {weight} stands there more than once ({spelled}); leave one")
-    return weights
-
-
 class ObjectiveSettings(Section):
     """MODPO's objective: beta, the weights, and the margin with its direction."""
 
     beta: float = Field(0.1, gt=0, description="MODPO's beta: how strongly the policy is held to the SFT model.")
-    weights: Annotated[list[str], BeforeValidator(_canonical_weights)] = Field(
+    weights: list[Annotated[str, BeforeValidator(canonical_weight)]] = Field(
+        min_length=1,
         max_length=99,
         description="The weights w, one policy each: w for the preference, 1 - w for the margin. At 1 it is DPO.",
     )
@@ -237,12 +177,17 @@ class ObjectiveSettings(Section):
     )
     margin_beta: float | None = Field(
         None,
-        description="Scales the margin adapter's log-ratio. Positive: margin_role gives the direction. Only with an "
-        "implicit reward.",
+        description="Scales the margin adapter's log-ratio; margin_role gives the sign. Only with an implicit reward.",
     )
-    penalty: float | None = Field(
-        None, gt=0, description="Reward lost per response token; required with `length_penalty`."
-    )
+    penalty: float | None = Field(None, gt=0, description="Reward lost per response token of a length penalty.")
+
+    @field_validator("weights")
+    @classmethod
+    def _each_once(cls, weights: list[str]) -> list[str]:
+        twice = [weight for weight in dict.fromkeys(weights) if weights.count(weight) > 1]
+        if twice:
+            raise ValueError(f"weight {', '.join(twice)} stands there more than once; leave one")
+        return weights
 
     @model_validator(mode="before")
     @classmethod
@@ -253,29 +198,21 @@ class ObjectiveSettings(Section):
 
     @model_validator(mode="after")
     def _margin_is_complete(self) -> "ObjectiveSettings":
-        if self.margin == "length_penalty":
-            wrong = [key for key in ("margin_role", "margin_beta") if getattr(self, key) is not None]
-            if wrong:
-                raise ValueError(
-                    f"{' and '.join(wrong)} cannot stand beside `margin: length_penalty`, under which shorter is "
-                    f"always encouraged, by `penalty` per token; remove what is too much ({_INHERITED})"
-                )
-            if self.penalty is None:
-                raise ValueError("`margin: length_penalty` needs `penalty`, the reward lost per response token")
-            return self
-        if self.penalty is not None:
-            raise ValueError(f"`penalty` goes with `margin: length_penalty` only; remove it ({_INHERITED})")
-        if self.margin_beta == 0:
-            raise ValueError("margin_beta must be positive, got 0: with 0 the margin counts for nothing")
-        if self.margin_beta is not None and self.margin_beta < 0:
+        mine, others = ["penalty"], ["margin_role", "margin_beta"]
+        if self.margin == "implicit_reward":
+            mine, others = others, mine
+        for key in mine:
+            if getattr(self, key) is None:
+                meaning = type(self).model_fields[key].description
+                raise ValueError(f"`margin: {self.margin}` needs `{key}`. {meaning}")
+        for key in others:
+            if getattr(self, key) is not None:
+                raise ValueError(f"`{key}` does not go with `margin: {self.margin}`; remove it ({_INHERITED})")
+        if self.margin_beta is not None and self.margin_beta <= 0:
             raise ValueError(
                 f"margin_beta is a magnitude and must be positive, got {self.margin_beta}. In the described pipeline a "
                 "negative MARGIN_BETA was documented as reward and acted as cost; choose `margin_role: cost` (penalize "
                 "what the margin adapter prefers) or `margin_role: reward` (encourage it) by what you want"
-            )
-        if self.margin_role is None:
-            raise ValueError(
-                "margin_role is missing: `cost` penalizes what the margin adapter prefers, `reward` encourages it"
             )
         return self
 
@@ -284,8 +221,7 @@ class GenerationSettings(Section):
     """How the policies answer the evaluation prompts."""
 
     engine: Literal["transformers", "vllm"] = Field(
-        "transformers",
-        description="`vllm` needs a GPU, bf16 and the extra `vllm`.",
+        "transformers", description="vllm: on a GPU, with the extra `vllm`."
     )
     max_prompt_length: int = Field(1536, ge=4, description="Most tokens of a prompt; a longer one loses its beginning.")
     max_new_tokens: int = Field(512, ge=1, description="Most tokens of a response, its end-of-text token included.")
@@ -297,16 +233,15 @@ class GenerationSettings(Section):
     max_batch_tokens: int = Field(
         16384,
         ge=1,
-        description="Tokens (prompts and longest responses) that are decoded together; bounds the memory of keys and "
-        "values. Changes no response in fp32. Not used by vllm.",
+        description="Tokens (prompts and longest responses) that are decoded together; limits the memory. Changes no "
+        "response in fp32. Not used by vllm.",
     )
 
     @model_validator(mode="after")
     def _within_the_engine(self) -> "GenerationSettings":
         if self.engine == "vllm" and self.no_repeat_ngram_size > 0:
             raise ValueError(
-                f"no_repeat_ngram_size: {self.no_repeat_ngram_size} with `engine: vllm`, which has no such rule; set "
-                "no_repeat_ngram_size: 0 or engine: transformers"
+                f"no_repeat_ngram_size: {self.no_repeat_ngram_size} with `engine: vllm`, which has no such rule"
             )
         return self
 
@@ -321,12 +256,8 @@ class RewardModelSettings(Section):
     )
     scale: float = Field(1.0, description="rating = scale * output + shift.")
     shift: float = Field(0.0, description="rating = scale * output + shift.")
-    output: Literal["logits", "rewards"] = Field(
-        "logits", description="Field of the model's output with the heads (`rewards` for ArmoRM)."
-    )
-    max_length: int = Field(
-        4096, ge=8, description="Most tokens of prompt and response; a longer text loses its beginning."
-    )
+    output: Literal["logits", "rewards"] = Field("logits", description="Output that has the heads; ArmoRM: rewards.")
+    max_length: int = Field(4096, ge=8, description="Most tokens of a text; a longer one loses its beginning.")
     batch_size: int = Field(8, ge=1, description="Responses per forward pass.")
     trust_remote_code: bool = Field(False, description="Run code that comes with the reward model.")
 
@@ -347,18 +278,14 @@ class EvaluationSettings(Section):
         Discriminator(
             _rater_kind,
             custom_error_type="rater",
-            custom_error_message="expected `none`, `embedded`, or a section that describes a reward model "
-            "(`model`, `heads`, ...)",
+            custom_error_message="expected `none`, `embedded`, or a section that describes a reward model",
         ),
-    ] = Field(
-        "none",
-        description="Who rates responses: `none`, `embedded` (the rules of the demo's generator), or a reward model.",
-    )
+    ] = Field("none", description="`none`, `embedded` (the rules of the demo's generator), or a reward model.")
     kl_samples: int = Field(
         1,
         ge=0,
         description="Responses per prompt, sampled at temperature 1, that estimate each policy's KL divergence to SFT. "
-        "Each costs as much as the evaluated responses. 0: no estimate.",
+        "0: no estimate.",
     )
     bootstrap_samples: int = Field(2000, ge=100, description="Resamples of the prompts, for the intervals.")
 
@@ -370,8 +297,8 @@ class CheckSettings(Section):
         0.5,
         ge=0,
         le=1,
-        description="The margin adapter must prefer chosen over rejected in more than this share of the validation "
-        "pairs, and the 95% interval of its mean margin must lie above 0.",
+        description="The margin adapter must prefer chosen in more than this share of the validation pairs, and the "
+        "95% interval of its mean margin must lie above 0.",
     )
 
 
@@ -380,9 +307,7 @@ class RunSettings(Section):
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one, else cpu.")
     threads: int | None = Field(
-        None,
-        ge=1,
-        description="CPU threads of torch in each process; 1 gives the same bytes in every run. null: torch's choice.",
+        None, ge=1, description="CPU threads of torch; 1 gives the same bytes in every run. null: torch's choice."
     )
     train_processes: int = Field(
         1,
@@ -390,11 +315,7 @@ class RunSettings(Section):
         description="Processes that train one model together, each on a GPU of its own (else on the CPU). batch_size * "
         "accumulation of each training must be a multiple.",
     )
-    fsdp: bool = Field(
-        False,
-        description="Each of several train_processes holds a part of every layer's frozen weights: less memory, more "
-        "time. Only in training.",
-    )
+    fsdp: bool = Field(False, description="train_processes share the frozen weights: less memory, more time.")
     batch_tokens: int | None = Field(
         None,
         ge=64,
@@ -402,17 +323,10 @@ class RunSettings(Section):
         "many. null: 1024 on a CPU, 4096 on a GPU.",
     )
     gpus: float = Field(
-        1.0,
-        ge=0,
-        description="GPUs of a Ray cluster for a step with a model: a whole number, a share below 1, or 0 for CPUs.",
+        1.0, ge=0, description="GPUs of a Ray cluster for a step with a model: whole, a share below 1, or 0 for CPUs."
     )
-    report_to: list[str] = Field(
-        default_factory=list, description="Trackers of trainings: wandb, tensorboard, trackio."
-    )
-    automation: bool = Field(
-        False,
-        description="While the UI runs, evaluate each trained policy without a click.",
-    )
+    report_to: list[str] = Field(default_factory=list, description="Trackers: wandb, tensorboard, trackio.")
+    automation: bool = Field(False, description="While the UI runs, evaluate each trained policy without a click.")
 
     @field_validator("gpus")
     @classmethod
@@ -437,7 +351,7 @@ class Experiment(Section):
     lora: LoraSettings = Field(default_factory=LoraSettings, description="The adapters of all three trainings.")
     sft: SftSettings = Field(description="How the SFT model trains.")
     margin_adapter: MarginAdapterSettings | None = Field(
-        None, description="How the margin adapter trains; required with an implicit reward."
+        None, description="How the margin adapter trains, if there is one."
     )
     modpo: ModpoSettings = Field(description="How each weight's policy trains.")
     generation: GenerationSettings = Field(default_factory=GenerationSettings, description="How policies answer.")
@@ -449,51 +363,25 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Experiment":
-        if self.has_margin_adapter:
-            if self.margin_adapter is None:
-                raise ValueError(
-                    "margin_adapter: missing; `margin: implicit_reward` needs this section (how the adapter trains)"
-                )
-            if self.data.margin_attribute == self.data.preference_attribute:
-                raise ValueError(
-                    f"data.margin_attribute: the same as data.preference_attribute ({self.data.margin_attribute}); "
-                    "choose two attributes to trade against each other"
-                )
-        for key, source, revision in self.hub_references().values():
-            if "://" in source:
-                raise ValueError(
-                    f"{key}: {source} is a URL; what is read is a folder, a file or a repository of the hub. Copy it "
-                    "to a folder, and give the path of that"
-                )
-            key = key.rpartition(".")[0]
-            if is_hub_id(source):
-                if revision is None or not re.fullmatch(r"[0-9a-f]{40}", revision):
-                    found = "missing" if revision is None else f"got {revision!r}"
-                    raise ValueError(
-                        f"{key}.revision: {found}; {source} comes from the hub and needs its full commit hash (40 "
-                        "lower-case hex digits), because a branch can move under finished results. "
-                        f"If {source} is meant to be a path, write ./{source}"
-                    )
-            elif revision is not None:
-                raise ValueError(
-                    f"{key}.revision: goes with an id on the hub only, and {source} is none; remove it ({_INHERITED})"
-                )
-        if self.run.fsdp and self.run.train_processes == 1:
+        if self.has_margin_adapter and self.margin_adapter is None:
+            raise ValueError("margin_adapter: missing; `margin: implicit_reward` needs this section")
+        if self.has_margin_adapter and self.data.margin_attribute == self.data.preference_attribute:
             raise ValueError(
-                "run.fsdp: there is nothing to share among one process; raise run.train_processes, or set it to false"
+                f"data.margin_attribute: the same as data.preference_attribute ({self.data.margin_attribute}); "
+                "choose two attributes to trade against each other"
             )
+        for key, source, revision in self.hub_references().values():
+            _check_revision(key, source, revision)
+        if self.run.fsdp and self.run.train_processes == 1:
+            raise ValueError("run.fsdp: one process has nobody to share with; raise run.train_processes")
         for name, settings in self.trainings().items():
             if settings.batch_size * settings.accumulation % self.run.train_processes:
                 raise ValueError(
                     f"run.train_processes: {self.run.train_processes} processes cannot share a step of {name} evenly, "
-                    f"batch_size {settings.batch_size} x accumulation {settings.accumulation}; make their product a "
-                    "multiple, or choose another number of processes"
+                    f"batch_size {settings.batch_size} x accumulation {settings.accumulation}"
                 )
         if self.generation.engine == "vllm" and self.model.precision != "bf16":
-            raise ValueError(
-                f"generation.engine: vllm, whose LoRA kernels know no {self.model.precision}; set model.precision: "
-                "bf16, or engine: transformers"
-            )
+            raise ValueError("generation.engine: vllm needs model.precision: bf16")
         if self.data.source != "embedded" and self.evaluation.rater == "embedded":
             raise ValueError(
                 "evaluation.rater: `embedded` rates answers to the embedded data's prompts only; use `none`, or "
@@ -503,14 +391,14 @@ class Experiment(Section):
 
     def hub_references(self) -> dict[str, tuple[str, str, str | None]]:
         """(key, value, revision) of what may come from the hub: `data`, `model` and, where it is a model, `rater`."""
-        found = {
+        references = {
             "data": ("data.source", self.data.source, self.data.revision),
             "model": ("model.base", self.model.base, self.model.revision),
         }
         if isinstance(self.evaluation.rater, RewardModelSettings):
             rater = self.evaluation.rater
-            found["rater"] = ("evaluation.rater.model", rater.model, rater.revision)
-        return found
+            references["rater"] = ("evaluation.rater.model", rater.model, rater.revision)
+        return references
 
     def trainings(self) -> dict[str, TrainingSettings]:
         """The sections of the trainings that this experiment has."""
@@ -534,6 +422,23 @@ class Experiment(Section):
     def has_margin_adapter(self) -> bool:
         """Whether the graph has `margin_pairs` and `margin_adapter`: a length penalty needs neither."""
         return self.objective.margin == "implicit_reward"
+
+
+def _check_revision(key: str, source: str, revision: str | None) -> None:
+    """Raise ValueError unless a source of the hub, and nothing else, has a commit hash."""
+    section = key.rpartition(".")[0]
+    if "://" in source:
+        raise ValueError(f"{key}: {source} is a URL; copy it to a folder, and give the path of that")
+    if not is_hub_id(source):
+        if revision is not None:
+            raise ValueError(
+                f"{section}.revision: goes with an id on the hub only, and {source} is none; remove it ({_INHERITED})"
+            )
+    elif revision is None or not re.fullmatch(r"[0-9a-f]{40}", revision):
+        raise ValueError(
+            f"{section}.revision: {source} comes from the hub and needs its full commit hash (40 lower-case hex "
+            f"digits), got {shown(revision)}; a path would be ./{source}"
+        )
 
 
 def is_path(source: str) -> bool:

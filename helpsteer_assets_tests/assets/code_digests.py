@@ -36,7 +36,7 @@ Definition = tuple[str, str]
 class Module:
     """The definitions of a module, and the definitions elsewhere that its names stand for."""
 
-    definitions: dict[str, list[ast.stmt]] = field(default_factory=dict)
+    definitions: dict[str, list[ast.stmt]] = field(default_factory=lambda: {"": []})
     imports: dict[str, Definition] = field(default_factory=dict)
 
 
@@ -49,47 +49,36 @@ class Code:
 
     def stage_digests(self) -> dict[str, str]:
         """The digest of each stage's code, by stage."""
-        return {stage.name: self.digest((stage.compute.__module__, stage.name)) for stage in STAGES}
+        return {stage.name: self._digest((stage.compute.__module__, stage.name)) for stage in STAGES}
 
-    def digest(self, root: Definition) -> str:
+    def _digest(self, root: Definition) -> str:
         """SHA-256 over all that a definition reaches."""
-        reached = self.reached([root, *SURROUNDINGS])
-        pieces = sorted(f"{name} {self._content(module, name)}" for module, name in reached)
-        return hashlib.sha256("\n".join(pieces).encode()).hexdigest()[:16]
-
-    def reached(self, roots: list[Definition]) -> set[Definition]:
-        """The definitions that the roots reach by name, the roots among them."""
-        seen: set[Definition] = set()
-        waiting = list(roots)
+        reached: dict[Definition, str] = {}
+        waiting = [root, *SURROUNDINGS]
         while waiting:
-            definition = waiting.pop()
-            module = self._module(definition[0])
-            if definition in seen or module is None:
+            module_name, name = definition = waiting.pop()
+            module = self._module(module_name)
+            if definition in reached or module is None:
                 continue
-            name = definition[1]
             if name in module.imports and name not in module.definitions:
                 waiting.append(module.imports[name])  # passed on by another module
             elif name == "*":
-                waiting += [(definition[0], name) for name in module.definitions]
+                waiting += [(module_name, each) for each in module.definitions]
             elif name in module.definitions:
-                seen.add(definition)
-                waiting.append((definition[0], ""))
-                for statement in module.definitions[name]:
-                    waiting += self._references(definition[0], module, statement)
-        return seen
+                statements = module.definitions[name]
+                reached[definition] = "".join(self._content(module_name, statement) for statement in statements)
+                waiting.append((module_name, ""))
+                for statement in statements:
+                    waiting += self._references(module_name, module, statement)
+        pieces = sorted(f"{name} {content}" for (_, name), content in reached.items())
+        return hashlib.sha256("\n".join(pieces).encode()).hexdigest()[:16]
 
-    def _content(self, module: str, name: str) -> str:
-        statements = self._modules[module].definitions[name]  # type: ignore[union-attr]  # it was reached
-        files = [digest for statement in statements for digest in self._named_files(module, statement)]
-        return hashlib.sha256(repr([[_plain(s) for s in statements], files]).encode()).hexdigest()
-
-    def _named_files(self, module: str, statement: ast.stmt) -> Iterator[str]:
-        folder = self._path(module).parent
-        for node in ast.walk(statement):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str) and FILE_NAME.fullmatch(node.value):
-                file = folder / node.value
-                if file.is_file():
-                    yield hashlib.sha256(file.read_bytes()).hexdigest()
+    def _content(self, module: str, statement: ast.stmt) -> str:
+        """The statement without its imports, and the digests of the files that it names."""
+        texts = {n.value for n in ast.walk(statement) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+        files = [self._path(module).parent / text for text in sorted(texts) if FILE_NAME.fullmatch(text)]
+        digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
+        return repr([_plain(statement), digests])
 
     def _path(self, module: str) -> Path:
         path = self._package.joinpath(*module.split(".")[1:])
@@ -100,25 +89,22 @@ class Code:
         if name not in self._modules:
             path = self._path(name)
             inside = name.split(".")[0] == "helpsteer_assets" and path.is_file()
-            self._modules[name] = self._parsed(ast.parse(path.read_bytes())) if inside else None
+            self._modules[name] = self._parsed(_Bare().visit(ast.parse(path.read_bytes()))) if inside else None
         return self._modules[name]
 
     def _parsed(self, tree: ast.Module) -> Module:
-        module = Module(definitions={"": []})
+        module = Module()
         for statement in tree.body:
+            names = [""]
             if isinstance(statement, ast.Import | ast.ImportFrom):
                 module.imports |= self._imported(statement)
-            elif isinstance(statement, ast.If) and "TYPE_CHECKING" in ast.unparse(statement.test):
                 continue
-            elif isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-                module.definitions.setdefault(statement.name, []).append(statement)
-            elif isinstance(statement, ast.Assign | ast.AnnAssign):
-                targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-                names = [node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)]
-                for name in names:
-                    module.definitions.setdefault(name, []).append(statement)
-            elif not _is_text(statement):
-                module.definitions[""].append(statement)
+            if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                names = [statement.name]
+            elif isinstance(statement, ast.Assign):
+                names = [n.id for target in statement.targets for n in ast.walk(target) if isinstance(n, ast.Name)]
+            for name in names:
+                module.definitions.setdefault(name, []).append(statement)
         return module
 
     def _imported(self, statement: ast.Import | ast.ImportFrom) -> dict[str, Definition]:
@@ -133,12 +119,15 @@ class Code:
         return bound
 
     def _references(self, name: str, module: Module, statement: ast.stmt) -> Iterator[Definition]:
-        bound = dict(module.imports)
-        for node in _walk(statement):
+        nodes, bound, own = list(ast.walk(statement)), dict(module.imports), set()
+        for node in nodes:
             if isinstance(node, ast.Import | ast.ImportFrom):
                 bound |= self._imported(node)
-        own = _own_names(statement) if isinstance(statement, ast.FunctionDef) else set()
-        for node in _walk(statement):
+            elif isinstance(statement, ast.FunctionDef) and isinstance(node, ast.arg):
+                own.add(node.arg)  # a parameter or variable may bear the name of a definition: those of a stage do
+            elif isinstance(statement, ast.FunctionDef) and isinstance(node, ast.Name):
+                own |= {node.id} if isinstance(node.ctx, ast.Store) else set()
+        for node in nodes:
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 target = bound.get(node.value.id)
                 if target is not None and target[1] == "*":
@@ -149,48 +138,37 @@ class Code:
                     yield target
 
 
-def _own_names(function: ast.FunctionDef) -> set[str]:
-    """Parameters and variables of a function, which may bear the name of a definition: those of a stage do."""
-    stored = {node.id for node in _walk(function) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    return stored | {node.arg for node in _walk(function) if isinstance(node, ast.arg)}
+class _Bare(ast.NodeTransformer):
+    """Leaves out what computes nothing: docstrings, annotations, `@stage`, and what is for type checkers."""
 
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        is_text = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        return None if is_text else self.generic_visit(node)  # type: ignore[return-value]
 
-def _walk(node: ast.AST) -> Iterator[ast.AST]:
-    """A node and all below it that computes: no annotations, and no `@stage`, which declares."""
-    yield node
-    for part, value in ast.iter_fields(node):
-        if part in ("annotation", "returns"):
-            continue
-        for child in value if isinstance(value, list) else [value]:
-            if isinstance(child, ast.AST) and not (part == "decorator_list" and _declares(child)):
-                yield from _walk(child)
+    def visit_If(self, node: ast.If) -> ast.AST | None:
+        return None if "TYPE_CHECKING" in ast.unparse(node.test) else self.generic_visit(node)
 
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        value = self.visit(node.value) if node.value else ast.Constant(...)
+        return ast.copy_location(ast.Assign([node.target], value), node)
 
-def _declares(decorator: ast.AST) -> bool:
-    return isinstance(decorator, ast.Call) and isinstance(decorator.func, ast.Name) and decorator.func.id == "stage"
+    def visit_arg(self, node: ast.arg) -> ast.arg:
+        return ast.arg(node.arg)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        node.returns = None
+        node.decorator_list = [each for each in node.decorator_list if not ast.unparse(each).startswith("stage(")]
+        return self.generic_visit(node)
 
 
 def _plain(node: Any) -> Any:
-    """The tree as lists, without what computes nothing and without empty fields, which differ between Pythons."""
+    """The tree as lists, without imports and without empty fields, which differ between Pythons."""
     if isinstance(node, list):
-        return [_plain(item) for item in node if not (_is_text(item) or _declares(item))]
+        return [_plain(item) for item in node if not isinstance(item, ast.Import | ast.ImportFrom)]
     if isinstance(node, ast.AST):
-        return [
-            type(node).__name__,
-            {
-                name: _plain(value)
-                for name, value in ast.iter_fields(node)
-                if value not in (None, []) and name not in ("annotation", "returns")
-            },
-        ]
+        fields = {name: _plain(value) for name, value in ast.iter_fields(node) if value not in (None, [])}
+        return [type(node).__name__, fields]
     return repr(node)
-
-
-def _is_text(node: Any) -> bool:
-    """Whether a statement is a docstring, of an attribute too, or an import."""
-    if isinstance(node, ast.Expr):
-        return isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-    return isinstance(node, ast.Import | ast.ImportFrom)
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ from helpsteer_assets.assets.graph import STAGES
 from helpsteer_assets_tests.assets.code_digests import PACKAGE, REFRESH, STORED, Code
 
 NAMES = {stage.name for stage in STAGES}
-SUMMARY = {"score_summary", "tradeoff", "tradeoff_report"}
 
 
 def test_the_code_of_every_stage_is_what_its_version_says() -> None:
@@ -43,15 +42,12 @@ def after(tmp_path: Path) -> Callable[[str, str, str], set[str]]:
     return changed
 
 
-def test_a_helper_in_the_file_of_another_stage_counts(after: Callable[[str, str, str], set[str]]) -> None:
-    """`policy_scores` stands in evaluation.py, and `score_summary`, in tradeoff.py, calls it."""
-    assert after("assets/evaluation.py", "margin.sign * reward", "margin.sign * -reward") == {"score_summary"}
-
-
 def test_code_counts_for_the_stages_that_reach_it_and_for_no_others(
     after: Callable[[str, str, str], set[str]],
 ) -> None:
     assert after("modpo/training/losses.py", "logsigmoid(", "sigmoid(") == {"margin_adapter", "modpo_models"}
+    # `policy_scores` stands in evaluation.py, and `score_summary`, in tradeoff.py, calls it.
+    assert after("assets/evaluation.py", "sign * reward", "sign * -reward") == {"score_summary"}
     assert after("report/report.css", "}", "}\n") == {"tradeoff_report"}
     assert after("embedded/generator.py", "def build_rows(", "SEED = 5\n\n\ndef build_rows(") == set()
     assert after("modpo/data/attributes.py", '"verbosity"', '"brevity"') >= {"helpsteer_ratings", "scores"}

@@ -22,12 +22,13 @@ from benchmarks import gpu
 from benchmarks.__main__ import _parse
 from helpsteer_assets.assets.sources import local_path
 from helpsteer_assets.embedded.generator import build_rows
+from helpsteer_assets.experiment.reading import load_experiment
 from helpsteer_assets.store.warehouse import Warehouse
 from helpsteer_assets_tests.finished import QUICK, Finished
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-SHELL = re.compile(r"^```(bash|yaml|sql|python)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"^```(bash|yaml|sql|python)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 ELSEWHERE = {
     ".venv/bin/hf auth login": "asks for a token of the hub",
     "duckdb -readonly .helpsteer/warehouse/helpsteer.duckdb": "is a program of its own, which is not installed here",
@@ -37,14 +38,15 @@ ELSEWHERE = {
     "export HELPSTEER_POSTGRES_PASSWORD=...": "is the reader's",
 }
 """Lines that are not run here, and why."""
-CUT_DOWN = {
+CUT_DOWN: dict[str, Any] = {
     "sft": {"steps": 2, "batch_size": 4},
     "margin_adapter": {"steps": 2, "batch_size": 4},
     "modpo": {"steps": 2, "batch_size": 4},
     "generation": {"max_prompt_length": 128, "max_new_tokens": 16},
+    "evaluation": {"prompts": 4, "kl_samples": 1, "bootstrap_samples": 200},
+    "run": {"threads": 1},
 }
 """What fits the tiny model that stands in SmolLM2's place."""
-FEW = {"prompts": 4, "kl_samples": 1}
 
 
 @pytest.fixture(scope="session")
@@ -66,14 +68,16 @@ def newcomer(finished_home: Finished, tmp_path_factory: pytest.TempPathFactory) 
         (folder / "ratings" / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     # What `make smollm2 DATA=...` writes, with the model that stands here in SmolLM2's place.
     small = {"extends": "smollm2", "name": "mine-smollm2", "data": {"source": "./ratings"}}
-    (folder / "smollm2.yaml").write_text(yaml.safe_dump(small | CUT_DOWN | {"evaluation": FEW}), encoding="utf-8")
+    (folder / "smollm2.yaml").write_text(yaml.safe_dump(small | CUT_DOWN), encoding="utf-8")
     command = folder / ".venv" / "bin" / "helpsteer"
     command.parent.mkdir(parents=True)
     command.write_text(
         f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -c "from helpsteer_assets.cli import entry; entry()" "$@"\n'
     )
     command.chmod(0o755)
-    assert shell(folder, ".venv/bin/helpsteer run").returncode == 0
+    run = Finished(load_experiment(str(folder / "demo.yaml")), folder / ".helpsteer")
+    assert run.run(), run.announced
+    shutil.copytree(run.home / "artifacts", folder / "elsewhere" / "artifacts")  # as from a bucket
     return folder
 
 
@@ -87,10 +91,6 @@ def shell(folder: Path, line: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
-
-
-def blocks(page: Path, *languages: str) -> list[tuple[str, str]]:
-    return [found for found in SHELL.findall(page.read_text(encoding="utf-8")) if found[0] in languages]
 
 
 def commands(text: str) -> list[str]:
@@ -126,7 +126,7 @@ def carry_out(folder: Path, line: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_each_block_works_in_its_place(newcomer: Path, page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for language, text in blocks(page, "bash", "yaml", "sql", "python"):
+    for language, text in BLOCK.findall(page.read_text(encoding="utf-8")):
         if language == "yaml":
             match = re.match(r"# (\S+\.yaml)\n", text)
             assert match, f"a YAML block begins with a comment that names its file:\n{text}"
@@ -134,8 +134,7 @@ def test_each_block_works_in_its_place(newcomer: Path, page: Path, monkeypatch: 
                 continue  # Dagster's; the tests in postgres/ run with it
             content: dict[str, Any] = yaml.safe_load(text)
             if content["extends"] == "smollm2":
-                content |= CUT_DOWN
-                content["evaluation"] = content.get("evaluation", {}) | FEW
+                content |= {key: content.get(key, {}) | values for key, values in CUT_DOWN.items()}
             (newcomer / match[1]).write_text(yaml.safe_dump(content), encoding="utf-8")
         elif language == "bash":
             for line in commands(text):

@@ -15,11 +15,6 @@ from helpsteer_assets.modpo.models.loading import attach_lora
 CPU = torch.device("cpu")
 
 
-def identity(models: LoadedModels, path: Path, precision: str = "fp32") -> int:
-    with models.lend(path, precision=precision, device=CPU) as model:
-        return id(model.get_input_embeddings().weight)
-
-
 def test_a_model_is_loaded_once_and_lent_again(tiny_model_path: Path) -> None:
     models = LoadedModels()
     with models.lend(tiny_model_path, precision="fp32", device=CPU) as model:
@@ -58,19 +53,14 @@ def test_after_an_error_nobody_gets_the_model(tiny_model_path: Path) -> None:
         assert again.get_input_embeddings().weight.abs().sum() > 0
 
 
-def test_a_model_that_is_on_loan_is_not_lent_twice(tiny_model_path: Path) -> None:
-    models = LoadedModels()
-    with models.lend(tiny_model_path, precision="fp32", device=CPU) as one:
-        with models.lend(tiny_model_path, precision="fp32", device=CPU) as other:
-            assert one is not other
-
-
-def test_released_at_the_end_of_a_run(tiny_model_path: Path) -> None:
+def test_a_model_is_lent_once_at_a_time_and_released_at_the_end_of_a_run(tiny_model_path: Path) -> None:
     models = LoadedModels()
     models.release()
     with models.lend(tiny_model_path, precision="fp32", device=CPU) as model:
         kept = weakref.ref(model)
-    del model
+        with models.lend(tiny_model_path, precision="fp32", device=CPU) as other:
+            assert model is not other
+    del model, other
     gc.collect()
     assert kept() is not None
     models.release()

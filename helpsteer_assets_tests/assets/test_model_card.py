@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from helpsteer_assets.assets.model_card import BaseModel, export_card, model_card, role_in_words
+from helpsteer_assets.assets.model_card import BaseModel, export_card, model_card
 from helpsteer_assets.experiment.reading import load_experiment
 from helpsteer_assets.experiment.settings import Experiment
 from helpsteer_assets.modpo.training.loop import TrainingResult
@@ -58,7 +58,6 @@ def exported_card(experiment: Experiment, base: BaseModel = LLAMA, **changes: An
     ],
 )
 def test_a_weight_is_told_in_words(experiment: Experiment, w: str, words: str) -> None:
-    assert role_in_words(experiment, w).startswith(words)
     for card in (adapter_card(experiment, w), exported_card(experiment, w=w)):
         assert f"# MODPO policy, w = {w}\n" in card and words in card
 
@@ -94,28 +93,18 @@ def test_the_hub_reads_base_licence_library_and_data() -> None:
 
 def test_a_card_in_the_home_tells_how_the_training_went_and_how_to_load_the_adapter() -> None:
     card = adapter_card(HELPSTEER)
-    assert (
-        "- Training: 40 steps; the weights of step 20 were kept, loss on held-out train prompts 0.6123, accuracy there "
-        "0.71\n"
-    ) in card
+    assert "the weights of step 20 were kept, loss on held-out train prompts 0.6123, accuracy there 0.71\n" in card
     assert 'AutoModelForCausalLM.from_pretrained("/home/sft/model"' in card
     assert 'PeftModel.from_pretrained(base, "<this folder>")\n```' in card
     unjudged = TrainingResult(steps=4, best_step=4, best_loss=None, resumed_from=None, history=[{"step": 4}])
     assert "- Training: 4 steps; the weights of step 4 were kept\n" in adapter_card(HELPSTEER, result=unjudged)
 
 
-def test_the_margin_adapter_is_called_a_reward_model() -> None:
-    card = adapter_card(HELPSTEER, w=None)
-    assert "# Margin adapter for verbosity\n" in card
-    assert (
-        "LoRA trained by DPO (beta 0.1) on pairs that differ in verbosity" in card and "not meant to generate" in card
-    )
-
-
-def test_an_sft_model_that_was_not_trained_is_called_the_base_model() -> None:
+def test_a_model_that_is_no_policy_is_called_what_it_is() -> None:
+    reward = adapter_card(HELPSTEER, w=None)
+    assert "# Margin adapter for verbosity\n" in reward and "not meant to generate" in reward
     assert "The base model fine-tuned on the preferred responses" in exported_card(HELPSTEER, w=None)
-    plain = exported_card(changed(sft={"enabled": False}), w=None)
-    assert "The base model, as it is: the reference policy" in plain and ", as it is\n" in plain
+    assert "The base model, as it is: the" in exported_card(changed(sft={"enabled": False}), w=None)
 
 
 def test_local_sources_are_named_without_their_path_and_nothing_is_guessed_of_them() -> None:
@@ -128,28 +117,16 @@ def test_local_sources_are_named_without_their_path_and_nothing_is_guessed_of_th
     assert not {"license", "base_model", "base_model_relation", "datasets"} & ModelCard(card).data.to_dict().keys()
 
 
-def test_scores_stand_in_an_exported_card_with_intervals_or_their_absence_does() -> None:
+def test_an_exported_card_tells_scores_and_how_to_generate() -> None:
     card = exported_card(HELPSTEER, scores=[SCORE, SCORE | {"measure": "verbosity", "delta": None}])
     rows = ["| helpfulness | 2.5 [2.41, 2.59] | -0.2 [-0.3, -0.1] |", "| verbosity | 2.5 [2.41, 2.59] |  |", ""]
     assert "\n".join([*rows, "Over 300 held-out prompts"]) in card
-    assert "Not scored" in exported_card(HELPSTEER, scores=[])
-
-
-def test_generation_settings_are_told() -> None:
-    card = exported_card(HELPSTEER)
-    assert "greedy (vLLM reads no such setting from the file: ask it for `temperature=0`), at most 2560 new" in card
-    assert "the last 1536 tokens were kept" in card
-    sampled = changed(generation={"do_sample": True, "temperature": 0.7, "no_repeat_ngram_size": 3})
-    assert "sampled at temperature 0.7, top_p 1.0, no_repeat_ngram_size 3, at most" in exported_card(sampled)
-
-
-def test_the_snippet_uses_the_plain_template_where_there_is_no_chat_template() -> None:
-    card = exported_card(HELPSTEER, prompt_template="Q: {prompt}\n")
+    assert "greedy (vLLM reads no such setting" in card and "the last 1536 tokens were kept" in card
+    sampled = changed(generation={"do_sample": True, "temperature": 0.7, "no_repeat_ngram_size": 3}, lora={"r": 20})
+    card = exported_card(sampled, scores=[], merged=False, prompt_template="Q: {prompt}\n")
+    assert "Not scored" in card
+    assert "sampled at temperature 0.7, top_p 1.0, no_repeat_ngram_size 3, at most" in card
     assert r"""tokenizer('Q: {prompt}\n'.format(prompt="..."), return_tensors="pt")""" in card
     assert "there is no chat template" in card and "apply_chat_template" not in card
-
-
-@pytest.mark.parametrize(("r", "rank"), [(4, 8), (16, 16), (20, 32)])
-def test_vllm_gets_a_rank_that_it_has_kernels_for(r: int, rank: int) -> None:
-    card = exported_card(changed(lora={"r": r}), merged=False)
-    assert f"--enable-lora --max-lora-rank {rank} --lora-modules w0.2=<this folder>" in card
+    # vLLM has kernels for 16 and 32.
+    assert "--enable-lora --max-lora-rank 32 --lora-modules w0.2=<this folder>" in card

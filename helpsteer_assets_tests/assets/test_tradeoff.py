@@ -2,11 +2,9 @@
 
 import json
 import re
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
 from helpsteer_assets.assets.tradeoff import read_measures, tradeoff_settings
@@ -17,108 +15,81 @@ from helpsteer_assets.store.artifacts import ALL
 from helpsteer_assets_tests.finished import Finished
 
 
-def test_measures_are_those_of_the_scores_and_of_the_text(finished_home: Finished) -> None:
+def rows(run: Finished, asset: str, file: str, w: str | None = None) -> list[dict[str, Any]]:
+    return run.artifact(asset, w or ALL).table(file).to_pylist()
+
+
+def test_measures_are_those_of_the_scores_the_text_and_the_samples(finished_home: Finished) -> None:
     policies = read_measures(finished_home.artifact("score_summary"))
     assert [scores.w for scores in policies] == [None, "0.1", "0.9"]
     for scores in policies:
-        of_sft = scores.w is None
-        table = pq.read_table(
-            finished_home.artifact("sft_scores" if of_sft else "scores", scores.w or ALL).file("scores.parquet")
-        )
-        rows = {row["prompt_id"]: row for row in table.to_pylist()}
-        assert scores.measures["helpfulness"].tolist() == [rows[p]["helpfulness"] for p in scores.prompt_ids]
-        made = finished_home.artifact("sft_generations" if of_sft else "generations", scores.w or ALL)
-        texts = {r["prompt_id"]: r["response"] for r in pq.read_table(made.file("generations.parquet")).to_pylist()}
+        prefix = "sft_" if scores.w is None else ""
+        rated = {row["prompt_id"]: row for row in rows(finished_home, f"{prefix}scores", "scores.parquet", scores.w)}
+        assert scores.measures["helpfulness"].tolist() == [rated[p]["helpfulness"] for p in scores.prompt_ids]
+        made = rows(finished_home, f"{prefix}generations", "generations.parquet", scores.w)
+        texts = {row["prompt_id"]: row["response"] for row in made}
         assert scores.measures["repetition"].tolist() == [repetition(texts[p]) for p in scores.prompt_ids]
-
-
-def test_the_kl_of_a_policy_is_the_mean_over_its_samples_and_that_of_sft_is_zero(finished_home: Finished) -> None:
-    sft, low, _ = read_measures(finished_home.artifact("score_summary"))
-    samples = pq.read_table(finished_home.artifact("kl_to_sft", "0.1").file("kl.parquet")).to_pylist()
-    for prompt_id, kl in zip(low.prompt_ids, low.measures["kl_to_sft"], strict=True):
-        assert kl == pytest.approx(np.mean([row["log_ratio"] for row in samples if row["prompt_id"] == prompt_id]))
-    assert not sft.measures["kl_to_sft"].any()
-    assert low.measures["kl_to_sft"].any()
+        samples = rows(finished_home, "kl_to_sft", "kl.parquet", scores.w) if scores.w else []
+        for prompt_id, kl in zip(scores.prompt_ids, scores.measures["kl_to_sft"], strict=True):
+            drawn = [row["log_ratio"] for row in samples if row["prompt_id"] == prompt_id] or [0.0]
+            assert kl == pytest.approx(np.mean(drawn)) and (kl != 0) == bool(samples)
 
 
 def test_the_trade_off_is_kept_as_strict_json_and_as_pictures(finished_home: Finished) -> None:
-    found = finished_home.artifact("tradeoff")
-    assert {f"{name}.{kind}" for name in ("front", "kl", "lengths") for kind in ("png", "svg")} < set(
-        found.manifest["files"]
-    )
-    text = found.file("tradeoff.json").read_text(encoding="utf-8")
-    json.loads(text, parse_constant=pytest.fail)
+    tradeoff = finished_home.artifact("tradeoff")
+    pictures = {f"{name}.{kind}" for name in ("front", "kl", "lengths") for kind in ("png", "svg")}
+    assert pictures < set(tradeoff.manifest["files"])
+    json.loads(tradeoff.file("tradeoff.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
 
 
 def test_the_report_holds_every_response_and_nothing_of_this_machine(finished_home: Finished) -> None:
-    page = finished_home.artifact("tradeoff_report").file("report.html").read_text(encoding="utf-8")
+    file = finished_home.artifact("tradeoff_report").file("report.html")
+    page = file.read_text(encoding="utf-8")
     payload = re.search(r'<script[^>]*type="application/json"[^>]*>(.*?)</script>', page, re.DOTALL)
     assert payload
     shown = json.dumps(json.loads(payload[1]), ensure_ascii=False)
-    for asset, partition in (("sft_generations", ALL), ("generations", "0.1"), ("generations", "0.9")):
-        for response in pq.read_table(finished_home.artifact(asset, partition).file("generations.parquet"))["response"]:
-            assert json.dumps(response.as_py(), ensure_ascii=False)[1:-1] in shown
+    for asset, w in (("sft_generations", None), ("generations", "0.1"), ("generations", "0.9")):
+        for row in rows(finished_home, asset, "generations.parquet", w):
+            assert json.dumps(row["response"], ensure_ascii=False)[1:-1] in shown
     assert str(finished_home.home) not in page
-
-
-def content(run: Finished, **changes: Any) -> dict[str, Any]:
-    tradeoff, summary = run.artifact("tradeoff"), run.artifact("score_summary")
-    weights = run.experiment.objective.weights
-    given: dict[str, Any] = {
-        "policies": read_measures(summary),
-        "summary": pq.read_table(summary.file("score_summary.parquet")).to_pylist(),
-        "result": json.loads(tradeoff.file("tradeoff.json").read_text(encoding="utf-8")),
-        "responses": {
-            None: pq.read_table(run.artifact("sft_generations").file("generations.parquet")),
-            **{w: pq.read_table(run.artifact("generations", w).file("generations.parquet")) for w in weights},
-        },
-        "plots": {},
-        "quality": run.artifact("margin_adapter_quality").manifest["metrics"],
-        "kl": {w: run.artifact("kl_to_sft", w).manifest["metrics"] for w in weights},
-    }
-    given |= changes
-    measures = measures_of(tradeoff_settings(run.experiment), list(given["policies"][0].measures))
-    return report_content(run.experiment, measures, **given)
+    said = "\n".join(finished_home.announced)
+    assert str(file) in said and "Against SFT, rated helpfulness is" in said
 
 
 def test_the_report_says_what_the_summary_and_the_trade_off_say(finished_home: Finished) -> None:
-    found = content(finished_home)
-    assert [policy["label"] for policy in found["policies"]] == ["SFT", "w=0.1", "w=0.9"]
-    rows = pq.read_table(finished_home.artifact("score_summary").file("score_summary.parquet")).to_pylist()
-    row = next(r for r in rows if r["w"] == "0.9" and r["measure"] == "helpfulness")
-    shown = found["summary"]["helpfulness"]["w=0.9"]
+    tradeoff, summary = finished_home.artifact("tradeoff"), finished_home.artifact("score_summary")
+    weights = finished_home.experiment.objective.weights
+    policies = read_measures(summary)
+    sft, low, high = policies
+    own = {p: i for i, p in enumerate(sft.prompt_ids)}
+    for scores, reward in ((low, -1.0), (high, 1.0)):  # rater and margin reward move against each other, and together
+        order = [own[p] for p in scores.prompt_ids]
+        scores.measures["verbosity"] = sft.measures["verbosity"][order] + 1.0
+        scores.measures["margin_reward"] = sft.measures["margin_reward"][order] + reward
+    content = report_content(
+        finished_home.experiment,
+        measures_of(tradeoff_settings(finished_home.experiment), list(sft.measures)),
+        policies,
+        summary.table("score_summary.parquet").to_pylist(),
+        json.loads(tradeoff.file("tradeoff.json").read_text(encoding="utf-8")),
+        {
+            None: finished_home.artifact("sft_generations").table("generations.parquet"),
+            **{w: finished_home.artifact("generations", w).table("generations.parquet") for w in weights},
+        },
+        {},
+        quality=finished_home.artifact("margin_adapter_quality").manifest["metrics"],
+        kl={w: finished_home.artifact("kl_to_sft", w).manifest["metrics"] for w in weights},
+    )
+    assert [policy["label"] for policy in content["policies"]] == ["SFT", "w=0.1", "w=0.9"]
+    all_rows = rows(finished_home, "score_summary", "score_summary.parquet")
+    row = next(r for r in all_rows if r["w"] == "0.9" and r["measure"] == "helpfulness")
+    shown = content["summary"]["helpfulness"]["w=0.9"]
     assert (shown["mean"], shown["low"], shown["high"]) == (row["mean"], row["ci_low"], row["ci_high"])
     assert shown["delta"] == pytest.approx(row["delta"])
     # The interval that holds for all weights at once is the wider one.
     assert shown["delta_high"] - shown["delta_low"] >= 0.9 * (row["delta_high"] - row["delta_low"])
-    assert {measure["name"]: measure["role"] for measure in found["measures"]}["verbosity"] == "margin"
-    titles = [table["title"] for table in found["tables"]]
-    assert titles[:3] == ["At equal length", "Movement with w", "KL to SFT"]
-
-
-def test_rater_and_margin_reward_disagree_where_they_move_against_each_other(finished_home: Finished) -> None:
-    policies = read_measures(finished_home.artifact("score_summary"))
-    sft, low, high = policies
-    for scores, (rating, reward) in zip((low, high), ((1.0, -1.0), (1.0, 1.0)), strict=True):
-        own = {p: i for i, p in enumerate(sft.prompt_ids)}
-        order = [own[p] for p in scores.prompt_ids]
-        scores.measures["verbosity"] = sft.measures["verbosity"][order] + rating
-        scores.measures["margin_reward"] = sft.measures["margin_reward"][order] + reward
-    for prompt in content(finished_home, policies=policies)["prompts"]:
+    assert {measure["name"]: measure["role"] for measure in content["measures"]}["verbosity"] == "margin"
+    assert [table["title"] for table in content["tables"]][:3] == ["At equal length", "Movement with w", "KL to SFT"]
+    for prompt in content["prompts"]:
         of_sft, against, along = (response["disagreement"] for response in prompt["responses"])
         assert of_sft == along == 0 < against
-
-
-def test_without_an_adapter_the_report_is_made_all_the_same(copied: Callable[..., Finished]) -> None:
-    penalty = {"margin": "length_penalty", "margin_role": None, "margin_beta": None, "penalty": 0.01}
-    run = copied(objective=penalty, evaluation={"rater": "none", "kl_samples": 0})
-    assert run.run(), run.announced
-    page = run.artifact("tradeoff_report").file("report.html").read_text(encoding="utf-8")
-    assert "preference quality is unmeasured" in page and "below and to the right" in page
-    assert "kl.svg" not in run.artifact("tradeoff").manifest["files"]
-
-
-def test_where_the_report_is_stands_at_the_end_of_a_run(finished_home: Finished) -> None:
-    said = "\n".join(finished_home.announced)
-    assert str(finished_home.artifact("tradeoff_report").file("report.html")) in said
-    assert "Against SFT, rated helpfulness is" in said

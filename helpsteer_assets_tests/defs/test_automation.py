@@ -14,7 +14,8 @@ from helpsteer_assets.defs.automation import GROUP, build_automation
 from helpsteer_assets.defs.jobs import phases
 from helpsteer_assets.defs.lab import Lab
 from helpsteer_assets.execution.dagster_home import dagster_home
-from helpsteer_assets.experiment.reading import load_experiment
+from helpsteer_assets.experiment.reading import SHIPPED, load_experiment
+from helpsteer_assets.experiment.settings import Experiment
 from helpsteer_assets.store.home import Home
 from helpsteer_assets_tests.finished import Finished, quick_experiment
 
@@ -59,29 +60,14 @@ class Automated:
         return ticks
 
 
-@pytest.fixture
-def automated(copied: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Automated]:
-    def start(**changes: Any) -> Automated:
-        run = copied(run={"automation": True}, **changes)
-        monkeypatch.setenv("HELPSTEER_HOME", str(run.home))
-        return Automated(run)
-
-    return start
-
-
-def test_what_is_there_or_reused_starts_nothing(automated: Callable[..., Automated]) -> None:
-    home = automated()
-    assert home.tick() == {}, "nor does the first evaluation"
-    home.materialize("modpo_models", w="0.1")
-    home.materialize("sft_model")
-    assert home.tick() == {}
-
-
 def test_after_a_changed_setting_each_trained_weight_is_evaluated_and_the_summary_waits_for_the_last(
-    automated: Callable[..., Automated],
+    copied: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    home = automated(modpo={"steps": 4})
-    assert home.tick() == {}
+    home = Automated(copied(run={"automation": True}, modpo={"steps": 4}))
+    monkeypatch.setenv("HELPSTEER_HOME", str(home.run.home))
+    assert home.tick() == {}, "the first evaluation starts nothing"
+    home.materialize("sft_model")
+    assert home.tick() == {}, "nor does what is reused"
     by_phase = phases(home.run.experiment)
     grid, evaluate = set(by_phase["tradeoff_grid"]), set(by_phase["evaluate"])
     home.materialize("modpo_models", w="0.1")
@@ -91,18 +77,17 @@ def test_after_a_changed_setting_each_trained_weight_is_evaluated_and_the_summar
     assert {item.state for item in status(home.run.experiment, Home(home.run.home))} == {"complete"}
 
 
-def test_the_evaluation_has_a_condition_and_no_training_and_no_data(tmp_path: Path) -> None:
+def test_the_evaluation_has_a_condition_and_no_training_and_no_data_and_without_automation_nothing(
+    tmp_path: Path,
+) -> None:
+    def followers(experiment: Experiment) -> set[str]:
+        specs = [asset.get_asset_spec() for asset in build_assets(experiment)]
+        return {spec.key.to_user_string() for spec in specs if spec.automation_condition is not None}
+
     experiment = quick_experiment(tmp_path, run={"automation": True})
-    specs = {asset.key.to_user_string(): asset.get_asset_spec() for asset in build_assets(experiment)}
-    followers = {name for name, spec in specs.items() if spec.automation_condition is not None}
-    assert followers == {name for name, spec in specs.items() if spec.group_name == GROUP}
-    assert not followers & {"helpsteer_ratings", "sft_model", "margin_adapter", "modpo_models"}
+    assert followers(experiment) == {name for name, stage in stages(experiment).items() if stage.group == GROUP}
+    assert not followers(experiment) & {"helpsteer_ratings", "sft_model", "margin_adapter", "modpo_models"}
     (sensor,) = build_automation(experiment)
     assert sensor.default_status == dg.DefaultSensorStatus.RUNNING
-
-
-@pytest.mark.parametrize("name", ["demo", "smollm2", "helpsteer"])
-def test_it_is_off_in_the_shipped_experiments_and_then_leaves_no_trace(name: str) -> None:
-    experiment = load_experiment(name)
-    assert build_automation(experiment) == []
-    assert all(asset.get_asset_spec().automation_condition is None for asset in build_assets(experiment))
+    for name in SHIPPED:
+        assert build_automation(load_experiment(name)) == [] and followers(load_experiment(name)) == set()

@@ -11,7 +11,6 @@ from helpsteer_assets.defs.lab import Lab
 from helpsteer_assets.execution.dagster_home import dagster_home
 from helpsteer_assets.store.home import Home
 from helpsteer_assets_tests.finished import Finished
-from helpsteer_assets_tests.ui import Ui, wait
 
 
 @pytest.fixture
@@ -38,6 +37,7 @@ def test_a_run_stops_at_the_check_before_any_weight(failing: Finished) -> None:
 def test_a_single_weight_is_refused_with_the_reason_and_not_retried_even_where_it_is_finished(
     failing: Finished, weight: str
 ) -> None:
+    """As a backfill starts weights: in runs of their own, which the blocking check of another run does not stop."""
     with dg.DagsterInstance.from_config(str(dagster_home(Home(failing.home), "quick"))) as instance:
         result = dg.materialize(
             [*build_assets(failing.experiment), *build_checks(failing.experiment)],
@@ -50,24 +50,4 @@ def test_a_single_weight_is_refused_with_the_reason_and_not_retried_even_where_i
     (failure,) = [e.step_failure_data.user_failure_data for e in result.all_events if e.is_step_failure]
     assert "the margin adapter does not prefer chosen over rejected well enough" in failure.description
     assert not [e for e in result.all_events if e.event_type == dg.DagsterEventType.STEP_UP_FOR_RETRY]
-    assert not trained(failing)
-
-
-def test_a_backfill_through_the_daemon_trains_no_weight(failing: Finished) -> None:
-    ui = Ui(failing.file, failing.home)
-    try:
-        ui.wait_until_ready()
-        launched = ui.ask(
-            """mutation($p: LaunchBackfillParams!) { launchPartitionBackfill(backfillParams: $p) {
-                 __typename ... on LaunchBackfillSuccess { backfillId } ... on PythonError { message } } }""",
-            p={
-                "partitionNames": ["0.5"],
-                "assetSelection": [{"path": ["margin_adapter"]}, {"path": ["modpo_models"]}],
-            },
-        )["launchPartitionBackfill"]
-        assert launched["__typename"] == "LaunchBackfillSuccess", launched
-        ended = ("COMPLETED", "COMPLETED_SUCCESS", "COMPLETED_FAILED", "FAILED", "CANCELED")
-        wait(lambda: ui.backfills()[launched["backfillId"]] in ended, "the backfill to end")
-    finally:
-        ui.close()
     assert not trained(failing)

@@ -75,13 +75,9 @@ def watched(copied: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch) ->
         yield Watched(run, instance)
 
 
-def test_steps_have_reported_all_that_is_true_after_a_run(watched: Watched) -> None:
-    assert watched.on_record("scores") == (True, "w=0.1, 0.9: up to date")
-    assert watched.on_record("score_summary") == (True, "up to date")
-    assert watched.tick() == {}
-
-
 def test_a_changed_setting_is_reported_once_with_all_weights_and_goes_as_they_are_made(watched: Watched) -> None:
+    assert watched.on_record("scores") == (True, "w=0.1, 0.9: up to date"), "the steps have reported it"
+    assert watched.tick() == {}
     watched.change(objective={"beta": 0.3})
     assert watched.tick() == {asset: (False, description) for asset, description in AFTER_BETA.items()}
     assert watched.tick() == {}
@@ -106,21 +102,15 @@ def test_a_changed_setting_is_reported_once_with_all_weights_and_goes_as_they_ar
     assert reported["modpo_models"] == (False, f"w=0.1: {back}; w=0.9: up to date")
 
 
-def test_a_changed_grid_asks_for_a_reload(watched: Watched) -> None:
-    watched.change(objective={"weights": [0.1, 0.5, 0.9]})
+def test_a_changed_grid_or_graph_asks_for_a_reload(watched: Watched) -> None:
+    watched.change(objective={"weights": [0.1, 0.5, 0.9]}, evaluation={"kl_samples": 0})
     reported = watched.tick()
     assert all(not passed for passed, _ in reported.values())
     _, scores = reported["scores"]
     assert scores is not None and scores.startswith("objective.weights 0.1, 0.9 -> 0.1, 0.5, 0.9: reload the")
     assert scores.endswith("w=0.1, 0.9: up to date; w=0.5: not made yet")
-    assert reported["score_summary"] == (False, "objective.weights ['0.1', '0.9'] -> ['0.1', '0.5', '0.9']")
-
-
-def test_an_asset_that_left_the_graph_asks_for_a_reload(watched: Watched) -> None:
-    watched.change(evaluation={"kl_samples": 0})
-    passed, description = watched.tick()["kl_to_sft"]
-    assert not passed and description is not None
-    assert description.startswith("the experiment no longer has this asset: reload the definitions")
+    _, kl = reported["kl_to_sft"]
+    assert kl is not None and kl.startswith("the experiment no longer has this asset: reload the definitions")
 
 
 def test_a_file_that_cannot_be_read_is_waited_for(watched: Watched) -> None:

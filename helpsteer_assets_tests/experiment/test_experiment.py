@@ -4,13 +4,12 @@ import copy
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel
 
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment.reading import SHIPPED, load_experiment
@@ -31,10 +30,10 @@ VALID: dict[str, Any] = {
 MISSING = object()
 
 
-def changed(changes: dict[str, Any], removed: tuple[str, ...] = ()) -> dict[str, Any]:
-    """VALID with values set, each named by its dotted key; those that are MISSING or in `removed` are taken out."""
+def changed(changes: dict[str, Any]) -> dict[str, Any]:
+    """VALID with values set, each named by its dotted key; those that are MISSING are taken out."""
     data = copy.deepcopy(VALID)
-    for dotted, value in (changes | dict.fromkeys(removed, MISSING)).items():
+    for dotted, value in changes.items():
         *sections, key = dotted.split(".")
         place = data
         for section in sections:
@@ -69,17 +68,14 @@ def test_a_shipped_experiment_validates_under_its_own_name_and_again_as_data(nam
 
 
 def test_helpsteer_is_the_described_pipeline_with_the_role_cost() -> None:
-    helpsteer = load_experiment("helpsteer")
-    assert (helpsteer.data.source, helpsteer.data.revision) == (
-        "nvidia/HelpSteer",
-        "3ca5d59c1bc1080af195b4254e7407db60b6f450",
-    )
-    assert (helpsteer.model.base, helpsteer.model.precision) == ("meta-llama/Llama-2-7b-hf", "bf16")
-    assert (helpsteer.model.max_length, helpsteer.lora.r, helpsteer.evaluation.prompts) == (512, 16, 300)
-    assert helpsteer.objective.weights == ["0.1", "0.2", "0.4", "0.6", "0.8", "0.9"]
-    assert (helpsteer.objective.beta, helpsteer.objective.margin_beta) == (0.1, 0.1)
-    assert (helpsteer.objective.margin_role, helpsteer.margin.sign) == ("cost", -1)
-    assert (helpsteer.generation.max_prompt_length, helpsteer.generation.max_new_tokens) == (1536, 2560)
+    shown = load_experiment("helpsteer").model_dump()
+    data, model, objective, generation = (shown[name] for name in ("data", "model", "objective", "generation"))
+    assert (data["source"], data["revision"]) == ("nvidia/HelpSteer", "3ca5d59c1bc1080af195b4254e7407db60b6f450")
+    assert (model["base"], model["precision"], model["max_length"]) == ("meta-llama/Llama-2-7b-hf", "bf16", 512)
+    assert objective["weights"] == ["0.1", "0.2", "0.4", "0.6", "0.8", "0.9"]
+    assert (objective["beta"], objective["margin_beta"], objective["margin_role"]) == (0.1, 0.1, "cost")
+    assert (shown["lora"]["r"], shown["evaluation"]["prompts"]) == (16, 300)
+    assert (generation["max_prompt_length"], generation["max_new_tokens"]) == (1536, 2560)
 
 
 def test_demo_is_offline_and_smollm2_is_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,27 +86,6 @@ def test_demo_is_offline_and_smollm2_is_local(tmp_path: Path, monkeypatch: pytes
     smollm2 = load_experiment("smollm2")
     assert smollm2.data.source == str(tmp_path / "data" / "helpsteer"), "its paths mean the working directory"
     assert is_path(smollm2.model.base) and smollm2.evaluation.rater == "none"
-
-
-def test_every_setting_has_a_description() -> None:
-    def undescribed(model: type[BaseModel], where: str) -> list[str]:
-        found = []
-        for name, field in model.model_fields.items():
-            if not field.description:
-                found.append(f"{where}{name}")
-            for section in sections_in(field.annotation):
-                found += undescribed(section, f"{where}{name}.")
-        return found
-
-    def sections_in(annotation: Any) -> list[type[BaseModel]]:
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            return [annotation]
-        return [section for part in get_args(annotation) for section in sections_in(part)]
-
-    assert RewardModelSettings in sections_in(
-        Experiment.model_fields["evaluation"].annotation.model_fields["rater"].annotation
-    )
-    assert undescribed(Experiment, "") == []
 
 
 # Weights
@@ -137,9 +112,9 @@ def test_equal_weights_have_one_plain_spelling_and_keep_their_number(
     assert canonical_weight(kind(canonical)) == canonical
 
 
-@pytest.mark.parametrize("value", ["0." + "9" * 32, "1." + "0" * 32 + "1", "1e-999999999", 0.1 + 0.2])
-def test_a_weight_is_never_rounded(value: object) -> None:
-    with pytest.raises(ValueError, match=r"at most ten decimals|in \(0, 1\]"):
+@pytest.mark.parametrize("value", ["0." + "9" * 32, "1." + "0" * 32 + "1", "1e-999999999", 0.1 + 0.2, 0, "nan", True])
+def test_a_weight_is_never_rounded_or_guessed(value: object) -> None:
+    with pytest.raises(ValueError, match=r"in \(0, 1\] of at most ten decimals"):
         canonical_weight(value)
 
 
@@ -156,20 +131,12 @@ def test_environment_names_the_experiment(tmp_path: Path, monkeypatch: pytest.Mo
     assert load_experiment("helpsteer").name == "helpsteer", "an argument goes before the environment"
 
 
-def test_a_number_may_be_written_with_an_exponent(tmp_path: Path) -> None:
-    text = yaml.safe_dump(VALID).replace("learning_rate: 0.001", "learning_rate: 1e-4")
-    assert text.count("1e-4") == 3
-    assert load_experiment(str(written(tmp_path, text))).sft.learning_rate == 0.0001
-
-
 def test_extending_changes_only_the_named_keys(tmp_path: Path) -> None:
     path = written(
-        tmp_path, "extends: demo\nname: mine\nobjective:\n  weights: [0.50]\nmodpo:\n  steps: null\n  epochs: 2\n"
+        tmp_path, "extends: demo\nname: mine\nobjective: {weights: [0.50]}\nmodpo: {steps: null, epochs: 2e-1}\n"
     )
     mine, demo = load_experiment(str(path)), load_experiment("demo")
-    assert mine.name == "mine"
-    assert mine.objective.weights == ["0.5"]
-    assert (mine.modpo.steps, mine.modpo.epochs) == (None, 2)
+    assert (mine.name, mine.objective.weights, mine.modpo.steps, mine.modpo.epochs) == ("mine", ["0.5"], None, 0.2)
     assert mine.objective.margin_beta == demo.objective.margin_beta
     assert mine.data == demo.data
 
@@ -193,21 +160,14 @@ def test_extending_a_file_through_several_steps_keeps_each_ones_relative_paths(
         assert last.evaluation.rater.model == str(tmp_path / "sub" / "rater")
 
 
-def test_switching_to_a_length_penalty_when_extending_takes_two_nulls(tmp_path: Path) -> None:
+def test_what_plays_no_part_may_be_left_out_and_is_taken_out_by_null(tmp_path: Path) -> None:
     text = "extends: demo\nname: mine\nobjective: {margin: length_penalty, penalty: 0.01"
     message = message_of(written(tmp_path, text + "}\n"))
-    assert "margin_role and margin_beta cannot stand beside `margin: length_penalty`" in message
-    assert "set it to null" in message
-    mine = load_experiment(str(written(tmp_path, text + ", margin_role: null, margin_beta: null}\n")))
-    assert (mine.margin.sign, mine.objective.margin_beta) == (1, None)
+    assert "`margin_role` does not go with `margin: length_penalty`" in message and "set it to null" in message
+    nulls = "margin_role: null, margin_beta: null}\nmargin_adapter: null\n"
+    mine = load_experiment(str(written(tmp_path, f"{text}, {nulls}")))
+    assert (mine.margin.sign, mine.objective.margin_beta, mine.margin_adapter) == (1, None, None)
     assert not mine.has_margin_adapter
-
-
-def test_sections_and_keys_that_play_no_part_may_be_left_out(tmp_path: Path) -> None:
-    penalty = changed(
-        {"objective.margin": "length_penalty", "objective.penalty": 0.1}, ("objective.margin_role", "margin_adapter")
-    )
-    assert load_experiment(str(written(tmp_path, penalty))).margin_adapter is None
     plain = "extends: demo\nname: plain\nsft: {enabled: false, steps: null}\nobjective: {margin_beta: null}\n"
     experiment = load_experiment(str(written(tmp_path, plain)))
     assert not experiment.sft.enabled
@@ -227,55 +187,43 @@ ROLE = "objective.margin_role"
     [
         # Keys and types.
         ({"objective.margin_bta": 1}, "objective.margin_bta: unknown key; did you mean `margin_beta`? (allowed: beta,"),
-        ({"objectiv": {}}, "objectiv: unknown key; did you mean `objective`? (allowed: checks, data,"),
         ({"evaluation.rater": {**RATER, "hads": {}}}, "evaluation.rater.hads: unknown key; did you mean `heads`?"),
-        ({"sft.steps": 2.5}, "sft.steps: expected a whole number, got 2.5"),
         ({"sft.steps": 0}, "sft.steps: must be greater than or equal to 1, got 0"),
-        ({"objective.beta": "0.1"}, "objective.beta: expected a number, got '0.1' (remove the quotes)"),
-        ({"objective.beta": None}, "objective.beta: expected a number, got null"),
+        ({"objective.beta": "0.1"}, "objective.beta: expected a number, got '0.1'"),
         ({"objective.beta": float("inf")}, "objective.beta: must be a finite number, got inf"),
-        ({"seed": True}, "seed: expected a whole number, got true"),
-        ({"sft.enabled": "yes please"}, "sft.enabled: expected true or false, got 'yes please'"),
-        ({"name": 3}, "name: expected text, got 3 (put it in quotes)"),
         ({"name": "../up"}, "name: expected letters, digits, `-` and `_`, at most 63, the first a letter or digit"),
         ({"sft": "fast"}, "sft: expected a section of `key: value` lines, got 'fast'"),
         ({"run.report_to": "wandb"}, "run.report_to: expected a list, such as [a, b], got 'wandb'"),
-        ({"data.source": ""}, "data.source: must not be empty"),
         ({"lora.target_modules": []}, "expected `all-linear` or a list of module names such as [q_proj, v_proj]"),
-        ({"data.preference_attribute": "humour"}, "must be 'helpfulness', 'correctness', 'coherence',"),
         ({"model.precision": MISSING}, "model.precision: missing, and there is no default"),
-        ({"sft": MISSING}, "sft: missing, and there is no default"),
         ({"margin_adapter": MISSING}, "margin_adapter: missing; `margin: implicit_reward` needs this section"),
         # Weights.
-        ({"objective.weights": [0]}, "weights: a weight is a number in (0, 1] (0 is excluded: the loss divides by w)"),
-        ({"objective.weights": [float("nan")]}, "objective.weights: a weight is a number in (0, 1]"),
-        ({"objective.weights": [0.123456789012]}, "objective.weights: a weight has at most ten decimals"),
-        ({"objective.weights": [0.5, "0.50"]}, "weight 0.5 stands there more than once (0.5, 0.50); leave one"),
-        ({"objective.weights": []}, "give a list of at least one weight in (0, 1], such as [0.1, 0.5, 0.9]"),
-        ({"objective.weights": 0.5}, "give a list of at least one weight"),
+        ({"objective.weights": [0.5, 0]}, "objective.weights.1: a weight is a number in (0, 1]"),
+        ({"objective.weights": [0.5, "0.50"]}, "weight 0.5 stands there more than once"),
         # The margin.
-        ({"objective.margin_beta": 0}, "margin_beta must be positive, got 0: with 0 the margin counts for nothing"),
-        ({ROLE: MISSING}, "margin_role is missing: `cost` penalizes what the margin adapter prefers, `reward` enc"),
-        ({ROLE: "punish"}, "objective.margin_role: must be 'cost' or 'reward', got 'punish'"),
+        (
+            {"objective.margin_beta": -0.1},
+            "must be positive, got -0.1. In the described pipeline a negative MARGIN_BETA",
+        ),
+        ({ROLE: MISSING}, "`margin: implicit_reward` needs `margin_role`. `cost` discourages what the margin adapter"),
         ({**PENALTY, ROLE: MISSING, "objective.penalty": None}, "`margin: length_penalty` needs `penalty`"),
-        ({**PENALTY, ROLE: MISSING, "objective.penalty": -1.0}, "objective.penalty: must be greater than 0, got -1.0"),
-        ({"objective.penalty": 0.1}, "`penalty` goes with `margin: length_penalty` only; remove it"),
+        ({"objective.penalty": 0.1}, "`penalty` does not go with `margin: implicit_reward`; remove it"),
         # Sources.
-        (HUB, "data.revision: missing; nvidia/HelpSteer comes from the hub and needs its full commit hash"),
-        (HUB, "If nvidia/HelpSteer is meant to be a path, write ./nvidia/HelpSteer"),
-        ({**HUB, "data.revision": "main"}, "data.revision: got 'main'; nvidia/HelpSteer comes from the hub"),
+        (HUB, "data.revision: nvidia/HelpSteer comes from the hub and needs its full commit hash"),
+        ({**HUB, "data.revision": "main"}, "got 'main'; a path would be ./nvidia/HelpSteer"),
         ({"model.base": "https://host/model"}, "model.base: https://host/model is a URL"),
-        ({"evaluation.rater": {**RATER, "model": "a/rater"}}, "evaluation.rater.revision: missing; a/rater comes from"),
+        ({"evaluation.rater": {**RATER, "model": "a/rater"}}, "evaluation.rater.revision: a/rater comes from the hub"),
         ({"model.revision": COMMIT}, "model.revision: goes with an id on the hub only, and embedded is none; remove"),
         # What does not go together.
         ({"data.source": "./x", "evaluation.rater": "embedded"}, "`embedded` rates answers to the embedded data's"),
         ({"evaluation.rater": "armo"}, "evaluation.rater: expected `none`, `embedded`, or a section that describes a"),
         ({"evaluation.rater": {**RATER, "heads": {"wit": 0}}}, "evaluation.rater.heads.wit: must be 'helpfulness',"),
         ({"data.margin_attribute": "helpfulness"}, "data.margin_attribute: the same as data.preference_attribute"),
-        ({"sft.epochs": 1.0}, "sft: give `steps` or `epochs`, not both; remove one"),
-        ({"modpo.steps": None}, "modpo: give `steps` (optimizer steps) or `epochs` (passes over the train pairs)"),
+        ({"sft.epochs": 1.0}, "sft: give either `steps` or `epochs`"),
+        ({"modpo.steps": None}, "modpo: give either `steps` or `epochs`"),
         ({"model.max_prompt_length": 64}, "model: max_prompt_length (64) must be below max_length (64)"),
-        ({"run.fsdp": True}, "run.fsdp: there is nothing to share among one process"),
+        ({"generation.engine": "vllm"}, "generation.engine: vllm needs model.precision: bf16"),
+        ({"run.fsdp": True}, "run.fsdp: one process has nobody to share with"),
         (
             {"run.train_processes": 3, "sft.batch_size": 6, "margin_adapter.batch_size": 2},
             "run.train_processes: 3 processes cannot share a step of margin_adapter evenly, batch_size 2 x ",
@@ -291,7 +239,7 @@ def test_a_wrong_setting_is_told_by_its_key_and_what_is_right(
 def test_several_mistakes_are_told_at_once_and_each_once(tmp_path: Path) -> None:
     wrong = {"seed": -1, "modpo.speed": 1, "evaluation.rater": {"model": "./rater"}}
     message = message_of(written(tmp_path, changed({**wrong, "objective.weights": [0, 1.2, "x"]})))
-    assert len(message.splitlines()) == 5
+    assert len(message.splitlines()) == 7
     assert all(f"got {bad}" in message for bad in ("-1", "0", "1.2", "'x'"))
     assert "evaluation.rater.heads: missing, and there is no default" in message
 
@@ -299,14 +247,11 @@ def test_several_mistakes_are_told_at_once_and_each_once(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("- a\n- b\n", "expected `key: value` lines, found a list"),
         ("", "expected `key: value` lines, found nothing"),
         ("name: x\nseed: [1\ndata: 2\n", "is not valid YAML: line 3: expected ',' or ']', but got ':'"),
         ("extends: demo\nname: x\nsft:\n  steps: 1\n  steps: 2\n", "line 5: the key 'steps' stands twice; leave one"),
         ("extends: demo\nname: x\n7: 8\n", "7: a key is text, got 7"),
         ("extends: demo\n", "give it a `name` of its own; it extends 'demo'"),
-        ("extends: demo\nname: demo\n", "give it a `name` of its own; it extends 'demo'"),
-        ("extends: 5\nname: x\n", "`extends` names an experiment or a path, got 5"),
         ("extends: demmo\nname: x\n", "'demmo', which is neither a shipped experiment (demo, smollm2, helpsteer)"),
         ("extends: ../{folder}/experiment.yaml\nname: x\n", "`extends` goes round in a circle"),
     ],
@@ -315,22 +260,8 @@ def test_a_file_that_is_no_experiment(tmp_path: Path, text: str, expected: str) 
     assert expected in message_of(written(tmp_path, text.replace("{folder}", tmp_path.name)))
 
 
-def test_a_negative_margin_beta_is_told_what_it_did_in_the_described_pipeline(tmp_path: Path) -> None:
-    message = message_of(written(tmp_path, changed({"objective.margin_beta": -0.1})))
-    assert "margin_beta is a magnitude and must be positive, got -0.1" in message
-    assert "a negative MARGIN_BETA was documented as reward and acted as cost" in message
-    assert "`margin_role: cost` (penalize what the margin adapter prefers) or `margin_role: reward`" in message
-
-
-def test_a_missing_file_is_told_what_is_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    message = message_of(tmp_path / "nowhere.yaml")
-    assert "not found (shipped experiments: demo, smollm2, helpsteer; else give the path of a YAML file" in message
-    monkeypatch.setenv("HELPSTEER_EXPERIMENT", "helpstear")
-    with pytest.raises(HelpsteerError, match="not found; did you mean `helpsteer`"):
-        load_experiment()
-
-
-def test_what_cannot_be_read_is_told_why(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_told_why(tmp_path: Path) -> None:
+    assert "not found (shipped experiments: demo, smollm2, helpsteer; else" in message_of(tmp_path / "nowhere.yaml")
     assert "cannot be read: Is a directory" in message_of(tmp_path)
     (tmp_path / "experiment.yaml").write_bytes(b"name: \xff\n")
     assert "is not UTF-8 text" in message_of(tmp_path / "experiment.yaml")
