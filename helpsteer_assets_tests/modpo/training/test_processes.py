@@ -127,9 +127,9 @@ def assert_same_training(one: TrainingResult, several: TrainingResult) -> None:
             assert theirs.get(name) == ours.get(name), (name, ours["step"])
 
 
-# Pairs, batch size, accumulation and processes. In the last step of a pass: a short batch; one batch of two, the second
-# of a single pair; one pair for two processes; and nothing short at all.
-SHAPES = [(14, 4, 1, 2), (15, 3, 2, 2), (17, 8, 1, 2), (13, 1, 4, 2), (12, 2, 3, 3)]
+# Pairs, batch size, accumulation and processes. In the last step of a pass there is one batch of two, the second one
+# with a single pair; one pair for two processes; nothing short at all, for three processes.
+SHAPES = [(15, 3, 2, 2), (13, 1, 4, 2), (12, 2, 3, 3)]
 
 
 class TestSteps:
@@ -173,11 +173,8 @@ class TestSteps:
         )
 
     # In a short last step one process idles; and passes of 60 tokens make different numbers of them for the two.
-    @pytest.mark.parametrize("checkpointing", [False, True])
-    def test_of_preference_trainings_with_sharded_weights(
-        self, tiny_model_path, pairs, tmp_path, checkpointing
-    ) -> None:
-        how = {"batch_size": 8, "steps": 5, "evaluate_every": 1, "gradient_checkpointing": checkpointing}
+    def test_of_preference_trainings_with_sharded_weights(self, tiny_model_path, pairs, tmp_path) -> None:
+        how = {"batch_size": 8, "steps": 5, "evaluate_every": 1, "gradient_checkpointing": True}
         self.compare(
             tmp_path,
             2,
