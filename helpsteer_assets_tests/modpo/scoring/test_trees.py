@@ -50,30 +50,13 @@ def paths(batch: TreeBatch) -> dict[int, list[int]]:
 class TestPack:
     @settings(deadline=None)
     @given(SEQUENCES)
-    def test_every_sequence_comes_back(self, sequences):
+    def test_every_sequence_comes_back_and_what_is_equal_is_there_once(self, sequences):
         batch, rows = pack(sequences)
         assert [unpack(batch)[row] for row in rows] == sequences
-
-    @settings(deadline=None)
-    @given(SEQUENCES)
-    def test_equal_prompts_and_equal_responses_to_them_are_there_once(self, sequences):
-        batch, rows = pack(sequences)
         assert batch.tokens == tokens_of(sequences)
         assert len(batch.sizes) == len(distinct_prompts(sequences))
         assert batch.responses == len(distinct(sequences)) == len(set(rows))
-
-    @settings(deadline=None)
-    @given(SEQUENCES)
-    def test_rows_count_responses_in_the_order_in_which_they_were_added(self, sequences):
-        _, rows = pack(sequences)
-        assert sorted(set(rows)) == list(range(len(set(rows))))
-        first_seen = [rows.index(row) for row in range(len(set(rows)))]
-        assert first_seen == sorted(first_seen)
-
-    @settings(deadline=None)
-    @given(SEQUENCES)
-    def test_positions_are_those_in_the_sequence(self, sequences):
-        batch, _ = pack(sequences)
+        assert list(dict.fromkeys(rows)) == list(range(batch.responses))  # in the order in which they were added
         for places in paths(batch).values():
             assert batch.position_ids[0, places].tolist() == list(range(len(places)))
 
@@ -126,46 +109,23 @@ class TestPack:
         assert (batch.sizes, batch.order) == (((2, 1, 2), (0, 1)), ((0, 1), (2,)))
         assert (batch.tokens, batch.responses) == (6, 3)
 
-    def test_index_tensors_are_int64_and_bounds_what_flash_attention_takes(self):
-        batch, _ = pack([sequence([7, 8], [1])])
-        bounds = {"query_bounds", "key_bounds"}
-        tensors = {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
-        assert len(tensors) == 8
-        for name, tensor in tensors.items():
-            assert tensor.dtype == (torch.int32 if name in bounds else torch.int64), name
-            assert tensor.is_contiguous(), name
-
-    def test_to_moves_every_tensor(self):
-        batch, _ = pack([sequence([7, 8], [1]), sequence([7, 8], [2, 3])])
-        moved = batch.to("meta")
-        for name, value in vars(batch).items():
-            found = getattr(moved, name)
-            if isinstance(value, torch.Tensor):
-                assert found.device.type == "meta" and found.shape == value.shape
-            else:
-                assert found == value
-
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs CUDA")
     def test_pin_memory_pins_every_tensor(self):
         pinned = pack([sequence([7, 8], [1])])[0].pin_memory()
         assert all(value.is_pinned() for value in vars(pinned).values() if isinstance(value, torch.Tensor))
 
 
-class TestGrowth:
-    @settings(deadline=None)
-    @given(SEQUENCES, SEQUENCES)
-    def test_is_what_adding_adds(self, before, after):
-        forest = Forest()
-        for each in before:
-            forest.add(each)
-        tokens, growth = forest.tokens, forest.growth(after)
-        assert forest.tokens == tokens == tokens_of(before)  # asking adds nothing
-        for each in after:
-            forest.add(each)
-        assert forest.tokens - tokens == growth
-
-    def test_of_nothing_is_nothing(self):
-        assert Forest().growth([]) == 0
+@settings(deadline=None)
+@given(SEQUENCES, SEQUENCES)
+def test_growth_is_what_adding_adds(before, after):
+    forest = Forest()
+    for each in before:
+        forest.add(each)
+    tokens, growth = forest.tokens, forest.growth(after)
+    assert forest.tokens == tokens == tokens_of(before)  # asking adds nothing
+    for each in after:
+        forest.add(each)
+    assert forest.tokens - tokens == growth
 
 
 CAP = st.integers(1, 20)
@@ -174,22 +134,12 @@ CAP = st.integers(1, 20)
 class TestPlanTrees:
     @settings(deadline=None)
     @given(SEQUENCES, CAP)
-    def test_every_sequence_is_in_one_batch(self, sequences, cap):
+    def test_every_sequence_is_in_one_batch_within_the_cap_and_a_tree_that_fits_is_whole(self, sequences, cap):
         planned = plan_trees(sequences, cap)
         assert sorted(itertools.chain.from_iterable(planned)) == list(range(len(sequences)))
-        assert all(planned)
-
-    @settings(deadline=None)
-    @given(SEQUENCES, CAP)
-    def test_batches_stay_within_the_cap_but_for_single_sequences(self, sequences, cap):
-        for batch in plan_trees(sequences, cap):
+        for batch in planned:
             members = [sequences[index] for index in batch]
             assert tokens_of(members) <= cap or len(distinct(members)) == 1
-
-    @settings(deadline=None)
-    @given(SEQUENCES, CAP)
-    def test_a_tree_that_fits_is_not_taken_apart(self, sequences, cap):
-        planned = plan_trees(sequences, cap)
         for prompt in distinct_prompts(sequences):
             tree = [index for index, each in enumerate(sequences) if tuple(each.prompt_ids) == prompt]
             if tokens_of([sequences[index] for index in tree]) <= cap:
@@ -205,6 +155,3 @@ class TestPlanTrees:
         planned = plan_trees(sequences, 30)
         sizes = [[len(sequences[index]) for index in batch] for batch in planned]
         assert all(sum(batch) + after[0] > 30 for batch, after in itertools.pairwise(sizes))
-
-    def test_of_no_sequences_are_no_batches(self):
-        assert plan_trees([], 10) == []
