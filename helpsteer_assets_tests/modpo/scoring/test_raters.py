@@ -1,4 +1,4 @@
-"""Raters: the embedded rules, and reward models made here, one stock and one with code of its own as ArmoRM has."""
+"""Reward models made here, one stock and one with code of its own as ArmoRM has."""
 
 import json
 import sys
@@ -19,8 +19,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from helpsteer_assets.embedded.generator import OBJECTS, TASKS, prompt_of, useful_sentences
-from helpsteer_assets.embedded.rater import rate_all
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.data.attributes import ATTRIBUTES
 from helpsteer_assets.modpo.scoring.raters import RewardModelRater
@@ -155,26 +153,6 @@ def last_token_states(folder: Path, texts: list[str], prefix: str, keep: int = 2
 
 def chats() -> list[str]:
     return [f"<user>{p}</s><assistant>{r}</s>" for p, r in zip(PROMPTS, RESPONSES, strict=True)]
-
-
-# Embedded
-
-
-def test_the_embedded_rater_applies_the_generators_rules_and_reports_progress() -> None:
-    task, thing = next(iter(TASKS)), next(iter(OBJECTS))
-    prompt = prompt_of(task, thing, 0)
-    _, lead, details = useful_sentences(task, thing)
-    steps: list[tuple[int, int]] = []
-    rated = rate_all(
-        [prompt, prompt, "no prompt of the generator"],
-        [" ".join((lead, *details)), "Blah blah.", lead],
-        lambda done, total, **numbers: steps.append((done, total)),
-    )
-    assert set(rated) == set(ATTRIBUTES)
-    full, nonsense, unknown = rated["helpfulness"]
-    assert full is not None and nonsense is not None and full > nonsense + 1
-    assert unknown is None
-    assert steps == [(1, 3), (2, 3), (3, 3)]
 
 
 # A stock sequence-classification model
