@@ -134,12 +134,12 @@ def rate(folder: Path, **changes: Any) -> dict[str, list[float | None]]:
 
 
 @torch.inference_mode()
-def last_token_states(folder: Path, texts: list[str], prefix: str, keep: int = 200) -> torch.Tensor:
+def last_token_states(folder: Path, texts: list[str], keep: int = 200) -> torch.Tensor:
     """The independent way: the bare decoder on one unpadded text after the other, its last hidden state."""
     weights = {
-        name.removeprefix(prefix): value
+        name.removeprefix("model."): value
         for name, value in load_file(folder / "model.safetensors").items()
-        if name.startswith(prefix)
+        if name.startswith("model.")
     }
     decoder = LlamaModel(LlamaConfig.from_pretrained(folder))
     decoder.load_state_dict(weights)
@@ -158,10 +158,12 @@ def chats() -> list[str]:
 # A stock sequence-classification model
 
 
-def test_ratings_are_the_heads_at_the_last_token_scaled_and_shifted(tmp_path: Path) -> None:
-    folder = save_classifier(tmp_path)
+@pytest.mark.parametrize("template", [TEMPLATE, None])
+def test_ratings_are_the_heads_at_the_last_token_scaled_and_shifted(tmp_path: Path, template: str | None) -> None:
+    folder = save_classifier(tmp_path, template)
     heads = load_file(folder / "model.safetensors")["score.weight"]
-    expected = 2.0 * (last_token_states(folder, chats(), "model.") @ heads.T) + 0.25
+    texts = chats() if template else [f"{p}\n\n{r}" for p, r in zip(PROMPTS, RESPONSES, strict=True)]
+    expected = 2.0 * (last_token_states(folder, texts) @ heads.T) + 0.25
     rated = rate(folder, scale=2.0, shift=0.25)
     assert list(rated) == ["helpfulness", "verbosity"]
     assert rated["helpfulness"] == pytest.approx(expected[:, 0].tolist(), abs=1e-4)
@@ -188,16 +190,8 @@ def test_progress_counts_responses(tmp_path: Path) -> None:
 def test_long_texts_keep_their_last_tokens(tmp_path: Path) -> None:
     folder = save_classifier(tmp_path)
     heads = load_file(folder / "model.safetensors")["score.weight"]
-    expected = (last_token_states(folder, chats(), "model.", keep=20) @ heads.T)[:, 0]
+    expected = (last_token_states(folder, chats(), keep=20) @ heads.T)[:, 0]
     assert rate(folder, max_length=20)["helpfulness"] == pytest.approx(expected.tolist(), abs=1e-4)
-
-
-def test_without_a_chat_template_prompt_and_response_stand_apart(tmp_path: Path) -> None:
-    folder = save_classifier(tmp_path, template=None)
-    heads = load_file(folder / "model.safetensors")["score.weight"]
-    texts = [f"{p}\n\n{r}" for p, r in zip(PROMPTS, RESPONSES, strict=True)]
-    expected = (last_token_states(folder, texts, "model.") @ heads.T)[:, 0]
-    assert rate(folder)["helpfulness"] == pytest.approx(expected.tolist(), abs=1e-4)
 
 
 def test_a_half_precision_checkpoint_runs_in_fp32_on_a_cpu(tmp_path: Path) -> None:
@@ -207,7 +201,7 @@ def test_a_half_precision_checkpoint_runs_in_fp32_on_a_cpu(tmp_path: Path) -> No
     halves = {name: value.float() for name, value in load_file(folder / "model.safetensors").items()}
     rated = rate(folder)
     save_file(halves, folder / "model.safetensors", metadata={"format": "pt"})
-    expected = (last_token_states(folder, chats(), "model.") @ heads.T)[:, 0]
+    expected = (last_token_states(folder, chats()) @ heads.T)[:, 0]
     assert rated["helpfulness"] == pytest.approx(expected.tolist(), abs=1e-4)
 
 
@@ -296,7 +290,7 @@ ARMO: dict[str, Any] = {
 
 def test_a_model_of_armorms_kind_rates_all_attributes_on_helpsteers_scale(armo: Path) -> None:
     heads = load_file(armo / "model.safetensors")["regression_layer.weight"]
-    expected = 5 * (last_token_states(armo, chats(), "model.") @ heads.T) - 0.5
+    expected = 5 * (last_token_states(armo, chats()) @ heads.T) - 0.5
     for batch_size in (1, 4):
         rated = rate(armo, batch_size=batch_size, **ARMO)
         assert list(rated) == list(ATTRIBUTES)

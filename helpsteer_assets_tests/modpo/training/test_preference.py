@@ -16,14 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, set_seed
+from transformers import AutoModelForCausalLM
 
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.models.loading import attach_lora, load_model
 from helpsteer_assets.modpo.models.tokenization import Sequence
 from helpsteer_assets.modpo.progress import silent
 from helpsteer_assets.modpo.scoring.batching import collate
-from helpsteer_assets.modpo.scoring.log_probs import BASE, padded_log_probs, response_log_probs, score_sequences
+from helpsteer_assets.modpo.scoring.log_probs import BASE, padded_log_probs, score_sequences
 from helpsteer_assets.modpo.scoring.trees import unpack
 from helpsteer_assets.modpo.settings import Lora, Training
 from helpsteer_assets.modpo.training.checkpoints import checkpoint_progress
@@ -35,13 +35,10 @@ from helpsteer_assets.modpo.training.preference import (
     PreferenceTrainer,
     train_preference,
 )
-from helpsteer_assets_tests.modpo.scoring.test_log_probs import SMALL, make_family
+from helpsteer_assets_tests.modpo.scoring.test_log_probs import SMALL, make_family, randomize
+from helpsteer_assets_tests.modpo.scoring.test_trees import TOKENS, sequence, tokens_of
 
 LORA = Lora(r=4, alpha=8)
-
-
-def sequence(prompt_ids: list[int], response_ids: list[int]) -> Sequence:
-    return Sequence(np.array(prompt_ids, np.int32), np.array(response_ids, np.int32))
 
 
 def settings_of(**changes: Any) -> Training:
@@ -129,16 +126,6 @@ def trainer_of(model: PeftModel, pairs: list[PreferencePair], folder: Path, *, w
     )
 
 
-def randomize(model: PeftModel) -> PeftModel:
-    """A LoRA as in the midst of training: at first, with B = 0, half of its gradients vanish."""
-    torch.manual_seed(7)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    return model
-
-
 def test_a_data_set_joins_tokens_references_and_margins_by_response():
     sequences = {name: sequence([1], [5 + n]) for n, name in enumerate("abc")}
     reference = {"a": -1.0, "b": -2.0, "c": -3.0}
@@ -153,7 +140,6 @@ def test_a_data_set_joins_tokens_references_and_margins_by_response():
         dataset({"a": 0.1, "b": 0.2})[1]
 
 
-TOKENS = st.lists(st.integers(0, 2), max_size=4)
 PAIRS = st.lists(
     st.tuples(TOKENS, TOKENS, TOKENS, *[st.floats(-9, 9)] * 4).map(
         lambda drawn: PreferencePair(sequence(drawn[0], drawn[1]), sequence(drawn[0], drawn[2]), *drawn[3:])
@@ -163,12 +149,8 @@ PAIRS = st.lists(
 )
 
 
-def tokens_of(pairs: list[PreferencePair]) -> int:
-    """Tokens of the pairs where each prompt, and each response to it, counts once."""
-    sides = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
-    prompts = {tuple(side.prompt_ids) for side in sides}
-    responses = {(tuple(side.prompt_ids), tuple(side.response_ids)) for side in sides}
-    return sum(map(len, prompts)) + sum(len(response) for _, response in responses)
+def sides(pairs: list[PreferencePair]) -> list[Sequence]:
+    return [side for pair in pairs for side in (pair.chosen, pair.rejected)]
 
 
 @settings(deadline=None)
@@ -184,9 +166,9 @@ def test_micro_batches_hold_the_pairs_in_order_and_are_as_full_as_may_be(pairs, 
         ]
         assert held == rest[: len(held)]
         assert micro_batch["share"] == len(held) / len(pairs)
-        assert tokens == tokens_of(held)
+        assert tokens == tokens_of(sides(held))
         assert len(held) == 1 or tokens <= max_tokens
-        assert held == rest or tokens_of(rest[: len(held) + 1]) > max_tokens
+        assert held == rest or tokens_of(sides(rest[: len(held) + 1])) > max_tokens
         rest = rest[len(held) :]
     assert rest == []
 
@@ -245,33 +227,6 @@ class TestTrainingStep:
         found, found_gradients = stepped(model, crossing, tmp_path, batch_tokens=batch_tokens)
         assert found == pytest.approx(expected.item(), rel=1e-6)
         assert_near(found_gradients, gradients, 1e-6)
-
-    def test_computes_what_pairs_share_once(self, model, pairs, tmp_path, monkeypatch):
-        model = attach_lora(model, LORA, 0)
-        crossing = self.crossing(pairs)
-        trainer = trainer_of(model, crossing, tmp_path, w=0.3, beta=0.2)
-        trainer.current_gradient_accumulation_steps = 1
-        response_log_probs(model, PairCollator(1)(pairs[:1])["micro_batches"][0]["trees"])  # tries its method
-        lengths: list[int] = []
-        model.get_base_model().model.layers[0].register_forward_pre_hook(
-            lambda _layer, inputs: lengths.append(inputs[0].shape[1])
-        )
-        trainer.training_step(model, PairCollator(10_000)(crossing))
-        assert lengths == [tokens_of(crossing)] == [trainer.tokens_seen]
-        apart = sum(len(pair.chosen) + len(pair.rejected) for pair in crossing)
-        assert lengths[0] < 0.6 * apart
-
-    def test_with_activation_checkpointing_has_the_same_gradients(self, model, pairs, tmp_path):
-        model = randomize(attach_lora(model, LORA, 0).double())
-        expected = stepped(model, self.crossing(pairs), tmp_path, batch_tokens=60)
-        layer = model.get_base_model().model.layers[0].mlp
-        calls: list[int] = []
-        layer.register_forward_pre_hook(lambda *_: calls.append(1))
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        found = stepped(model, self.crossing(pairs), tmp_path, batch_tokens=60)
-        assert len(calls) == 2 * len(PairCollator(60)(self.crossing(pairs))["micro_batches"])  # recomputed
-        assert found[0] == expected[0]
-        assert_near(found[1], expected[1], 1e-12)
 
     @pytest.mark.filterwarnings("ignore")
     @pytest.mark.parametrize("family", ["Falcon", "Lfm2"])
@@ -347,7 +302,7 @@ class TestAgainstTrl:
         model.zero_grad()
         return found
 
-    @pytest.mark.parametrize("w", [0.1, 0.8, 1.0])
+    @pytest.mark.parametrize("w", [0.1, 1.0])
     def test_loss_and_lora_gradients_equal_stock_dpos(self, trl_trainer, tmp_path, w):
         model, rows = trl_trainer.model, list(trl_trainer.train_dataset)
         ours = [
@@ -399,27 +354,6 @@ class TestTraining:
             after = trained.get(name, trained.get(name.replace(".weight", ".base_layer.weight")))
             assert torch.equal(after, weight), name
 
-    def test_a_margin_draws_the_policy_to_what_has_more_of_it(self, tiny_model_path, pairs, tmp_path):
-        def drawn(sign: float) -> float:
-            """How much likelier than under the reference what the margin values has become, in nats a pair."""
-            one = [replace(p, margin_chosen=sign * 0.5, margin_rejected=0.0) for p in pairs]
-            # Each pair in both directions: the preference is undecided, and the margin alone draws.
-            other = [
-                PreferencePair(
-                    p.rejected, p.chosen, p.reference_rejected, p.reference_chosen, p.margin_rejected, p.margin_chosen
-                )
-                for p in one
-            ]
-            how = {"steps": 30, "batch_size": 8, "learning_rate": 1e-2, "evaluate_every": 30}
-            model, _ = train(tiny_model_path, tmp_path / str(sign), one + other, [], w=0.5, **how)
-            sequences = [p.chosen for p in pairs] + [p.rejected for p in pairs]
-            scored = score_sequences(model, sequences, adapters=("default", BASE))
-            ratios = [a - b for a, b in zip(scored["default"], scored[BASE], strict=True)]
-            return (sum(ratios[: len(pairs)]) - sum(ratios[len(pairs) :])) / len(pairs)
-
-        # The optimum is (1-w)/beta * sign * 0.5 = +-2.5.
-        assert drawn(+1) > 1 > -1 > drawn(-1)
-
     def test_batch_size_and_accumulation_come_to_the_same(self, tiny_model_path, pairs, tmp_path):
         # 18 pairs: the last batch of a pass is a short one.
         results = {}
@@ -449,14 +383,6 @@ class TestTraining:
             assert all(layer.gradient_checkpointing == checkpointing for layer in layers)
         assert furthest(weights(tmp_path / "with"), weights(tmp_path / "without")) < 1e-6
 
-    def test_seed_decides_data_order_and_dropout(self, tiny_model_path, pairs, tmp_path):
-        lora = Lora(r=4, alpha=8, dropout=0.2)
-        for name, seed in (("one", 1), ("again", 1), ("two", 2)):
-            set_seed(len(name))  # whatever came before in the process
-            train(tiny_model_path, tmp_path / name, pairs, [], lora=lora, seed=seed, steps=3)
-        assert furthest(weights(tmp_path / "one"), weights(tmp_path / "again")) == 0
-        assert furthest(weights(tmp_path / "one"), weights(tmp_path / "two")) > 1e-3
-
     def test_history_and_progress_report_every_logged_step_and_the_last(self, tiny_model_path, pairs, tmp_path):
         seen: dict[int, dict[str, float]] = {}
 
@@ -472,11 +398,6 @@ class TestTraining:
         assert all(0 <= row["accuracy"] <= 1 and row["grad_norm"] > 0 for row in result.history)
         assert [row["step"] for row in result.history if {"eval_loss", "eval_accuracy"} <= row.keys()] == [12, 13]
         assert all(n.keys() == {"loss", "accuracy", "grad_norm", "tokens_per_second"} for n in seen.values())
-
-    def test_a_single_step_trains(self, tiny_model_path, pairs, tmp_path):
-        _, result = train(tiny_model_path, tmp_path, pairs, pairs[:2], steps=1, evaluate_every=None)
-        assert result.history[0]["learning_rate"] > 0
-        assert weights(tmp_path)[next(name for name in weights(tmp_path) if "lora_B" in name)].abs().max() > 0
 
     def test_no_train_pair_is_an_error(self, tiny_model_path, pairs, tmp_path):
         with pytest.raises(HelpsteerError, match=r"training w=0.5: there is no train pair"):
