@@ -43,17 +43,15 @@ class RewardModelRater:
 
     def __init__(self, path: Path, settings: RewardModel, device: str = "cpu") -> None:
         """Load the model and its tokenizer; nothing is fetched."""
-        self._path = path
-        self._settings = settings
-        self._device = torch.device(device)
-        _require_trust(self._path, settings.trust_remote_code)
-        self._tokenizer = _load_tokenizer(self._path, settings.trust_remote_code)
-        self._model = _load_model(self._path, settings.trust_remote_code, self._device)
+        self._path, self._settings, self._device = path, settings, torch.device(device)
+        _require_trust(path, settings.trust_remote_code)
+        self._tokenizer = _load_tokenizer(path, settings.trust_remote_code)
+        self._model = _load_model(path, settings.trust_remote_code, self._device)
         positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
         if positions is not None and settings.max_length > positions:
             raise HelpsteerError(
-                f"evaluation.rater.max_length is {settings.max_length}, and the reward model {self._path} reads "
-                f"{positions} tokens; set it to {positions} or less"
+                f"evaluation.rater.max_length is {settings.max_length}, and the reward model {path} reads {positions} "
+                f"tokens; set it to {positions} or less"
             )
 
     @torch.inference_mode()
@@ -120,13 +118,12 @@ class RewardModelRater:
                 f"the reward model {self._path} has no `{self._settings.output}` of shape [responses, heads] in its "
                 f"output (found: {there}); set evaluation.rater.output to `logits` or `rewards`"
             )
-        beyond = {name: head for name, head in self._settings.heads.items() if not 0 <= head < outputs.shape[1]}
-        if beyond:
-            name, head = next(iter(beyond.items()))
-            raise HelpsteerError(
-                f"evaluation.rater.heads.{name} is {head}, and `{self._settings.output}` of the reward model "
-                f"{self._path} has {outputs.shape[1]} heads, 0 to {outputs.shape[1] - 1}; choose one of them"
-            )
+        for name, head in self._settings.heads.items():
+            if not 0 <= head < outputs.shape[1]:
+                raise HelpsteerError(
+                    f"evaluation.rater.heads.{name} is {head}, and `{self._settings.output}` of the reward model "
+                    f"{self._path} has {outputs.shape[1]} heads, 0 to {outputs.shape[1] - 1}; choose one of them"
+                )
         return outputs.float().cpu()
 
     def _rating(self, attribute: str, value: float, prompt: str) -> float:

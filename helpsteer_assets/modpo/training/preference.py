@@ -169,13 +169,7 @@ def pair_losses(model: torch.nn.Module, inputs: Mapping[str, Any], *, w: float, 
 class PreferenceTrainer(WorldTrainer):
     """Minimises the MODPO loss of one policy, with one model in memory and one forward and backward pass a step.
 
-    Args:
-        model: the SFT model with the LoRA to train.
-        w: weight of the preference in (0, 1]; 1 is DPO.
-        beta: MODPO's (or DPO's) beta.
-        evaluation_collator: packs the batches of an evaluation, in which every pair has the same weight.
-        world: the processes that train together.
-        kwargs: transformers.Trainer's.
+    `evaluation_collator` packs the batches of an evaluation, in which every pair has the same weight.
     """
 
     # compute_loss returns a mean over the batch: Trainer divides by the accumulation steps.

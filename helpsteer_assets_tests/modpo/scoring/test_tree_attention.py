@@ -214,12 +214,6 @@ class TestVarlen:
 
 
 class TestAttend:
-    def test_refuses_attention_sinks(self):
-        batch = batch_of(SOME_TREES)
-        inputs = inputs_of(batch, 2, 2, torch.float32)
-        with pytest.raises(NotImplementedError, match="attention sinks"):
-            attend(torch.nn.Identity(), *inputs, None, tree=TreeLayout(batch, "split"), s_aux=torch.zeros(2))
-
     @pytest.mark.parametrize("how", [{"softcap": 1.5}, {"dropout": 0.5}])
     def test_what_varlen_lacks_is_left_to_split(self, monkeypatch, how):
         monkeypatch.setattr(under_test, "_varlen", None)

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpsteer_assets.modpo.models.tokenization import Sequence
-from helpsteer_assets.modpo.scoring.tree_attention import TreeLayout
 from helpsteer_assets.modpo.scoring.trees import Forest, TreeBatch, pack, plan_trees, unpack
 
 
@@ -72,42 +71,6 @@ class TestPack:
                 expected.append((places[at - 1], batch.input_ids[0, places[at]].item(), row))
         found = zip(batch.predictors.tolist(), batch.targets.tolist(), batch.rows.tolist(), strict=True)
         assert sorted(found) == sorted(expected)
-
-    @settings(deadline=None)
-    @given(SEQUENCES)
-    def test_a_segments_keys_up_to_a_query_are_what_the_query_sees(self, sequences):
-        """The segments are what flash attention takes: causal, aligned to the last query and the last key."""
-        batch, _ = pack(sequences)
-        assert batch.query_bounds[-1] == batch.tokens
-        assert batch.key_bounds[-1] == len(batch.keys)
-        seen_by = {query: path[: at + 1] for path in paths(batch).values() for at, query in enumerate(path)}
-        bounds = zip(batch.query_bounds.tolist(), batch.key_bounds.tolist(), strict=True)
-        for (first_query, first_key), (end_query, end_key) in itertools.pairwise(bounds):
-            keys = batch.keys[first_key:end_key].tolist()
-            for query in range(first_query, end_query):
-                assert keys[: len(keys) - (end_query - 1 - query)] == seen_by[query]
-
-    @settings(deadline=None)
-    @given(SEQUENCES)
-    def test_layouts_segments_are_the_batchs(self, sequences):
-        batch, _ = pack(sequences)
-        segments = TreeLayout(batch, "split").segments
-        assert [queries for queries, _ in segments] == batch.query_bounds.diff().tolist()
-        assert [queries + before for queries, before in segments] == batch.key_bounds.diff().tolist()
-
-    def test_two_pairs_of_one_prompt_by_hand(self):
-        batch, rows = pack([sequence([7, 8], [1]), sequence([7, 8], [2, 3]), sequence([7, 8], [1]), sequence([], [4])])
-        assert rows == [0, 1, 0, 2]
-        assert batch.input_ids.tolist() == [[7, 8, 1, 2, 3, 4]]
-        assert batch.position_ids.tolist() == [[0, 1, 2, 2, 3, 0]]
-        assert batch.predictors.tolist() == [1, 1, 3]
-        assert batch.targets.tolist() == [1, 2, 3]
-        assert batch.rows.tolist() == [0, 1, 1]
-        assert batch.keys.tolist() == [0, 1, 2, 0, 1, 3, 4, 5]
-        assert batch.query_bounds.tolist() == [0, 3, 5, 6]
-        assert batch.key_bounds.tolist() == [0, 3, 7, 8]
-        assert (batch.sizes, batch.order) == (((2, 1, 2), (0, 1)), ((0, 1), (2,)))
-        assert (batch.tokens, batch.responses) == (6, 3)
 
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs CUDA")
     def test_pin_memory_pins_every_tensor(self):
