@@ -1,20 +1,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import (
-    CohereConfig,
-    CohereForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GraniteConfig,
-    GraniteForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-)
 
 from helpsteer_assets.modpo.scoring import log_prob_head
-from helpsteer_assets.modpo.scoring.log_prob_head import LogProbHead, find_head
+from helpsteer_assets.modpo.scoring.log_prob_head import LogProbHead
 
 TOKENS, HIDDEN, VOCABULARY = 11, 6, 13
 
@@ -86,16 +75,6 @@ def test_without_gradients_is_the_same(targets):
         assert not found.requires_grad
 
 
-def test_of_one_row_and_of_none():
-    head = make_head(**HEADS["all"])
-    for rows in (1, 0):
-        hidden, targets = draw(rows, HIDDEN).requires_grad_(), torch.full((rows,), 5)
-        found = head(hidden, targets)
-        torch.testing.assert_close(found, plain_log_probs(head, hidden, targets), atol=1e-12, rtol=0)
-        found.sum().backward()
-        assert hidden.grad.shape == (rows, HIDDEN)
-
-
 def test_logits_of_any_size_have_finite_results(targets):
     """A softmax of saturated logits neither overflows nor makes a NaN of 0 times infinity."""
     head = LogProbHead(1e4 * draw(VOCABULARY, HIDDEN, seed=1).float())
@@ -116,52 +95,3 @@ def test_nothing_of_the_logits_size_is_kept_for_the_backward_pass(monkeypatch):
     assert found.requires_grad
     # The gradient by hidden states and no more: not even the weights.
     assert max(kept) == tokens * HIDDEN
-
-
-SMALL = {
-    "vocab_size": 29,
-    "hidden_size": 8,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-}
-
-
-class TestFindHead:
-    def frozen(self, model: PreTrainedModel) -> PreTrainedModel:
-        return model.requires_grad_(False).eval()
-
-    @pytest.mark.parametrize(
-        ("make", "scale", "softcap"),
-        [
-            (lambda small: LlamaForCausalLM(LlamaConfig(**small)), 1.0, None),
-            (lambda small: LlamaForCausalLM(LlamaConfig(**small, tie_word_embeddings=True)), 1.0, None),
-            (lambda small: CohereForCausalLM(CohereConfig(**small, logit_scale=0.25, eos_token_id=2)), 0.25, None),
-            (lambda small: GraniteForCausalLM(GraniteConfig(**small, logits_scaling=4.0)), 0.25, None),
-            (
-                lambda small: Gemma2ForCausalLM(Gemma2Config(**small, head_dim=4, final_logit_softcapping=3.0)),
-                1.0,
-                3.0,
-            ),
-        ],
-        ids=["llama", "tied", "cohere", "granite", "gemma2"],
-    )
-    def test_makes_the_models_own_logits(self, make, scale, softcap):
-        model = self.frozen(make(SMALL).double())
-        head = find_head(model)
-        assert (head.scale, head.softcap) == (scale, softcap)
-        assert head.weight is model.get_output_embeddings().weight
-        ids = torch.randint(29, (1, 9), generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            hidden = model.base_model(input_ids=ids).last_hidden_state[0]
-            expected = F.log_softmax(model(input_ids=ids).logits[0], dim=-1).gather(1, ids[0, :, None])[:, 0]
-            torch.testing.assert_close(head(hidden, ids[0]), expected, atol=1e-12, rtol=0)
-
-    def test_finds_none_that_is_trained(self, model):
-        self.frozen(model)
-        assert find_head(model) is not None
-        model.lm_head.requires_grad_(True)
-        assert find_head(model) is None
-        with torch.no_grad():
-            assert find_head(model) is not None

@@ -277,7 +277,7 @@ class TestRequireVarlen:
             require_varlen(torch.device("cpu"), torch.float32, 4, 2, HEAD_SIZE)
 
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-    @pytest.mark.parametrize("window", [None, 5, 300])
+    @pytest.mark.parametrize("window", [None, 300])
     def test_on_a_gpu_varlen_is_dense_attention(self, window):
         batch = batch_of([*SOME_TREES, (300, [200, 1, 130])])
         generator = torch.Generator().manual_seed(0)
