@@ -98,7 +98,7 @@ def _score(scorer: PeftModel, sequences: list[Sequence]) -> dict[str, list[float
 
 def _micro_batches(pairs: list[PreferencePair], device: torch.device) -> Iterator[dict[str, Any]]:
     for inputs in PairCollator(micro_batch_tokens(device))(pairs)["micro_batches"]:
-        yield {name: value.to(device) for name, value in inputs.items()}
+        yield {name: inputs[name].to(device) for name in ("trees", "rows", "reference", "margin")}
 
 
 def _keys(pair: Pair) -> tuple[_Key, _Key]:

@@ -7,9 +7,8 @@ model on a small tree, against the plain way.
 
 import logging
 import math
-from collections.abc import Iterator
 from collections.abc import Sequence as Items
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -27,12 +26,7 @@ from helpsteer_assets.modpo.models.tokenization import Sequence
 from helpsteer_assets.modpo.progress import Progress, silent
 from helpsteer_assets.modpo.scoring.batching import Batch, collate
 from helpsteer_assets.modpo.scoring.log_prob_head import find_head
-from helpsteer_assets.modpo.scoring.tree_attention import (
-    TreeLayout,
-    check_layers,
-    require_varlen,
-    tree_attention,
-)
+from helpsteer_assets.modpo.scoring.tree_attention import TreeLayout, check_layers, require_varlen, tree_attention
 from helpsteer_assets.modpo.scoring.trees import TreeBatch, pack, plan_trees, unpack
 
 logger = logging.getLogger(__name__)
@@ -145,17 +139,19 @@ def _find_method(model: PreTrainedModel) -> Method:
     in_16_bits = model.dtype in (torch.bfloat16, torch.float16)
     kernels = ("varlen", "split") if in_16_bits and model.device.type == "cuda" else ("split",)
     problems: dict[str, Method] = {}
-    with _evaluating(model):
-        truth = log_probs_by(PADDED, model, batch)
-        tolerance = (5e-2 if in_16_bits else 1e-4) * (1 + truth.abs())
-        for method in (Method(kernel, fused) for kernel in kernels for fused in (True, False)):
-            try:
-                _require_agreement(method, model, batch, truth, tolerance)
-                break
-            except Exception as error:  # of any kind: a kernel or the model's own code raises it
-                problems.setdefault(in_words(error), method)
-        else:
-            method = PADDED
+    training = model.training
+    model.eval()
+    truth = log_probs_by(PADDED, model, batch)
+    tolerance = (5e-2 if in_16_bits else 1e-4) * (1 + truth.abs())
+    for method in (Method(kernel, fused) for kernel in kernels for fused in (True, False)):
+        try:
+            _require_agreement(method, model, batch, truth, tolerance)
+            break
+        except Exception as error:  # of any kind: a kernel or the model's own code raises it
+            problems.setdefault(in_words(error), method)
+    else:
+        method = PADDED
+    model.train(training)
     if problems:
         why = "; ".join(f"not {refused}: {problem}" for problem, refused in problems.items())
         logger.warning("%s: log-probabilities are computed %s, %s", type(model).__name__, method, why)
@@ -179,16 +175,6 @@ def _require_agreement(
     difference = (log_probs_by(method, model, batch) - truth).abs()
     if not bool((difference <= tolerance).all()):
         raise ValueError(f"they differ by up to {difference.max().item():.2g} nats")
-
-
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _language_model(model: torch.nn.Module) -> PreTrainedModel:

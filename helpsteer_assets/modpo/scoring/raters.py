@@ -7,17 +7,15 @@ safetensors, never from pickles.
 
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.llama import modeling_llama
 
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.modpo.models.loading import require_safetensors, require_whole_model
+from helpsteer_assets.modpo.models.loading import in_words, require_safetensors, require_whole_model
 from helpsteer_assets.modpo.progress import Progress, silent
 from helpsteer_assets.modpo.settings import RewardModel
 
@@ -45,17 +43,15 @@ class RewardModelRater:
 
     def __init__(self, path: Path, settings: RewardModel, device: str = "cpu") -> None:
         """Load the model and its tokenizer; nothing is fetched."""
-        self._path = Path(path)
-        self._settings = settings
-        self._device = torch.device(device)
-        _require_trust(self._path, _read_config(self._path), settings.trust_remote_code)
-        self._tokenizer = _load_tokenizer(self._path, settings.trust_remote_code)
-        self._model = _load_model(self._path, settings.trust_remote_code, self._device)
+        self._path, self._settings, self._device = path, settings, torch.device(device)
+        _require_trust(path, settings.trust_remote_code)
+        self._tokenizer = _load_tokenizer(path, settings.trust_remote_code)
+        self._model = _load_model(path, settings.trust_remote_code, self._device)
         positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
         if positions is not None and settings.max_length > positions:
             raise HelpsteerError(
-                f"evaluation.rater.max_length is {settings.max_length}, and the reward model {self._path} reads "
-                f"{positions} tokens; set it to {positions} or less"
+                f"evaluation.rater.max_length is {settings.max_length}, and the reward model {path} reads {positions} "
+                f"tokens; set it to {positions} or less"
             )
 
     @torch.inference_mode()
@@ -83,7 +79,7 @@ class RewardModelRater:
                 text = self._tokenizer.apply_chat_template(messages, tokenize=False)
             except Exception as error:  # of any kind: the template is code
                 raise HelpsteerError(
-                    f"the chat template of the reward model {self._path} fails: {_first_line(error)}; mend it "
+                    f"the chat template of the reward model {self._path} fails: {in_words(error)}; mend it "
                     "(chat_template.jinja, or chat_template in tokenizer_config.json)"
                 ) from error
             # The template writes the special tokens; the tokenizer would add a second beginning-of-text token.
@@ -100,7 +96,7 @@ class RewardModelRater:
         # first Llamas), padding gets an id that no row holds.
         stated = config.pad_token_id
         usable = stated is not None and 0 <= stated < config.vocab_size
-        padding = stated if usable else _unused_id(rows, config.vocab_size)
+        padding = stated if usable else min(set(range(config.vocab_size)).difference(*rows))
         width = max(len(row) for row in rows)
         ids = torch.tensor([row + [padding] * (width - len(row)) for row in rows], device=self._device)
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=self._device)
@@ -122,13 +118,12 @@ class RewardModelRater:
                 f"the reward model {self._path} has no `{self._settings.output}` of shape [responses, heads] in its "
                 f"output (found: {there}); set evaluation.rater.output to `logits` or `rewards`"
             )
-        beyond = {name: head for name, head in self._settings.heads.items() if not 0 <= head < outputs.shape[1]}
-        if beyond:
-            name, head = next(iter(beyond.items()))
-            raise HelpsteerError(
-                f"evaluation.rater.heads.{name} is {head}, and `{self._settings.output}` of the reward model "
-                f"{self._path} has {outputs.shape[1]} heads, 0 to {outputs.shape[1] - 1}; choose one of them"
-            )
+        for name, head in self._settings.heads.items():
+            if not 0 <= head < outputs.shape[1]:
+                raise HelpsteerError(
+                    f"evaluation.rater.heads.{name} is {head}, and `{self._settings.output}` of the reward model "
+                    f"{self._path} has {outputs.shape[1]} heads, 0 to {outputs.shape[1] - 1}; choose one of them"
+                )
         return outputs.float().cpu()
 
     def _rating(self, attribute: str, value: float, prompt: str) -> float:
@@ -140,35 +135,16 @@ class RewardModelRater:
         return self._settings.scale * value + self._settings.shift
 
 
-def _unused_id(rows: list[list[int]], vocabulary: int) -> int:
-    used = {token for row in rows for token in row}
-    unused = next((token for token in range(vocabulary) if token not in used), None)
-    if unused is None:
-        raise HelpsteerError(
-            f"the reward model states no pad_token_id, and a batch of {len(rows)} texts uses all {vocabulary} tokens; "
-            "set pad_token_id in its config.json"
-        )
-    return unused
-
-
-def _read_config(path: Path) -> dict[str, Any]:
+def _require_trust(path: Path, trusted: bool) -> None:
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = "it has no config.json" if isinstance(error, FileNotFoundError | NotADirectoryError) else str(error)
+        named = json.loads((path / "config.json").read_text(encoding="utf-8")).get("auto_map") or {}
+        code = named.get("AutoModelForSequenceClassification") or named.get("AutoConfig")
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
         raise HelpsteerError(
-            f"evaluation.rater.model: {path} is not a folder with a model ({reason}); give the folder of a "
+            f"evaluation.rater.model: {path} is not a folder with a model ({in_words(error)}); give the folder of a "
             "sequence-classification checkpoint, or its id on the hub"
         ) from None
-    if not isinstance(config, dict):
-        raise HelpsteerError(f"evaluation.rater.model: {path / 'config.json'} holds no settings of a model")
-    return config
-
-
-def _require_trust(path: Path, config: dict[str, Any], trusted: bool) -> None:
     # Without it, transformers takes its own class of that model type, which has other outputs than the authors meant.
-    named = config.get("auto_map") or {}
-    code = named.get("AutoModelForSequenceClassification") or named.get("AutoConfig")
     if code and not trusted:
         raise HelpsteerError(
             f"the reward model {path} comes with modelling code of its own ({code}), which this machine would run; "
@@ -181,51 +157,33 @@ def _load_tokenizer(path: Path, trusted: bool) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trusted, local_files_only=True)
     except Exception as error:  # of any kind: files and the model's own code raise it
         raise HelpsteerError(
-            f"the tokenizer of the reward model {path} cannot be loaded: {_first_line(error)}; put the tokenizer's "
-            "files into the folder"
+            f"the tokenizer of the reward model {path} cannot be loaded: {in_words(error)}; put the tokenizer's files "
+            "into the folder"
         ) from error
 
 
 def _load_model(path: Path, trusted: bool, device: torch.device) -> PreTrainedModel:
     require_whole_model(path)
     require_safetensors(path)
+    # Modelling code written for transformers 4, such as ArmoRM's, imports a docstring that 5 no longer has.
+    vars(modeling_llama).setdefault("LLAMA_INPUTS_DOCSTRING", "")
     try:
-        with _former_names():
-            model, report = AutoModelForSequenceClassification.from_pretrained(
-                path,
-                dtype=torch.float32 if device.type == "cpu" else "auto",
-                trust_remote_code=trusted,
-                local_files_only=True,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            path,
+            dtype=torch.float32 if device.type == "cpu" else "auto",
+            trust_remote_code=trusted,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
     except Exception as error:  # of any kind: files and the model's own code raise it
         raise HelpsteerError(
-            f"the reward model {path} cannot be loaded as a sequence-classification model: {_first_line(error)}"
+            f"the reward model {path} cannot be loaded as a sequence-classification model: {in_words(error)}"
         ) from error
-    missing = sorted(report["missing_keys"])
-    if missing:
+    if missing := sorted(report["missing_keys"]):
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise HelpsteerError(
             f"the checkpoint {path} has no weights for {shown}: it is a language model, not a reward model (they "
             "would be random numbers); give a sequence-classification checkpoint in evaluation.rater.model"
         )
     return model.to(device).eval()
-
-
-@contextmanager
-def _former_names() -> Iterator[None]:
-    """Let modelling code written for transformers 4, such as ArmoRM's, import a docstring that 5 no longer has."""
-    name = "LLAMA_INPUTS_DOCSTRING"
-    if hasattr(modeling_llama, name):
-        yield
-        return
-    setattr(modeling_llama, name, "")
-    try:
-        yield
-    finally:
-        delattr(modeling_llama, name)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"[:400]

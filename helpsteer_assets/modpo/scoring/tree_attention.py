@@ -62,11 +62,6 @@ class TreeLayout:
         """Tokens of the longest prompt with one of its responses."""
         return max(queries + before for queries, before in self.segments)
 
-    @cached_property
-    def most_queries(self) -> int:
-        """Tokens of the longest segment."""
-        return max(queries for queries, _ in self.segments)
-
     def suffix_mask(self, queries: int, before: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
         """[queries, before + queries]: 0 where a query sees a key, -inf elsewhere; `before` keys come first."""
         key = (queries, before, window)
@@ -107,19 +102,15 @@ def tree_attention(model: torch.nn.Module) -> Iterator[None]:
 
     transformers makes no mask for an attention whose name it does not know.
     """
-    configs = {id(module.config): module.config for module in model.modules() if _has_config(module)}
-    own = {key: config._attn_implementation for key, config in configs.items()}
-    for config in configs.values():
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    own = {id(c): (c, c._attn_implementation) for c in configs if isinstance(c, PreTrainedConfig)}
+    for config, _ in own.values():
         config._attn_implementation = NAME
     try:
         yield
     finally:
-        for key, config in configs.items():
-            config._attn_implementation = own[key]
-
-
-def _has_config(module: torch.nn.Module) -> bool:
-    return isinstance(getattr(module, "config", None), PreTrainedConfig)
+        for config, implementation in own.values():
+            config._attn_implementation = implementation
 
 
 def attend(
@@ -239,7 +230,7 @@ def _varlen(
         value[0].transpose(0, 1).index_select(0, batch.keys),
         batch.query_bounds,
         batch.key_bounds,
-        tree.most_queries,
+        max(queries for queries, _ in tree.segments),
         tree.longest,
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),

@@ -76,9 +76,8 @@ class TreeBatch:
 @dataclass
 class _Tree:
     prompt_ids: np.ndarray
-    responses: dict[bytes, int] = field(default_factory=dict)
-    """Rows by the bytes of the response's tokens."""
-    response_ids: list[np.ndarray] = field(default_factory=list)
+    responses: dict[bytes, tuple[int, np.ndarray]] = field(default_factory=dict)
+    """Row and token ids of each response, by the bytes of these."""
 
 
 class Forest:
@@ -92,30 +91,27 @@ class Forest:
 
     def add(self, sequence: Sequence) -> int:
         """Add a sequence; returns the row of its response."""
-        prompt_ids, response_ids = _ids(sequence.prompt_ids), _ids(sequence.response_ids)
-        key = prompt_ids.tobytes()
-        if key not in self._trees:
-            self._trees[key] = _Tree(prompt_ids)
-            self.tokens += len(prompt_ids)
-        tree, response = self._trees[key], response_ids.tobytes()
-        if response not in tree.responses:
-            tree.responses[response] = self._responses
-            tree.response_ids.append(response_ids)
+        prompt, response = sequence.prompt_ids.tobytes(), sequence.response_ids.tobytes()
+        if prompt not in self._trees:
+            self._trees[prompt] = _Tree(sequence.prompt_ids)
+            self.tokens += len(sequence.prompt_ids)
+        responses = self._trees[prompt].responses
+        if response not in responses:
+            responses[response] = self._responses, sequence.response_ids
             self._responses += 1
-            self.tokens += len(response_ids)
-        return tree.responses[response]
+            self.tokens += len(sequence.response_ids)
+        return responses[response][0]
 
     def growth(self, sequences: Iterable[Sequence]) -> int:
         """Tokens that adding these sequences would add."""
         new: dict[tuple[bytes, bytes | None], int] = {}
         for sequence in sequences:
-            prompt_ids, response_ids = _ids(sequence.prompt_ids), _ids(sequence.response_ids)
-            prompt, response = prompt_ids.tobytes(), response_ids.tobytes()
+            prompt, response = sequence.prompt_ids.tobytes(), sequence.response_ids.tobytes()
             tree = self._trees.get(prompt)
             if tree is None:
-                new[prompt, None] = len(prompt_ids)
+                new[prompt, None] = len(sequence.prompt_ids)
             if tree is None or response not in tree.responses:
-                new[prompt, response] = len(response_ids)
+                new[prompt, response] = len(sequence.response_ids)
         return sum(new.values())
 
     def pack(self) -> TreeBatch:
@@ -134,7 +130,7 @@ class Forest:
             ids.append(tree.prompt_ids)
             positions.append(np.arange(length))
             end += length
-            for place, (row, response_ids) in enumerate(zip(tree.responses.values(), tree.response_ids, strict=True)):
+            for place, (row, response_ids) in enumerate(tree.responses.values()):
                 segment = np.concatenate([prompt_keys, np.arange(end, end + len(response_ids))])
                 keys.append(segment)
                 segments.append((len(segment) if place == 0 else len(response_ids), len(segment)))
@@ -158,8 +154,8 @@ class Forest:
             _tensor(keys),
             bounds[:, 0].contiguous(),
             bounds[:, 1].contiguous(),
-            sizes=tuple((len(tree.prompt_ids), *map(len, tree.response_ids)) for tree in trees),
-            order=tuple(tuple(tree.responses.values()) for tree in trees),
+            sizes=tuple((len(tree.prompt_ids), *(len(ids) for _, ids in tree.responses.values())) for tree in trees),
+            order=tuple(tuple(row for row, _ in tree.responses.values()) for tree in trees),
         )
 
 
@@ -192,7 +188,7 @@ def plan_trees(sequences: Items[Sequence], max_tokens: int) -> list[list[int]]:
     """
     by_prompt: dict[bytes, list[int]] = {}
     for index, sequence in enumerate(sequences):
-        by_prompt.setdefault(_ids(sequence.prompt_ids).tobytes(), []).append(index)
+        by_prompt.setdefault(sequence.prompt_ids.tobytes(), []).append(index)
     groups: list[tuple[int, list[int]]] = []  # tokens of a tree, and its sequences
     for indices in by_prompt.values():
         forest = Forest()
@@ -213,10 +209,6 @@ def plan_trees(sequences: Items[Sequence], max_tokens: int) -> list[list[int]]:
         batches[-1] += group
         room -= tokens
     return batches
-
-
-def _ids(ids: np.ndarray | list[int]) -> np.ndarray:
-    return np.asarray(ids, dtype=np.int32)
 
 
 def _tensor(parts: list[np.ndarray]) -> torch.Tensor:

@@ -55,10 +55,8 @@ def damage(checkpoint: Path) -> str | None:
     if complete is None or complete["step"] != step_of(checkpoint):
         return f"{COMPLETE} is missing or damaged"
     for name, entry in complete["files"].items():
-        if not (checkpoint / name).is_file():
-            return f"{name} is missing"
-        if listing(checkpoint, [name]) != {name: entry}:
-            return f"{name} is not as it was written"
+        if not (checkpoint / name).is_file() or listing(checkpoint, [name]) != {name: entry}:
+            return f"{name} is missing or not as it was written"
     return None
 
 

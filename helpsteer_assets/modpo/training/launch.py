@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     import torch
 
     from helpsteer_assets.modpo.training.loop import TrainingResult
-    from helpsteer_assets.modpo.training.processes import World
 
 JOB, LOG, RESULT = "job.pickle", "log", "result.json"
 """Files of the scratch folder."""
@@ -44,8 +43,8 @@ LOG_LINES = 20
 """Number of the log's last lines that the message about a dead process holds."""
 TIMEOUT = timedelta(minutes=30)
 """How long a process waits for another one that is alive but silent: some take minutes longer to load a model."""
-_DEATH_SIGNAL_OF_PARENT = 1
-"""PR_SET_PDEATHSIG of prctl(2)."""
+PR_SET_PDEATHSIG = 1
+"""Of prctl(2)."""
 
 logger = logging.getLogger(__name__)
 
@@ -98,8 +97,11 @@ def train_together(
         HelpsteerError: a rank raised one; it has the same message.
         ProcessDiedError: a process died for another reason.
     """
+    from helpsteer_assets.modpo.models.loading import choose_device
     from helpsteer_assets.modpo.training.loop import TrainingResult
 
+    device = choose_device(job.run, job.precision)
+    log(f"{job.run.train_processes} processes train together, each on {device.type}")
     scratch.mkdir(parents=True, exist_ok=True)
     (scratch / JOB).write_bytes(pickle.dumps(job))
     errors: list[str] = []
@@ -110,8 +112,6 @@ def train_together(
             match _message(line):
                 case {"done": int(done), "total": int(total), **numbers}:
                     progress(done, total, **numbers)
-                case {"say": str(text)}:
-                    log(text)
                 case {"warning": str(text)}:
                     logger.warning("%s", text)
                 case {"error": str(text)}:
@@ -162,13 +162,7 @@ def _message(line: str) -> dict[str, Any]:
 
 
 def _death_message(died: dict[str, Any], status: int, log: Path) -> str:
-    """Which ranks died and why, and the end of the log.
-
-    Args:
-        died: (process id, exit code) by rank of the ranks that failed or were killed.
-        status: exit status of torchrun.
-        log: the file that agent and ranks printed to.
-    """
+    """Which ranks died and why, and the end of the log. `died` holds process id and exit code by rank."""
     killed = {rank: pair for rank, pair in died.items() if pair[1] < 0 and pair[1] != -signal.SIGTERM}
     # One death leads to others: ranks that lose a connection fail, and torchrun ends the rest by SIGTERM.
     causes = killed or {rank: pair for rank, pair in died.items() if pair[1] > 0} or died
@@ -185,13 +179,9 @@ def _death_message(died: dict[str, Any], status: int, log: Path) -> str:
 
 
 def _die_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends; end at once if it has already.
-
-    Args:
-        parent: process id of the parent.
-    """
+    """Have the kernel kill this process when its parent, given by its process id, ends; end now if it has already."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_DEATH_SIGNAL_OF_PARENT, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
 
@@ -227,22 +217,28 @@ def _run_rank(job: str) -> int:
 
 
 def _train(path: Path, messages: IO[str]) -> None:
+    import torch.distributed as dist
+
     from helpsteer_assets.modpo.models.loading import attach_lora, choose_device, load_model
+    from helpsteer_assets.modpo.training.processes import World
 
     job: Job = pickle.loads(path.read_bytes())
     device = choose_device(job.run, job.precision)
-    world = _join(job.run, device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    world = World(dist.get_rank(), dist.get_world_size(), job.run.fsdp)
+    # transformers and accelerate take this for a training of one process.
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        del os.environ[name]
 
-    def say(**message: Any) -> None:
+    def tell(**message: Any) -> None:
         if world.is_first:
             messages.write(json.dumps(message) + "\n")
 
     class ToTheStep(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            say(warning=record.getMessage())
+            tell(warning=record.getMessage())
 
     logging.getLogger("helpsteer_assets").addHandler(ToTheStep(logging.WARNING))
-    say(say=f"{world.size} processes train together, each on {device.type}")
     loaded_on = "cpu" if world.sharded else device
     base = load_model(job.base, precision=job.precision, device=loaded_on, trust_remote_code=job.trust_remote_code)
     model = attach_lora(base, job.lora, job.seed)
@@ -251,32 +247,13 @@ def _train(path: Path, messages: IO[str]) -> None:
     result = job.train(
         model,
         report_to=job.run.report_to if world.is_first else [],
-        progress=lambda done, total, **numbers: say(done=done, total=total, **numbers),
+        progress=lambda done, total, **numbers: tell(done=done, total=total, **numbers),
         world=world,
     )
     if world.is_first:
         model.save_pretrained(job.adapter)
         path.with_name(RESULT).write_text(json.dumps(asdict(result)), encoding="utf-8")
     world.wait()
-
-
-def _join(run: Compute, device: "torch.device") -> "World":
-    """Connect to the other ranks. Raises HelpsteerError where their number is not run.train_processes."""
-    import torch.distributed as dist
-
-    from helpsteer_assets.modpo.training.processes import World
-
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-    world = World(dist.get_rank(), dist.get_world_size(), run.fsdp)
-    if world.size != run.train_processes:
-        raise HelpsteerError(
-            f"run.train_processes is {run.train_processes}, and {world.size} process(es) were started: they would make "
-            "other steps; let `helpsteer run` start them"
-        )
-    # transformers and accelerate take this for a training of one process.
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-        os.environ.pop(name, None)
-    return world
 
 
 def _main(role: str, job: str, parent: str, *rest: str) -> int:

@@ -8,18 +8,12 @@ import math
 import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from peft import load_peft_weights, set_peft_model_state_dict
-from transformers import (
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.models.loading import non_finite
@@ -37,8 +31,6 @@ from helpsteer_assets.modpo.training.checkpoints import (
 from helpsteer_assets.modpo.training.processes import ALONE, World
 from helpsteer_assets.modpo.training.schedule import count_steps, evaluation_interval
 
-TRAINER_STATE_NAME = "trainer_state.json"
-"""File of a checkpoint in which transformers keeps its TrainerState."""
 LOGS_PER_EVALUATION = 5
 
 
@@ -62,6 +54,8 @@ class WorldTrainer(Trainer):
     """A Trainer that makes the same steps in several processes; the first process writes the checkpoints."""
 
     world: World = ALONE
+    tokens_seen: torch.Tensor | int = 0
+    """Tokens that this process has trained on."""
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         if self.world.is_first:
@@ -172,11 +166,10 @@ def train(
     """
     folder, world = Path(trainer.args.output_dir), trainer.world
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_Watch(trainer, what, loss_limit, likely_causes, progress))
     if settings.early_stopping is not None:
         trainer.add_callback(_EarlyStopping(settings.early_stopping))
-    trainer.add_callback(_Checkpoints(world, what, likely_causes))
-    newest = world.from_first(lambda: newest_checkpoint(folder))
+    trainer.add_callback(_Watch(trainer, what, loss_limit, likely_causes, progress))
+    newest = world.joined(newest_checkpoint(folder) if world.is_first else None)[0]
     if newest is not None and is_finished(newest):
         # transformers would do one step more.
         state = TrainerState.load_from_json(str(newest / TRAINER_STATE_NAME))
@@ -227,49 +220,8 @@ class _EarlyStopping(TrainerCallback):
             control.should_training_stop = True
 
 
-class _Checkpoints(TrainerCallback):
-    """Marks a checkpoint as complete once it is written, then deletes those that are no longer needed.
-
-    transformers itself would delete first: if the process died then, the best checkpoint could be lost.
-    """
-
-    def __init__(self, world: World, what: str, likely_causes: str) -> None:
-        self._world = world
-        self._what = what
-        self._likely_causes = likely_causes
-
-    def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: torch.nn.Module | None = None,
-        **_: Any,
-    ) -> None:
-        assert model is not None  # Trainer always passes it
-        trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-        # A step computes its loss before it changes the weights, so a finite loss does not show that they are sound.
-        if broken := non_finite(trained):
-            raise HelpsteerError(
-                f"training {self._what}: {len(broken)} weight(s) are not finite after step {state.global_step} of "
-                f"{state.max_steps}. {_what_to_do(self._likely_causes)}"
-            )
-        self._world.check_equal(weight for _, weight in trained)
-        if self._world.is_first:
-            folder = Path(args.output_dir)
-            mark_complete(
-                checkpoint_folder(folder, state.global_step),
-                state.global_step,
-                state.max_steps,
-                best=state.best_global_step,
-                finished=control.should_training_stop,
-            )
-            prune(folder)
-        self._world.wait()
-
-
 class _Watch(TrainerCallback):
-    """Reports progress, and stops at the first loss or gradient norm that is not finite, or a loss above the limit."""
+    """Reports progress, stops a training that is broken, and marks each whole checkpoint as complete."""
 
     def __init__(
         self, trainer: WorldTrainer, what: str, loss_limit: float, likely_causes: str, progress: Progress
@@ -289,6 +241,24 @@ class _Watch(TrainerCallback):
         control.should_log |= state.global_step >= state.max_steps
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        world, step = self._trainer.world, state.global_step
+        trained = [(name, weight) for name, weight in self._trainer.model.named_parameters() if weight.requires_grad]
+        # A step computes its loss before it changes the weights, so a finite loss does not show that they are sound.
+        if broken := non_finite(trained):
+            self._stop(f"{len(broken)} weight(s) are not finite after step {step}", state)
+        world.check_equal(weight for _, weight in trained)
+        if world.is_first:
+            folder = Path(args.output_dir)
+            mark_complete(
+                checkpoint_folder(folder, step),
+                step,
+                state.max_steps,
+                best=state.best_global_step,
+                finished=control.should_training_stop,
+            )
+            # transformers would delete before it writes: if the process died then, the best one could be lost.
+            prune(folder)
+        world.wait()
         # Evaluating and saving come after a log and do not count as training time.
         self._last = (time.monotonic(), self._tokens())
 
@@ -305,10 +275,7 @@ class _Watch(TrainerCallback):
             value = logs.get(name, 0.0)
             if not math.isfinite(value) or value > limit:
                 beyond = f", beyond {limit:.4g}, from which no training comes back," if math.isfinite(value) else ""
-                raise HelpsteerError(
-                    f"training {self._what}: {name} is {value:.4g}{beyond} by step {state.global_step} of "
-                    f"{state.max_steps}. {_what_to_do(self._likely_causes)}"
-                )
+                self._stop(f"{name} is {value:.4g}{beyond} by step {state.global_step}", state)
         if "loss" not in logs:
             return
         then, tokens = self._last
@@ -318,9 +285,11 @@ class _Watch(TrainerCallback):
             numbers["tokens_per_second"] = (tokens_now - tokens) / max(now - then, 1e-9)
         self._progress(state.global_step, state.max_steps, **numbers)
 
+    def _stop(self, problem: str, state: TrainerState) -> NoReturn:
+        raise HelpsteerError(
+            f"training {self._what}: {problem} of {state.max_steps}. Likely causes: {self._likely_causes}. Finished "
+            "checkpoints are kept; a changed setting starts anew"
+        )
+
     def _tokens(self) -> int:
-        return sum(self._trainer.world.joined(int(getattr(self._trainer, "tokens_seen", 0))))
-
-
-def _what_to_do(likely_causes: str) -> str:
-    return f"Likely causes: {likely_causes}. Finished checkpoints are kept; a changed setting starts anew"
+        return sum(self._trainer.world.joined(int(self._trainer.tokens_seen)))

@@ -19,7 +19,7 @@ from helpsteer_assets.modpo.scoring.log_probs import attention_for, response_log
 from helpsteer_assets.modpo.scoring.trees import Forest
 from helpsteer_assets.modpo.settings import Training
 from helpsteer_assets.modpo.training.loop import TrainingResult, WorldTrainer, train, training_arguments
-from helpsteer_assets.modpo.training.losses import log_ratios, modpo_loss
+from helpsteer_assets.modpo.training.losses import modpo_loss
 from helpsteer_assets.modpo.training.processes import ALONE, World
 
 EVALUATION_PAIRS = 64
@@ -64,17 +64,14 @@ class PairDataset(Dataset):
         self._pairs = pairs
         self._sequences = sequences
         self._reference = reference
-        self._margins = margins
+        self._margins = defaultdict(float) if margins is None else margins
 
     def __len__(self) -> int:
         return len(self._pairs)
 
     def loss_of_reference(self, *, w: float) -> float:
         """The mean MODPO loss of the SFT model itself, with log-ratios of 0: the loss that a training starts from."""
-        margins = [
-            (0.0, 0.0) if self._margins is None else (self._margins[chosen], self._margins[rejected])
-            for chosen, rejected in self._pairs
-        ]
+        margins = [(self._margins[chosen], self._margins[rejected]) for chosen, rejected in self._pairs]
         chosen, rejected = torch.tensor(margins, dtype=torch.float64).t()
         zeros = torch.zeros_like(chosen)
         return modpo_loss(zeros, zeros, chosen, rejected, w=w, beta=1.0).mean().item()
@@ -86,8 +83,8 @@ class PairDataset(Dataset):
             self._sequences[rejected],
             self._reference[chosen],
             self._reference[rejected],
-            0.0 if self._margins is None else self._margins[chosen],
-            0.0 if self._margins is None else self._margins[rejected],
+            self._margins[chosen],
+            self._margins[rejected],
         )
 
 
@@ -111,7 +108,7 @@ class PairCollator:
         self._batch_size = batch_size
 
     def __call__(self, pairs: list[PreferencePair]) -> dict[str, Any]:
-        """`micro_batches`: inputs for `pair_losses`; `shares`: each one's share in the loss."""
+        """`micro_batches`: inputs for `pair_losses`, each with the `share` of its mean in the batch's loss."""
         size = self._batch_size or len(pairs)
         batches = math.ceil(len(pairs) / size)
         # The loss of a pair is divided by the number of batches times the number of pairs in its batch.
@@ -122,10 +119,7 @@ class PairCollator:
             hands = [hand if rank == self._world.rank else [] for rank, hand in enumerate(hands)]
         groups = [self._group([(pairs[i], divisors[i // size]) for i in hand]) for hand in hands]
         mine = self._world.own(groups, lambda: self._group([(pairs[lengths.index(min(lengths))], math.inf)])[0])
-        return {
-            "micro_batches": [self._pack(forest, members, rows) for _, forest, members, rows in mine],
-            "shares": [len(members) / divisor for divisor, _, members, _ in mine],
-        }
+        return {"micro_batches": [self._pack(*group) for group in mine]}
 
     def _group(self, pairs: list[tuple[PreferencePair, float]]) -> list[_Group]:
         groups: list[_Group] = []
@@ -141,10 +135,13 @@ class PairCollator:
         return forest.tokens + forest.growth((pair.chosen, pair.rejected)) > self._max_tokens
 
     @staticmethod
-    def _pack(forest: Forest, pairs: list[PreferencePair], rows: list[tuple[int, int]]) -> dict[str, Any]:
+    def _pack(
+        divisor: float, forest: Forest, pairs: list[PreferencePair], rows: list[tuple[int, int]]
+    ) -> dict[str, Any]:
         reference = [(pair.reference_chosen, pair.reference_rejected) for pair in pairs]
         margins = [(pair.margin_chosen, pair.margin_rejected) for pair in pairs]
         return {
+            "share": len(pairs) / divisor,
             "trees": forest.pack(),
             "rows": torch.tensor(rows).t().contiguous(),
             "reference": torch.tensor(reference, dtype=torch.float64).t().contiguous(),
@@ -165,21 +162,14 @@ def pair_losses(model: torch.nn.Module, inputs: Mapping[str, Any], *, w: float, 
     Returns:
         [B] float64.
     """
-    log_probs = response_log_probs(model, inputs["trees"])
-    chosen, rejected = log_ratios(log_probs[inputs["rows"]], inputs["reference"])
+    chosen, rejected = response_log_probs(model, inputs["trees"])[inputs["rows"]] - inputs["reference"]
     return modpo_loss(chosen, rejected, *inputs["margin"], w=w, beta=beta)
 
 
 class PreferenceTrainer(WorldTrainer):
     """Minimises the MODPO loss of one policy, with one model in memory and one forward and backward pass a step.
 
-    Args:
-        model: the SFT model with the LoRA to train.
-        w: weight of the preference in (0, 1]; 1 is DPO.
-        beta: MODPO's (or DPO's) beta.
-        evaluation_collator: packs the batches of an evaluation; None: `data_collator`.
-        world: the processes that train together.
-        kwargs: transformers.Trainer's.
+    `evaluation_collator` packs the batches of an evaluation, in which every pair has the same weight.
     """
 
     # compute_loss returns a mean over the batch: Trainer divides by the accumulation steps.
@@ -191,23 +181,20 @@ class PreferenceTrainer(WorldTrainer):
         *,
         w: float,
         beta: float,
-        evaluation_collator: PairCollator | None = None,
+        evaluation_collator: PairCollator,
         world: World = ALONE,
         **kwargs: Any,
     ) -> None:
         self.data_collator: Any
         super().__init__(model, **kwargs)
-        self._evaluation_collator = evaluation_collator or self.data_collator
+        self._evaluation_collator = evaluation_collator
         self.world = world
         self.w = w
         self.beta = beta
-        self.tokens_seen = 0
-        # The inputs have no `labels`: without this, Trainer would evaluate without a loss.
-        self.can_return_loss = True
         self._losses: dict[str, list[torch.Tensor]] = defaultdict(list)
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
-        """Held-out batches, in which every pair has the same weight."""
+        """Held-out batches."""
         for_training, self.data_collator = self.data_collator, self._evaluation_collator
         try:
             return super().get_eval_dataloader(eval_dataset)
@@ -225,53 +212,40 @@ class PreferenceTrainer(WorldTrainer):
         self.world.seed_step(self.args.seed, self.state.global_step)
         # The backward pass may recompute activations, and needs the same attention for that.
         with attention_for(model):
-            for micro_batch, share in zip(inputs["micro_batches"], inputs["shares"], strict=True):
-                part = {"micro_batches": [micro_batch], "shares": [share]}
-                total += super().training_step(model, part, num_items_in_batch)
+            for micro_batch in inputs["micro_batches"]:
+                total += super().training_step(model, micro_batch, num_items_in_batch)
         return self.world.sum_step(model, total)
 
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        """Mean MODPO loss of a batch of pairs, or the part that some of its micro-batches have in it."""
-        loss = torch.zeros((), dtype=torch.float64, device=self.args.device)
-        for micro_batch, share in zip(inputs["micro_batches"], inputs["shares"], strict=True):
-            losses = pair_losses(model, micro_batch, w=self.w, beta=self.beta)
-            loss = loss + share * losses.mean()
-            if not share:
-                continue  # an idle pass, while other processes still work
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], **_: Any) -> torch.Tensor:
+        """The part that a micro-batch has in its batch's mean MODPO loss."""
+        losses = pair_losses(model, inputs, w=self.w, beta=self.beta)
+        if inputs["share"]:  # else an idle pass, while other processes still work
             if model.training:
-                self.tokens_seen += micro_batch["trees"].tokens
+                self.tokens_seen += inputs["trees"].tokens
             # They stay on the device until a log is due, so that a step needs no synchronisation.
             self._losses["" if model.training else "eval_"].append(losses.detach())
-        return (loss, {}) if return_outputs else loss
+        return inputs["share"] * losses.mean()
 
     def prediction_step(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
+        self, model: torch.nn.Module, inputs: dict[str, Any], *_: Any, **__: Any
     ) -> tuple[torch.Tensor, None, None]:
-        """The loss of a held-out batch."""
+        """The mean loss of a held-out batch."""
+        loss = torch.zeros((), dtype=torch.float64, device=self.args.device)
         with torch.no_grad():
-            return self.world.sum(self.compute_loss(model, self._prepare_inputs(inputs))), None, None
+            for micro_batch in self._prepare_inputs(inputs)["micro_batches"]:
+                loss += self.compute_loss(model, micro_batch)
+        return self.world.sum(loss), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the accuracy: the share of the pairs since the last log that have a positive logit."""
         prefix = "eval_" if "eval_loss" in logs else ""
-        if kept := self.world.joined_tensors(self._losses.pop(prefix, [])):
-            # A loss below log 2 means a positive logit: chosen is ranked above rejected.
-            logs[f"{prefix}accuracy"] = (torch.cat(kept) < math.log(2)).double().mean().item()
+        losses = torch.cat([torch.zeros(0, device=self.args.device), *self._losses.pop(prefix, [])])
+        # A loss below log 2 means a positive logit: chosen is ranked above rejected.
+        ranked = torch.stack([losses < math.log(2), torch.ones_like(losses, dtype=torch.bool)]).sum(1)
+        correct, pairs = self.world.sum(ranked).tolist()
+        if pairs:
+            logs[f"{prefix}accuracy"] = correct / pairs
         super().log(logs, start_time)
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """0: Trainer's own estimate needs `input_ids` with one sequence per item."""
-        return 0
 
 
 def train_preference(

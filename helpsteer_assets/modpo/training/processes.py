@@ -6,7 +6,6 @@ training of its own: only the code below deals out batches and gathers losses.
 """
 
 import hashlib
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
@@ -110,11 +109,14 @@ class World:
         """Give every process the sum of all processes' gradients; returns the sum of their losses."""
         if self.alone:
             return loss
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        for parameter in trained:
-            if parameter.grad is None:  # the last batch was too short to give this process a share
-                parameter.grad = torch.zeros_like(parameter)
-        _sum(parameter.grad for parameter in trained)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        # A parameter has no gradient where the last batch was too short to give this process a share.
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+        sums = self.sum(torch.cat([gradient.reshape(-1) for gradient in gradients]))
+        for parameter, gradient, total in zip(
+            trained, gradients, sums.split([p.numel() for p in trained]), strict=True
+        ):
+            parameter.grad = gradient.copy_(total.view_as(gradient))
         return self.sum(loss)
 
     def sum(self, number: torch.Tensor) -> torch.Tensor:
@@ -133,20 +135,6 @@ class World:
         dist.all_gather_object(values, value)
         return values  # type: ignore[return-value]
 
-    def joined_tensors(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The tensors of all processes, by rank; on the CPU if there are several processes."""
-        if self.alone:
-            return tensors
-        return [tensor for some in self.joined([tensor.cpu() for tensor in tensors]) for tensor in some]
-
-    def from_first(self, make: Callable[[], T]) -> T:
-        """Call `make` in the first process only, and return its result in all."""
-        if self.alone:
-            return make()
-        made = [make() if self.is_first else None]
-        dist.broadcast_object_list(made, src=0)
-        return made[0]  # type: ignore[return-value]
-
     def check_equal(self, tensors: Iterable[torch.Tensor]) -> None:
         """Raise RuntimeError unless all processes have the same tensors, bit for bit."""
         if not self.alone:
@@ -163,15 +151,3 @@ class World:
 
 
 ALONE = World()
-
-
-def _sum(tensors: Iterable[torch.Tensor]) -> None:
-    """Replace each tensor by its sum over all processes; one message per dtype."""
-    by_dtype = defaultdict(list)
-    for tensor in tensors:
-        by_dtype[tensor.dtype].append(tensor)
-    for some in by_dtype.values():
-        bucket = torch.cat([tensor.reshape(-1) for tensor in some])
-        dist.all_reduce(bucket)
-        for tensor, total in zip(some, bucket.split([tensor.numel() for tensor in some]), strict=True):
-            tensor.copy_(total.view_as(tensor))

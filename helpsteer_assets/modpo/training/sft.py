@@ -77,8 +77,6 @@ def train_sft(
     class SharingSFTTrainer(WorldTrainer, SFTTrainer):
         """Computes this process's share of each batch, and counts tokens for the progress report."""
 
-        tokens_seen: torch.Tensor | int = 0
-
         def training_step(
             self,
             model: torch.nn.Module,

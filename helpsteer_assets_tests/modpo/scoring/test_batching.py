@@ -13,19 +13,11 @@ CAP = st.integers(1, 200)
 
 
 @given(lengths=LENGTHS, cap=CAP)
-def test_every_item_is_in_one_batch(lengths, cap):
-    assert sorted(index for batch in plan_batches(lengths, cap) for index in batch) == list(range(len(lengths)))
-
-
-@given(lengths=LENGTHS, cap=CAP)
-def test_padded_size_stays_within_the_cap_but_for_single_items(lengths, cap):
-    for batch in plan_batches(lengths, cap):
-        assert len(batch) == 1 or len(batch) * max(lengths[index] for index in batch) <= cap
-
-
-@given(lengths=LENGTHS, cap=CAP)
-def test_no_two_neighbouring_batches_would_fit_in_one(lengths, cap):
+def test_every_item_is_in_one_batch_and_batches_are_as_full_as_the_cap_allows(lengths, cap):
     batches = plan_batches(lengths, cap)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[index] for index in batch) <= cap
     for batch, after in pairwise(batches):
         assert (len(batch) + 1) * lengths[batch[0]] > cap
         assert min(lengths[index] for index in batch) >= max(lengths[index] for index in after)

@@ -1,23 +1,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
-from transformers import (
-    CohereConfig,
-    CohereForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GraniteConfig,
-    GraniteForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-)
 
-from helpsteer_assets.modpo.models.loading import attach_lora
 from helpsteer_assets.modpo.scoring import log_prob_head
-from helpsteer_assets.modpo.scoring.log_prob_head import LogProbHead, find_head
-from helpsteer_assets.modpo.settings import Lora
+from helpsteer_assets.modpo.scoring.log_prob_head import LogProbHead
 
 TOKENS, HIDDEN, VOCABULARY = 11, 6, 13
 
@@ -49,9 +35,9 @@ def plain_log_probs(head: LogProbHead, hidden: torch.Tensor, targets: torch.Tens
     return F.log_softmax(logits, dim=-1).gather(1, targets[:, None])[:, 0]
 
 
-@pytest.fixture(params=[1, 2 * VOCABULARY, 2 * VOCABULARY + 3, 4 * VOCABULARY - 1, TOKENS * VOCABULARY, 2**23])
+@pytest.fixture(params=[1, 4 * VOCABULARY - 1, 2**23])
 def chunks(request, monkeypatch) -> None:
-    """Chunks of one row, of two, of three, the last a short one, and of all rows."""
+    """Chunks of one row, of three, the last a short one, and of all rows."""
     monkeypatch.setattr(log_prob_head, "CHUNK_ELEMENTS", request.param)
 
 
@@ -62,9 +48,9 @@ def targets() -> torch.Tensor:
 
 @pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("kind", HEADS)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.1)])
 def test_log_probabilities_and_gradients_equal_log_softmax_and_gather(kind, dtype, tolerance, targets):
-    accurate, head = make_head(**HEADS[kind]), make_head(**HEADS[kind], dtype=dtype)
+    head = make_head(**HEADS[kind], dtype=dtype)
     hidden, upstream = draw(TOKENS, HIDDEN), draw(TOKENS, seed=4)
     ours, theirs = hidden.to(dtype).requires_grad_(), hidden.to(dtype).double().requires_grad_()
     accurate = LogProbHead(
@@ -79,31 +65,6 @@ def test_log_probabilities_and_gradients_equal_log_softmax_and_gather(kind, dtyp
 
 
 @pytest.mark.usefixtures("chunks")
-@pytest.mark.parametrize("kind", HEADS)
-def test_gradients_equal_finite_differences(kind, targets):
-    hidden = draw(TOKENS, HIDDEN).requires_grad_()
-    assert torch.autograd.gradcheck(make_head(**HEADS[kind]), (hidden, targets))
-
-
-@pytest.mark.parametrize("kind", HEADS)
-def test_of_bf16_is_near(kind, targets):
-    head = make_head(**HEADS[kind], dtype=torch.bfloat16)
-    hidden = draw(TOKENS, HIDDEN, dtype=torch.bfloat16).requires_grad_()
-    found = head(hidden, targets)
-    assert found.dtype == torch.float64
-    accurate = LogProbHead(
-        head.weight.double(), None if head.bias is None else head.bias.double(), head.scale, head.softcap
-    )
-    theirs = hidden.detach().double().requires_grad_()
-    expected = plain_log_probs(accurate, theirs, targets)
-    torch.testing.assert_close(found, expected, atol=0.1, rtol=0)
-    found.sum().backward()
-    expected.sum().backward()
-    assert hidden.grad.dtype == torch.bfloat16
-    torch.testing.assert_close(hidden.grad.double(), theirs.grad, atol=0.1, rtol=0.05)
-
-
-@pytest.mark.usefixtures("chunks")
 def test_without_gradients_is_the_same(targets):
     head, hidden = make_head(**HEADS["all"]), draw(TOKENS, HIDDEN)
     expected = head(hidden.clone().requires_grad_(), targets)
@@ -112,26 +73,6 @@ def test_without_gradients_is_the_same(targets):
             found = head(hidden, targets)
         assert torch.equal(found, expected)
         assert not found.requires_grad
-
-
-def test_of_one_row_and_of_none():
-    head = make_head(**HEADS["all"])
-    for rows in (1, 0):
-        hidden, targets = draw(rows, HIDDEN).requires_grad_(), torch.full((rows,), 5)
-        found = head(hidden, targets)
-        torch.testing.assert_close(found, plain_log_probs(head, hidden, targets), atol=1e-12, rtol=0)
-        found.sum().backward()
-        assert hidden.grad.shape == (rows, HIDDEN)
-
-
-@pytest.mark.usefixtures("chunks")
-def test_equal_rows_have_equal_results(targets):
-    head = make_head(**HEADS["all"])
-    hidden = draw(1, HIDDEN).repeat(TOKENS, 1).requires_grad_()
-    found = head(hidden, torch.full_like(targets, 5))
-    torch.testing.assert_close(found, found[:1].expand_as(found), atol=1e-14, rtol=0)
-    found.sum().backward()
-    torch.testing.assert_close(hidden.grad, hidden.grad[:1].expand_as(hidden.grad), atol=1e-14, rtol=0)
 
 
 def test_logits_of_any_size_have_finite_results(targets):
@@ -154,71 +95,3 @@ def test_nothing_of_the_logits_size_is_kept_for_the_backward_pass(monkeypatch):
     assert found.requires_grad
     # The gradient by hidden states and no more: not even the weights.
     assert max(kept) == tokens * HIDDEN
-
-
-def test_a_weighted_sum_of_tokens_has_the_gradient_of_its_definition(targets):
-    """What follows the head here: sums by response, differences, a scalar loss."""
-    head, hidden = make_head(), draw(TOKENS, HIDDEN)
-    rows = torch.arange(TOKENS) % 2
-    gradients = []
-    for log_probs in (head, lambda h, t: plain_log_probs(head, h, t)):
-        h = hidden.clone().requires_grad_()
-        sums = torch.zeros(2, dtype=torch.float64).index_add(0, rows, log_probs(h, targets))
-        (-F.logsigmoid(0.3 * (sums[0] - sums[1]))).backward()
-        gradients.append(h.grad)
-    torch.testing.assert_close(*gradients, atol=1e-13, rtol=0)
-
-
-SMALL = {
-    "vocab_size": 29,
-    "hidden_size": 8,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-}
-
-
-class TestFindHead:
-    def frozen(self, model: PreTrainedModel) -> PreTrainedModel:
-        return model.requires_grad_(False).eval()
-
-    @pytest.mark.parametrize(
-        ("make", "scale", "softcap"),
-        [
-            (lambda small: LlamaForCausalLM(LlamaConfig(**small)), 1.0, None),
-            (lambda small: LlamaForCausalLM(LlamaConfig(**small, tie_word_embeddings=True)), 1.0, None),
-            (lambda small: CohereForCausalLM(CohereConfig(**small, logit_scale=0.25, eos_token_id=2)), 0.25, None),
-            (lambda small: GraniteForCausalLM(GraniteConfig(**small, logits_scaling=4.0)), 0.25, None),
-            (
-                lambda small: Gemma2ForCausalLM(Gemma2Config(**small, head_dim=4, final_logit_softcapping=3.0)),
-                1.0,
-                3.0,
-            ),
-        ],
-        ids=["llama", "tied", "cohere", "granite", "gemma2"],
-    )
-    def test_makes_the_models_own_logits(self, make, scale, softcap):
-        model = self.frozen(make(SMALL).double())
-        head = find_head(model)
-        assert (head.scale, head.softcap) == (scale, softcap)
-        assert head.weight is model.get_output_embeddings().weight
-        ids = torch.randint(29, (1, 9), generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            hidden = model.base_model(input_ids=ids).last_hidden_state[0]
-            expected = F.log_softmax(model(input_ids=ids).logits[0], dim=-1).gather(1, ids[0, :, None])[:, 0]
-            torch.testing.assert_close(head(hidden, ids[0]), expected, atol=1e-12, rtol=0)
-
-    def test_finds_none_that_is_trained(self, model):
-        self.frozen(model)
-        assert find_head(model) is not None
-        model.lm_head.requires_grad_(True)
-        assert find_head(model) is None
-        with torch.no_grad():
-            assert find_head(model) is not None
-
-    def test_finds_none_under_a_lora(self, model):
-        attach_lora(model, Lora(r=2), 0)
-        assert find_head(model) is not None
-        get_peft_model(model, LoraConfig(target_modules=["lm_head"]))
-        assert find_head(model) is None

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import helpsteer_assets
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.modpo.models.loading import attach_lora, load_model
+from helpsteer_assets.modpo.models.loading import attach_lora
 from helpsteer_assets.modpo.models.tokenization import Sequence
 from helpsteer_assets.modpo.scoring import log_probs
 from helpsteer_assets.modpo.scoring.batching import collate
@@ -33,18 +33,14 @@ from helpsteer_assets.modpo.scoring.log_probs import (
     response_log_probs,
     score_sequences,
 )
-from helpsteer_assets.modpo.scoring.tree_attention import tree_attention
 from helpsteer_assets.modpo.scoring.trees import pack
 from helpsteer_assets.modpo.settings import Lora
 from helpsteer_assets_tests.conftest import make_model
+from helpsteer_assets_tests.modpo.scoring.test_trees import sequence
 
 PAD, EOS = 0, 2
 LORA = Lora(r=4, alpha=8)
 EMBEDDED_MODEL = Path(helpsteer_assets.__file__).parent / "embedded" / "model"
-
-
-def sequence(prompt_ids: list[int], response_ids: list[int]) -> Sequence:
-    return Sequence(np.array(prompt_ids, np.int32), np.array(response_ids, np.int32))
 
 
 def make_sequences(count: int, seed: int = 0) -> list[Sequence]:
@@ -111,30 +107,12 @@ class TestPaddedLogProbs:
         torch.testing.assert_close(found, torch.tensor(expected).double(), atol=tolerance, rtol=0)
 
     @torch.no_grad()
-    def test_do_not_depend_on_padding_or_on_what_else_is_in_the_batch(self, model):
-        model.double()
-        sequences = make_sequences(8)
-        together = padded_log_probs(model, collate(sequences, PAD))
-        alone = torch.cat([padded_log_probs(model, collate([sequence], PAD)) for sequence in sequences])
-        torch.testing.assert_close(together, alone, atol=1e-10, rtol=0)
-
-    @torch.no_grad()
     def test_count_the_end_of_text_token_where_it_is_the_pad_token_too(self, model):
         model.double()
         sequences = make_sequences(8)
         with_own_pad = padded_log_probs(model, collate(sequences, PAD))
         with_eos_as_pad = padded_log_probs(model, collate(sequences, EOS))
         torch.testing.assert_close(with_own_pad, with_eos_as_pad, atol=1e-10, rtol=0)
-        cut = [Sequence(s.prompt_ids, s.response_ids[:-1]) for s in sequences]
-        without_eos = padded_log_probs(model, collate(cut, EOS))
-        assert (without_eos > with_eos_as_pad).all()
-
-    def test_leave_the_prompts_tokens_out_of_the_gradient(self, model):
-        logits: list[torch.Tensor] = []
-        model.lm_head.register_forward_hook(lambda _m, _i, output: (output.retain_grad(), logits.append(output))[0])
-        padded_log_probs(model, collate([sequence([5, 6, 7], [8, EOS])], PAD)).sum().backward()
-        moved = logits[0].grad[0].abs().sum(-1) > 0
-        assert moved.tolist() == [False, False, True, True, False]
 
 
 SMALL: dict[str, Any] = {
@@ -276,32 +254,9 @@ class TestTrees:
             assert_trees_equal_padded(model, sequences, *tolerances)
         assert caplog.records == []
 
-    @pytest.mark.parametrize("family", ["llama, grouped queries", "mistral, window", "gemma2, window, soft-capping"])
-    def test_in_bf16_equal_padded_sequences_up_to_its_rounding(self, family):
-        model = with_lora(make_family(*TREE_FAMILIES[family]).bfloat16())
-        assert uses_fused_head(model)
-        sequences = make_trees(97)
-        batch, rows = pack(sequences)
-        with torch.no_grad():
-            found = response_log_probs(model, batch)[rows]
-            padded = padded_log_probs(model, collate(sequences, PAD))
-            with InDoublePrecision():
-                truth = padded_log_probs(model.double(), collate(sequences, PAD))
-        tokens = torch.tensor([max(len(s.response_ids), 1) for s in sequences])
-        assert ((found - truth).abs() / tokens.sqrt()).max() < 0.5
-        assert (found - truth).norm() < 1.5 * (padded - truth).norm()
-
-    def test_equal_padded_sequences_with_the_embedded_model(self, caplog):
-        model = with_lora(load_model(EMBEDDED_MODEL, precision="fp32"))
-        assert model.config.tie_word_embeddings
-        assert_trees_equal_padded(model, make_trees(model.config.vocab_size, 60), 1e-5, 1e-5)
-        assert uses_fused_head(model)
-        assert_trees_equal_padded(model.double(), make_trees(model.config.vocab_size, 60), 1e-10, 1e-9)
-        assert caplog.records == []
-
     TOKENS = st.lists(st.integers(3, 8), max_size=6)
 
-    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(
         sequences=st.lists(st.builds(sequence, TOKENS, TOKENS), min_size=1, max_size=8).filter(
             lambda sequences: sum(map(len, sequences))
@@ -314,75 +269,23 @@ class TestTrees:
         model = make_family("Llama", config).double()
         assert_trees_equal_padded(with_lora(model), sequences, 1e-10, 1e-9)
 
-    def test_equal_a_loop_over_the_tokens(self, model):
-        model.double()
-        sequences = make_sequences(6)
-        batch, rows = pack(sequences)
-        with torch.no_grad():
-            found = response_log_probs(model, batch)[rows]
-            expected = [one_token_at_a_time(model, each) for each in sequences]
-        assert found.tolist() == pytest.approx(expected, abs=2e-5)
-
-    def test_of_no_tokens_at_all_is_certain(self, model):
-        batch, _ = pack([sequence([5, 6], []), sequence([5, 6], [7])])
-        found = response_log_probs(model, batch).tolist()
-        assert found[0] == 0 > found[1]
-
-    def test_in_fp32_are_as_near_to_the_truth_as_padded_sequences(self):
-        """Sequences of hundreds of tokens, of which a sum in fp32 would lose digits."""
+    def test_in_fp32_lose_no_digits_over_hundreds_of_tokens(self):
         model = with_lora(make_family("Llama", SMALL | {"vocab_size": 300, "max_position_embeddings": 1024}))
         draw = np.random.default_rng(0)
         prompts = [draw.integers(3, 300, 150) for _ in range(3)]
         sequences = [Sequence(prompt, draw.integers(3, 300, 300)) for prompt in prompts for _ in range(2)]
         batch, rows = pack(sequences)
-        weights = torch.tensor([1.0, -1.0] * 3).double()
         padded = collate(sequences, PAD)
-
-        def fp32_sums() -> torch.Tensor:
+        with torch.no_grad():
+            found = response_log_probs(model, batch)[rows]
             logits = model(input_ids=padded.input_ids, attention_mask=padded.attention_mask).logits[:, :-1]
-            targets = padded.input_ids[:, 1:, None]
-            token_log_probs = torch.log_softmax(logits, dim=-1).gather(2, targets)[..., 0]
-            return (token_log_probs * padded.response_mask[:, 1:]).sum(1)
-
-        found, gradients = values_and_gradients(model, lambda: response_log_probs(model, batch)[rows], weights)
-        plain, plain_gradients = values_and_gradients(model, fp32_sums, weights)
-        model.double()
-        with InDoublePrecision():
-            truth, true_gradients = values_and_gradients(model, lambda: padded_log_probs(model, padded), weights)
+            of_tokens = torch.log_softmax(logits, dim=-1).gather(2, padded.input_ids[:, 1:, None])[..., 0]
+            in_fp32 = (of_tokens * padded.response_mask[:, 1:]).sum(1)
+            with InDoublePrecision():
+                truth = padded_log_probs(model.double(), padded)
         assert found.min() < -1000
-        assert (found - truth).norm() <= (plain.double() - truth).norm()
+        assert (found - truth).norm() <= (in_fp32.double() - truth).norm()
         assert (found - truth).abs().max() < 1e-6 * truth.abs().max()
-
-        def error(of: dict[str, torch.Tensor]) -> float:
-            return math.sqrt(sum((of[name] - true).square().sum().item() for name, true in true_gradients.items()))
-
-        assert error(gradients) <= 1.2 * error(plain_gradients)
-
-    def test_hold_no_logits_for_the_backward_pass(self, model):
-        """The largest tensor kept is smaller than what the vocabulary would make of the response tokens."""
-        model = with_lora(make_model(5000))
-        batch, _ = pack(make_trees(5000))
-        method_for(model)
-        kept: list[int] = []
-        weight = model.get_output_embeddings().weight
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda tensor: (kept.append(tensor.numel() if tensor.data_ptr() != weight.data_ptr() else 0), tensor)[1],
-            lambda tensor: tensor,
-        ):
-            response_log_probs(model, batch)
-        assert max(kept) < len(batch.targets) * 5000 / 10
-
-    def test_activation_checkpointing_changes_no_gradient(self, model):
-        model = with_lora(model.double())
-        batch, rows = pack(make_trees(290))
-        weights = torch.randn(len(rows), dtype=torch.float64)
-        expected = values_and_gradients(model, lambda: response_log_probs(model, batch)[rows], weights)
-        model.gradient_checkpointing_enable()
-        model.enable_input_require_grads()
-        model.train()
-        with tree_attention(model):
-            found = values_and_gradients(model, lambda: response_log_probs(model, batch)[rows], weights)
-        torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-9)
 
 
 def uses_fused_head(model: torch.nn.Module) -> bool:
@@ -434,8 +337,7 @@ class TestMethods:
         assert reason in line
 
     @pytest.mark.filterwarnings("ignore")
-    @pytest.mark.parametrize("size", [1.0, 0.2], ids=["", "small weights"])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1.0), (torch.bfloat16, 0.2)])
     @pytest.mark.parametrize("family", ["Bloom", "Lfm2", "Mamba", "Qwen3Next"])
     def test_a_model_with_more_than_plain_attention_is_noticed_however_little_that_shows(self, family, dtype, size):
         config = {"Bloom": GPT, "Lfm2": SMALL | {"layer_types": ["conv", "full_attention"]}}.get(family, SMALL)
@@ -471,24 +373,11 @@ class TestMethods:
         assert model.config._attn_implementation == implementation
         assert all(parameter.grad is None for parameter in model.parameters())
 
-    def test_a_model_that_is_scored_without_gradients_has_a_fused_head(self, model):
+    def test_a_model_that_was_scored_before_is_trained_with_a_fused_head(self, model):
         score_sequences(model, make_sequences(2))
         with torch.no_grad():
             assert uses_fused_head(model)
-
-    def test_a_model_that_was_scored_before_is_trained_with_a_fused_head(self, model):
-        score_sequences(model, make_sequences(2))
         assert uses_fused_head(with_lora(model))
-
-    def test_a_trained_head_gets_its_gradient(self, model):
-        model = with_lora(model.double())
-        model.get_output_embeddings().requires_grad_(True)
-        assert_trees_equal_padded(model, make_trees(290), 1e-10, 1e-9)
-
-    def test_a_head_under_a_lora_gets_its_gradient(self, model):
-        config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
-        model = randomize(get_peft_model(model.double(), config, autocast_adapter_dtype=False)).eval()
-        assert_trees_equal_padded(model, make_trees(290), 1e-10, 1e-9)
 
     @pytest.mark.parametrize("change", ["trained", "under a lora"])
     def test_a_head_that_changed_since_the_method_was_found_is_right_too(self, model, change):
@@ -515,8 +404,7 @@ class TestMethods:
             found = response_log_probs(model, batch)[rows]
             torch.testing.assert_close(found, padded_log_probs(model, collate(sequences, PAD)), atol=1e-3, rtol=1e-4)
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_logits_that_a_model_changes_in_a_way_of_its_own_are_not_overlooked(self, dtype):
+    def test_logits_that_a_model_changes_in_a_way_of_its_own_are_not_overlooked(self):
         class Capped(transformers.LlamaForCausalLM):
             def forward(self, **inputs: Any) -> Any:
                 output = super().forward(**inputs)
@@ -525,27 +413,19 @@ class TestMethods:
         torch.manual_seed(0)
         model = Capped(transformers.LlamaConfig(**SMALL)).requires_grad_(False).eval()
         model.lm_head.weight.data *= 60  # logits of some 12
-        model.to(dtype)
         assert not uses_fused_head(model)
 
 
 class TestScoreSequences:
-    def test_keep_the_order_of_the_sequences(self, model):
-        model.double()
-        sequences = make_trees(290) + make_sequences(20)
-        scored = score_sequences(model, sequences, batch_tokens=100)
-        with torch.no_grad():
-            expected = [padded_log_probs(model, collate([each], PAD)).item() for each in sequences]
-        assert scored[BASE] == pytest.approx(expected, abs=1e-9)
-
     @pytest.mark.parametrize("batch_tokens", [1, 50, 10_000])
-    def test_do_not_depend_on_the_order_or_the_batches(self, model, batch_tokens):
+    def test_keep_the_order_of_the_sequences_whatever_the_batches(self, model, batch_tokens):
         model.double()
         sequences = make_trees(290) + make_sequences(8)
+        with torch.no_grad():
+            expected = [padded_log_probs(model, collate([each], PAD)).item() for each in sequences]
         order = random.Random(1).sample(range(len(sequences)), len(sequences))
-        expected = score_sequences(model, sequences)[BASE]
-        found = score_sequences(model, [sequences[index] for index in order], batch_tokens=batch_tokens)[BASE]
-        assert found == pytest.approx([expected[index] for index in order], abs=1e-9)
+        scored = score_sequences(model, [sequences[index] for index in order], batch_tokens=batch_tokens)[BASE]
+        assert scored == pytest.approx([expected[index] for index in order], abs=1e-9)
 
     def test_compute_each_prompt_and_each_response_to_it_once(self, model, monkeypatch):
         computed: list[int] = []
@@ -558,14 +438,18 @@ class TestScoreSequences:
         score_sequences(model, [sequence(prompt, [n % 4, EOS]) for n in range(3, 15)])
         assert computed == [10 + 4 * 2]
 
-    def test_of_no_sequences_are_no_scores(self, model):
-        assert score_sequences(model, []) == {BASE: []}
-
     def test_score_each_adapter_and_the_model_without_any(self, model):
         sequences = make_sequences(6)
         base = score_sequences(model, sequences)[BASE]
         peft_model = two_adapters(model)
-        scored = score_sequences(peft_model, sequences, adapters=("second", BASE, "first"))
+        seen: list[tuple[int, int]] = []
+        scored = score_sequences(
+            peft_model,
+            sequences,
+            adapters=("second", BASE, "first"),
+            progress=lambda done, total, **_: seen.append((done, total)),
+        )
+        assert seen == [(6, 6)]
         assert list(scored) == ["second", BASE, "first"]
         assert scored[BASE] == pytest.approx(base, abs=1e-5)
         for name in ("first", "second"):
@@ -575,53 +459,34 @@ class TestScoreSequences:
             assert scored[name] == pytest.approx(expected, abs=1e-4)
             assert abs(scored[name][0] - base[0]) > 0.1
 
-    def test_report_progress_up_to_all(self, model):
-        seen: list[tuple[int, int]] = []
-
-        def progress(done: int, total: int, **_: float) -> None:
-            seen.append((done, total))
-
-        score_sequences(model, make_sequences(9), batch_tokens=60, progress=progress)
-        assert seen[-1] == (9, 9)
-        assert seen == sorted(seen)
-        assert len(seen) > 2
-
-    @pytest.mark.parametrize("cut", [1, 40, "half", "all but a byte"])
-    def test_go_on_from_a_file_that_a_death_cut_anywhere_with_identical_numbers(self, model, tmp_path: Path, cut):
-        sequences = make_sequences(15)
-        peft_model = two_adapters(model)
-        how = {"adapters": (BASE, "first"), "batch_tokens": 100}
-        without_file = score_sequences(peft_model, sequences, **how)
-        file = tmp_path / "new" / "log_probs.jsonl"
-        assert score_sequences(peft_model, sequences, **how, checkpoint=file) == without_file
-        content = file.read_bytes()
-        size = {"half": len(content) // 2, "all but a byte": len(content) - 1}.get(cut, cut)
-        file.write_bytes(content[:size])
-        assert score_sequences(peft_model, sequences, **how, checkpoint=file) == without_file
-
-    def test_do_not_compute_again_what_the_file_holds(self, model, tmp_path: Path, monkeypatch):
-        sequences, file = make_sequences(15), tmp_path / "log_probs.jsonl"
-        whole = score_sequences(model, sequences, batch_tokens=100, checkpoint=file)
+    def test_go_on_from_a_file_that_a_death_cut_with_identical_numbers(self, model, tmp_path: Path, monkeypatch):
         batches: list[int] = []
         monkeypatch.setattr(
             log_probs,
             "response_log_probs",
             lambda model, batch: batches.append(batch.responses) or response_log_probs(model, batch),
         )
-        assert score_sequences(model, sequences, batch_tokens=100, checkpoint=file) == whole
+        sequences, file = make_sequences(15), tmp_path / "new" / "log_probs.jsonl"
+        how = {"adapters": (BASE, "first"), "batch_tokens": 100}
+        model = two_adapters(model)
+        whole = score_sequences(model, sequences, **how)
+        assert score_sequences(model, sequences, **how, checkpoint=file) == whole
+        content = file.read_bytes()
+        batches.clear()
+        assert score_sequences(model, sequences, **how, checkpoint=file) == whole
         assert batches == []
-        lines = file.read_bytes().splitlines(keepends=True)
-        file.write_bytes(b"".join(lines[:-1]))
-        assert score_sequences(model, sequences, batch_tokens=100, checkpoint=file) == whole
-        assert len(batches) == 1
+        for size, computed in ((len(content) - 1, 2), (len(content) // 2, None), (1, None)):
+            file.write_bytes(content[:size])
+            batches.clear()
+            assert score_sequences(model, sequences, **how, checkpoint=file) == whole
+            assert computed in (None, len(batches)), "one batch, under two adapters"
 
-    @pytest.mark.parametrize("value", [math.nan, math.inf])
-    def test_of_a_broken_adapter_are_refused_and_not_kept(self, model, tmp_path: Path, value):
+    def test_of_a_broken_adapter_are_refused_and_not_kept(self, model, tmp_path: Path):
         sequences, file = make_sequences(6), tmp_path / "log_probs.jsonl"
         peft_model = two_adapters(model)
         weight = next(w for name, w in peft_model.named_parameters() if "lora_B.second" in name)
         with torch.no_grad():
-            weight[0] = value
+            weight[0] = math.nan
         whole = score_sequences(peft_model, sequences, adapters=(BASE, "first"))
         # One reads no key but its own.
         message = r"5 of 6 responses .* nan under the adapter `second`: .*float32. Set model.precision: fp32, or lower"
@@ -629,12 +494,6 @@ class TestScoreSequences:
             score_sequences(peft_model, sequences, adapters=(BASE, "first", "second"), checkpoint=file)
         assert not file.exists()
         assert score_sequences(peft_model, sequences, adapters=(BASE, "first"), checkpoint=file) == whole
-
-    def test_of_a_model_whose_weights_are_broken_are_refused(self, model):
-        with torch.no_grad():
-            model.model.norm.weight[0] = math.nan
-        with pytest.raises(HelpsteerError, match=r"4 of 4 responses .* nan under the model itself"):
-            score_sequences(model, make_sequences(4))
 
     def test_of_tokens_that_the_model_does_not_embed_are_refused(self, model):
         embeddings = model.get_input_embeddings().num_embeddings

@@ -133,12 +133,6 @@ class TestSplit:
         how = {"window": window, "softcap": softcap, "scaling": scaling}
         assert_attends_like_dense(batch, inputs, "split", tolerance, **how)
 
-    @pytest.mark.parametrize("softcap", [None, 1.5])
-    def test_in_bf16_is_dense_attention_up_to_its_rounding(self, softcap):
-        batch = batch_of(SOME_TREES)
-        inputs = inputs_of(batch, 4, 2, torch.bfloat16)
-        assert_attends_like_dense(batch, inputs, "split", 0.1, softcap=softcap, window=5)
-
     def test_a_windows_mask_is_not_taken_for_another_layers(self):
         """Layers with and without a window, and with different ones, share a layout."""
         batch = batch_of(SOME_TREES)
@@ -159,13 +153,13 @@ class TestSplit:
             drawn = torch.stack(
                 [
                     attend(torch.nn.Identity(), query, key, value, None, tree=layout, dropout=0.5, softcap=softcap)[0]
-                    for _ in range(2000)
+                    for _ in range(1000)
                 ]
             )
             expected = dense(query, key, value, as_mask(seen_by_path(batch, None), torch.float64), softcap=softcap)
         assert drawn.std(dim=0).min() > 0
         torch.testing.assert_close(drawn.mean(dim=0), expected, atol=0.5, rtol=0)
-        assert (drawn.mean(dim=0) - expected).abs().mean() < 0.05
+        assert (drawn.mean(dim=0) - expected).abs().mean() < 0.07
 
 
 @functools.wraps(torch.nn.attention.varlen.varlen_attn)
@@ -220,22 +214,7 @@ class TestVarlen:
 
 
 class TestAttend:
-    def test_refuses_attention_sinks(self):
-        batch = batch_of(SOME_TREES)
-        inputs = inputs_of(batch, 2, 2, torch.float32)
-        with pytest.raises(NotImplementedError, match="attention sinks"):
-            attend(torch.nn.Identity(), *inputs, None, tree=TreeLayout(batch, "split"), s_aux=torch.zeros(2))
-
-    def test_takes_what_transformers_hands_to_every_attention_function(self):
-        batch = batch_of(SOME_TREES)
-        inputs = inputs_of(batch, 2, 2, torch.float32)
-        layout = TreeLayout(batch, "split")
-        plain, _ = attend(torch.nn.Identity(), *inputs, None, tree=layout)
-        further = {"position_ids": batch.position_ids, "use_cache": False, "s_aux": None, "is_causal": True}
-        found, _ = attend(torch.nn.Identity(), *inputs, None, tree=layout, **further)
-        assert torch.equal(found, plain)
-
-    @pytest.mark.parametrize("how", [{"softcap": 1.5}, {"softcap": 1.5, "dropout": 0.5}, {"dropout": 0.5}])
+    @pytest.mark.parametrize("how", [{"softcap": 1.5}, {"dropout": 0.5}])
     def test_what_varlen_lacks_is_left_to_split(self, monkeypatch, how):
         monkeypatch.setattr(under_test, "_varlen", None)
         batch = batch_of(SOME_TREES)
@@ -251,27 +230,15 @@ class TestSwitch:
     def implementations(self, model: torch.nn.Module) -> set[str]:
         return {module.config._attn_implementation for module in model.modules() if hasattr(module, "config")}
 
-    def test_is_on_within_and_back_after(self, model):
-        before = self.implementations(model)
-        with tree_attention(model):
-            assert self.implementations(model) == {NAME}
-            with tree_attention(model):
-                assert self.implementations(model) == {NAME}
-            assert self.implementations(model) == {NAME}
-        assert self.implementations(model) == before != {NAME}
-
-    def test_is_back_after_an_error(self, model):
-        before = self.implementations(model)
-        with pytest.raises(ZeroDivisionError), tree_attention(model):
-            raise ZeroDivisionError
-        assert self.implementations(model) == before
-
-    def test_a_model_of_several_configs_gets_each_back(self, model):
+    def test_is_on_within_and_back_after_for_each_of_several_configs(self, model):
         model.model.layers[1].self_attn.config = type(model.config)(attn_implementation="eager")
         before = self.implementations(model)
         assert len(before) == 2
-        with tree_attention(model):
+        with pytest.raises(ZeroDivisionError), tree_attention(model):
+            with tree_attention(model):
+                assert self.implementations(model) == {NAME}
             assert self.implementations(model) == {NAME}
+            raise ZeroDivisionError
         assert model.model.layers[1].self_attn.config._attn_implementation == "eager"
         assert self.implementations(model) == before
 
@@ -281,15 +248,6 @@ class TestSwitch:
 
 
 class TestRequireVarlen:
-    @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (32, 1)])
-    def test_a_kernel_that_rounds_to_16_bits_is_accepted(self, monkeypatch, heads):
-        def rounded(*args: Any, **kwargs: Any) -> torch.Tensor:
-            query, key, value, *bounds = args
-            return documented_varlen(query.double(), key.double(), value.double(), *bounds, **kwargs).bfloat16()
-
-        monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", functools.wraps(documented_varlen)(rounded))
-        require_varlen(torch.device("cpu"), torch.bfloat16, *heads, HEAD_SIZE)
-
     def test_an_older_kernel_is_not_told_of_grouped_queries(self, monkeypatch):
         def older(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
             grouped = query.shape[1] != key.shape[1]
@@ -319,7 +277,7 @@ class TestRequireVarlen:
             require_varlen(torch.device("cpu"), torch.float32, 4, 2, HEAD_SIZE)
 
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-    @pytest.mark.parametrize("window", [None, 5, 300])
+    @pytest.mark.parametrize("window", [None, 300])
     def test_on_a_gpu_varlen_is_dense_attention(self, window):
         batch = batch_of([*SOME_TREES, (300, [200, 1, 130])])
         generator = torch.Generator().manual_seed(0)

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpsteer_assets.modpo.models.tokenization import Sequence
-from helpsteer_assets.modpo.scoring.tree_attention import TreeLayout
 from helpsteer_assets.modpo.scoring.trees import Forest, TreeBatch, pack, plan_trees, unpack
 
 
@@ -50,30 +49,13 @@ def paths(batch: TreeBatch) -> dict[int, list[int]]:
 class TestPack:
     @settings(deadline=None)
     @given(SEQUENCES)
-    def test_every_sequence_comes_back(self, sequences):
+    def test_every_sequence_comes_back_and_what_is_equal_is_there_once(self, sequences):
         batch, rows = pack(sequences)
         assert [unpack(batch)[row] for row in rows] == sequences
-
-    @settings(deadline=None)
-    @given(SEQUENCES)
-    def test_equal_prompts_and_equal_responses_to_them_are_there_once(self, sequences):
-        batch, rows = pack(sequences)
         assert batch.tokens == tokens_of(sequences)
         assert len(batch.sizes) == len(distinct_prompts(sequences))
         assert batch.responses == len(distinct(sequences)) == len(set(rows))
-
-    @settings(deadline=None)
-    @given(SEQUENCES)
-    def test_rows_count_responses_in_the_order_in_which_they_were_added(self, sequences):
-        _, rows = pack(sequences)
-        assert sorted(set(rows)) == list(range(len(set(rows))))
-        first_seen = [rows.index(row) for row in range(len(set(rows)))]
-        assert first_seen == sorted(first_seen)
-
-    @settings(deadline=None)
-    @given(SEQUENCES)
-    def test_positions_are_those_in_the_sequence(self, sequences):
-        batch, _ = pack(sequences)
+        assert list(dict.fromkeys(rows)) == list(range(batch.responses))  # in the order in which they were added
         for places in paths(batch).values():
             assert batch.position_ids[0, places].tolist() == list(range(len(places)))
 
@@ -90,82 +72,23 @@ class TestPack:
         found = zip(batch.predictors.tolist(), batch.targets.tolist(), batch.rows.tolist(), strict=True)
         assert sorted(found) == sorted(expected)
 
-    @settings(deadline=None)
-    @given(SEQUENCES)
-    def test_a_segments_keys_up_to_a_query_are_what_the_query_sees(self, sequences):
-        """The segments are what flash attention takes: causal, aligned to the last query and the last key."""
-        batch, _ = pack(sequences)
-        assert batch.query_bounds[-1] == batch.tokens
-        assert batch.key_bounds[-1] == len(batch.keys)
-        seen_by = {query: path[: at + 1] for path in paths(batch).values() for at, query in enumerate(path)}
-        bounds = zip(batch.query_bounds.tolist(), batch.key_bounds.tolist(), strict=True)
-        for (first_query, first_key), (end_query, end_key) in itertools.pairwise(bounds):
-            keys = batch.keys[first_key:end_key].tolist()
-            for query in range(first_query, end_query):
-                assert keys[: len(keys) - (end_query - 1 - query)] == seen_by[query]
-
-    @settings(deadline=None)
-    @given(SEQUENCES)
-    def test_layouts_segments_are_the_batchs(self, sequences):
-        batch, _ = pack(sequences)
-        segments = TreeLayout(batch, "split").segments
-        assert [queries for queries, _ in segments] == batch.query_bounds.diff().tolist()
-        assert [queries + before for queries, before in segments] == batch.key_bounds.diff().tolist()
-
-    def test_two_pairs_of_one_prompt_by_hand(self):
-        batch, rows = pack([sequence([7, 8], [1]), sequence([7, 8], [2, 3]), sequence([7, 8], [1]), sequence([], [4])])
-        assert rows == [0, 1, 0, 2]
-        assert batch.input_ids.tolist() == [[7, 8, 1, 2, 3, 4]]
-        assert batch.position_ids.tolist() == [[0, 1, 2, 2, 3, 0]]
-        assert batch.predictors.tolist() == [1, 1, 3]
-        assert batch.targets.tolist() == [1, 2, 3]
-        assert batch.rows.tolist() == [0, 1, 1]
-        assert batch.keys.tolist() == [0, 1, 2, 0, 1, 3, 4, 5]
-        assert batch.query_bounds.tolist() == [0, 3, 5, 6]
-        assert batch.key_bounds.tolist() == [0, 3, 7, 8]
-        assert (batch.sizes, batch.order) == (((2, 1, 2), (0, 1)), ((0, 1), (2,)))
-        assert (batch.tokens, batch.responses) == (6, 3)
-
-    def test_index_tensors_are_int64_and_bounds_what_flash_attention_takes(self):
-        batch, _ = pack([sequence([7, 8], [1])])
-        bounds = {"query_bounds", "key_bounds"}
-        tensors = {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
-        assert len(tensors) == 8
-        for name, tensor in tensors.items():
-            assert tensor.dtype == (torch.int32 if name in bounds else torch.int64), name
-            assert tensor.is_contiguous(), name
-
-    def test_to_moves_every_tensor(self):
-        batch, _ = pack([sequence([7, 8], [1]), sequence([7, 8], [2, 3])])
-        moved = batch.to("meta")
-        for name, value in vars(batch).items():
-            found = getattr(moved, name)
-            if isinstance(value, torch.Tensor):
-                assert found.device.type == "meta" and found.shape == value.shape
-            else:
-                assert found == value
-
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs CUDA")
     def test_pin_memory_pins_every_tensor(self):
         pinned = pack([sequence([7, 8], [1])])[0].pin_memory()
         assert all(value.is_pinned() for value in vars(pinned).values() if isinstance(value, torch.Tensor))
 
 
-class TestGrowth:
-    @settings(deadline=None)
-    @given(SEQUENCES, SEQUENCES)
-    def test_is_what_adding_adds(self, before, after):
-        forest = Forest()
-        for each in before:
-            forest.add(each)
-        tokens, growth = forest.tokens, forest.growth(after)
-        assert forest.tokens == tokens == tokens_of(before)  # asking adds nothing
-        for each in after:
-            forest.add(each)
-        assert forest.tokens - tokens == growth
-
-    def test_of_nothing_is_nothing(self):
-        assert Forest().growth([]) == 0
+@settings(deadline=None)
+@given(SEQUENCES, SEQUENCES)
+def test_growth_is_what_adding_adds(before, after):
+    forest = Forest()
+    for each in before:
+        forest.add(each)
+    tokens, growth = forest.tokens, forest.growth(after)
+    assert forest.tokens == tokens == tokens_of(before)  # asking adds nothing
+    for each in after:
+        forest.add(each)
+    assert forest.tokens - tokens == growth
 
 
 CAP = st.integers(1, 20)
@@ -174,22 +97,12 @@ CAP = st.integers(1, 20)
 class TestPlanTrees:
     @settings(deadline=None)
     @given(SEQUENCES, CAP)
-    def test_every_sequence_is_in_one_batch(self, sequences, cap):
+    def test_every_sequence_is_in_one_batch_within_the_cap_and_a_tree_that_fits_is_whole(self, sequences, cap):
         planned = plan_trees(sequences, cap)
         assert sorted(itertools.chain.from_iterable(planned)) == list(range(len(sequences)))
-        assert all(planned)
-
-    @settings(deadline=None)
-    @given(SEQUENCES, CAP)
-    def test_batches_stay_within_the_cap_but_for_single_sequences(self, sequences, cap):
-        for batch in plan_trees(sequences, cap):
+        for batch in planned:
             members = [sequences[index] for index in batch]
             assert tokens_of(members) <= cap or len(distinct(members)) == 1
-
-    @settings(deadline=None)
-    @given(SEQUENCES, CAP)
-    def test_a_tree_that_fits_is_not_taken_apart(self, sequences, cap):
-        planned = plan_trees(sequences, cap)
         for prompt in distinct_prompts(sequences):
             tree = [index for index, each in enumerate(sequences) if tuple(each.prompt_ids) == prompt]
             if tokens_of([sequences[index] for index in tree]) <= cap:
@@ -205,6 +118,3 @@ class TestPlanTrees:
         planned = plan_trees(sequences, 30)
         sizes = [[len(sequences[index]) for index in batch] for batch in planned]
         assert all(sum(batch) + after[0] > 30 for batch, after in itertools.pairwise(sizes))
-
-    def test_of_no_sequences_are_no_batches(self):
-        assert plan_trees([], 10) == []

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,14 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, set_seed
+from transformers import AutoModelForCausalLM
 
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.models.loading import attach_lora, load_model
 from helpsteer_assets.modpo.models.tokenization import Sequence
 from helpsteer_assets.modpo.progress import silent
 from helpsteer_assets.modpo.scoring.batching import collate
-from helpsteer_assets.modpo.scoring.log_probs import BASE, padded_log_probs, response_log_probs, score_sequences
+from helpsteer_assets.modpo.scoring.log_probs import BASE, padded_log_probs, score_sequences
 from helpsteer_assets.modpo.scoring.trees import unpack
 from helpsteer_assets.modpo.settings import Lora, Training
 from helpsteer_assets.modpo.training.checkpoints import checkpoint_progress
@@ -34,16 +33,12 @@ from helpsteer_assets.modpo.training.preference import (
     PairDataset,
     PreferencePair,
     PreferenceTrainer,
-    pair_losses,
     train_preference,
 )
-from helpsteer_assets_tests.modpo.scoring.test_log_probs import SMALL, make_family
+from helpsteer_assets_tests.modpo.scoring.test_log_probs import SMALL, make_family, randomize
+from helpsteer_assets_tests.modpo.scoring.test_trees import TOKENS, sequence, tokens_of
 
 LORA = Lora(r=4, alpha=8)
-
-
-def sequence(prompt_ids: list[int], response_ids: list[int]) -> Sequence:
-    return Sequence(np.array(prompt_ids, np.int32), np.array(response_ids, np.int32))
 
 
 def settings_of(**changes: Any) -> Training:
@@ -127,39 +122,24 @@ def trainer_of(model: PeftModel, pairs: list[PreferencePair], folder: Path, *, w
         train_dataset=as_dataset(pairs),
         eval_dataset=as_dataset(pairs),
         data_collator=PairCollator(100),
+        evaluation_collator=PairCollator(100),
     )
 
 
-def randomize(model: PeftModel) -> PeftModel:
-    """A LoRA as in the midst of training: at first, with B = 0, half of its gradients vanish."""
-    torch.manual_seed(7)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    return model
+def test_a_data_set_joins_tokens_references_and_margins_by_response():
+    sequences = {name: sequence([1], [5 + n]) for n, name in enumerate("abc")}
+    reference = {"a": -1.0, "b": -2.0, "c": -3.0}
+
+    def dataset(margins: dict[str, float] | None) -> PairDataset:
+        return PairDataset([("a", "b"), ("b", "c")], sequences, reference, margins)
+
+    expected = PreferencePair(sequences["b"], sequences["c"], -2.0, -3.0, 0.2, 0.3)
+    assert dataset({"a": 0.1, "b": 0.2, "c": 0.3})[1] == expected
+    assert dataset(None)[1] == replace(expected, margin_chosen=0.0, margin_rejected=0.0)
+    with pytest.raises(KeyError, match="c"):
+        dataset({"a": 0.1, "b": 0.2})[1]
 
 
-class TestPairDataset:
-    pairs = (("a", "b"), ("b", "c"))
-    sequences = MappingProxyType({name: sequence([1], [5 + n]) for n, name in enumerate("abc")})
-    reference = MappingProxyType({"a": -1.0, "b": -2.0, "c": -3.0})
-
-    def test_joins_tokens_references_and_margins_by_response(self):
-        joined = PairDataset(self.pairs, self.sequences, self.reference, {"a": 0.1, "b": 0.2, "c": 0.3})
-        assert len(joined) == 2
-        assert joined[1] == PreferencePair(self.sequences["b"], self.sequences["c"], -2.0, -3.0, 0.2, 0.3)
-
-    def test_without_margins_these_are_zero(self):
-        first = PairDataset(self.pairs, self.sequences, self.reference)[0]
-        assert (first.margin_chosen, first.margin_rejected) == (0.0, 0.0)
-
-    def test_a_response_without_a_margin_is_an_error(self):
-        with pytest.raises(KeyError, match="c"):
-            PairDataset(self.pairs, self.sequences, self.reference, {"a": 0.1, "b": 0.2})[1]
-
-
-TOKENS = st.lists(st.integers(0, 2), max_size=4)
 PAIRS = st.lists(
     st.tuples(TOKENS, TOKENS, TOKENS, *[st.floats(-9, 9)] * 4).map(
         lambda drawn: PreferencePair(sequence(drawn[0], drawn[1]), sequence(drawn[0], drawn[2]), *drawn[3:])
@@ -169,47 +149,28 @@ PAIRS = st.lists(
 )
 
 
-def tokens_of(pairs: list[PreferencePair]) -> int:
-    """Tokens of the pairs where each prompt, and each response to it, counts once."""
-    sides = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
-    prompts = {tuple(side.prompt_ids) for side in sides}
-    responses = {(tuple(side.prompt_ids), tuple(side.response_ids)) for side in sides}
-    return sum(map(len, prompts)) + sum(len(response) for _, response in responses)
+def sides(pairs: list[PreferencePair]) -> list[Sequence]:
+    return [side for pair in pairs for side in (pair.chosen, pair.rejected)]
 
 
-class TestPairCollator:
-    @settings(deadline=None)
-    @given(pairs=PAIRS, max_tokens=st.integers(1, 30))
-    def test_micro_batches_hold_the_pairs_in_their_order(self, pairs, max_tokens):
-        collated = PairCollator(max_tokens)(pairs)
-        found = []
-        for micro_batch in collated["micro_batches"]:
-            sequences = unpack(micro_batch["trees"])
-            columns = [micro_batch[name].t().tolist() for name in ("rows", "reference", "margin")]
-            for (chosen, rejected), reference, margin in zip(*columns, strict=True):
-                found.append(PreferencePair(sequences[chosen], sequences[rejected], *reference, *margin))
-        assert found == pairs
-
-    @settings(deadline=None)
-    @given(pairs=PAIRS, max_tokens=st.integers(1, 30))
-    def test_micro_batches_are_as_full_as_may_be_and_share_what_they_can(self, pairs, max_tokens):
-        collated = PairCollator(max_tokens)(pairs)
-        rest = pairs
-        for micro_batch, share in zip(collated["micro_batches"], collated["shares"], strict=True):
-            count = micro_batch["rows"].shape[1]
-            assert share == count / len(pairs)
-            assert micro_batch["trees"].tokens == tokens_of(rest[:count])
-            assert count == 1 or micro_batch["trees"].tokens <= max_tokens
-            assert len(rest) == count or tokens_of(rest[: count + 1]) > max_tokens
-            rest = rest[count:]
-        assert rest == []
-        assert sum(collated["shares"]) == pytest.approx(1)
-
-    def test_numbers_are_fp64(self):
-        pair = PreferencePair(sequence([5], [6]), sequence([5], [7]), -100.123456789, -99.987654321, 0.1, 0.2)
-        (micro_batch,) = PairCollator(9)([pair])["micro_batches"]
-        assert micro_batch["reference"].tolist() == [[-100.123456789], [-99.987654321]]
-        assert micro_batch["reference"].dtype == micro_batch["margin"].dtype == torch.float64
+@settings(deadline=None)
+@given(pairs=PAIRS, max_tokens=st.integers(1, 30))
+def test_micro_batches_hold_the_pairs_in_order_and_are_as_full_as_may_be(pairs, max_tokens):
+    rest = pairs
+    for micro_batch in PairCollator(max_tokens)(pairs)["micro_batches"]:
+        sequences, tokens = unpack(micro_batch["trees"]), micro_batch["trees"].tokens
+        columns = [micro_batch[name].t().tolist() for name in ("rows", "reference", "margin")]
+        held = [
+            PreferencePair(sequences[chosen], sequences[rejected], *reference, *margin)
+            for (chosen, rejected), reference, margin in zip(*columns, strict=True)
+        ]
+        assert held == rest[: len(held)]
+        assert micro_batch["share"] == len(held) / len(pairs)
+        assert tokens == tokens_of(sides(held))
+        assert len(held) == 1 or tokens <= max_tokens
+        assert held == rest or tokens_of(sides(rest[: len(held) + 1])) > max_tokens
+        rest = rest[len(held) :]
+    assert rest == []
 
 
 def stepped(
@@ -253,7 +214,7 @@ class TestTrainingStep:
         ]
         return [*pairs[:3], *of_one_prompt, pairs[3]]
 
-    @pytest.mark.parametrize("batch_tokens", [1, 30, 60, 90, 10_000])
+    @pytest.mark.parametrize("batch_tokens", [1, 60, 10_000])
     def test_has_the_loss_and_gradients_of_the_plain_way_whatever_the_micro_batches(
         self, model, pairs, tmp_path, batch_tokens
     ):
@@ -267,119 +228,36 @@ class TestTrainingStep:
         assert found == pytest.approx(expected.item(), rel=1e-6)
         assert_near(found_gradients, gradients, 1e-6)
 
-    def test_takes_several_passes_where_the_pairs_do_not_fit_into_one(self, pairs):
-        counts = [len(PairCollator(tokens)(self.crossing(pairs))["micro_batches"]) for tokens in (1, 60, 10_000)]
-        assert counts[0] == 8 > counts[1] > counts[2] == 1
-
-    def test_computes_what_pairs_share_once(self, model, pairs, tmp_path, monkeypatch):
-        model = attach_lora(model, LORA, 0)
-        crossing = self.crossing(pairs)
-        trainer = trainer_of(model, crossing, tmp_path, w=0.3, beta=0.2)
-        trainer.current_gradient_accumulation_steps = 1
-        response_log_probs(model, PairCollator(1)(pairs[:1])["micro_batches"][0]["trees"])  # tries its method
-        lengths: list[int] = []
-        model.get_base_model().model.layers[0].register_forward_pre_hook(
-            lambda _layer, inputs: lengths.append(inputs[0].shape[1])
-        )
-        trainer.training_step(model, PairCollator(10_000)(crossing))
-        assert lengths == [tokens_of(crossing)] == [trainer.tokens_seen]
-        apart = sum(len(pair.chosen) + len(pair.rejected) for pair in crossing)
-        assert lengths[0] < 0.6 * apart
-
-    def test_with_activation_checkpointing_has_the_same_gradients(self, model, pairs, tmp_path):
-        model = randomize(attach_lora(model, LORA, 0).double())
-        expected = stepped(model, self.crossing(pairs), tmp_path, batch_tokens=60)
-        layer = model.get_base_model().model.layers[0].mlp
-        calls: list[int] = []
-        layer.register_forward_pre_hook(lambda *_: calls.append(1))
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        found = stepped(model, self.crossing(pairs), tmp_path, batch_tokens=60)
-        assert len(calls) == 2 * len(PairCollator(60)(self.crossing(pairs))["micro_batches"])  # recomputed
-        assert found[0] == expected[0]
-        assert_near(found[1], expected[1], 1e-12)
-
-    def test_of_equal_responses_is_log_2_without_a_gradient(self, model, pairs, tmp_path):
-        """A policy cannot tell apart what is the same."""
-        model = randomize(attach_lora(model, LORA, 0))
-        same = [
-            PreferencePair(p.chosen, Sequence(p.chosen.prompt_ids, p.chosen.response_ids.copy()), -3.0, -3.0)
-            for p in pairs[:3]
-        ]
-        loss, gradients = stepped(model, same, tmp_path)
-        assert loss == pytest.approx(math.log(2), abs=1e-12)
-        assert all(gradient.abs().max() == 0 for gradient in gradients.values())
-
-    def test_of_a_pair_alone_weighs_as_much_as_in_company(self, model, pairs, tmp_path):
-        model = randomize(attach_lora(model, LORA, 0).double())
-        alone = [stepped(model, [pair], tmp_path) for pair in pairs[:3]]
-        together = stepped(model, pairs[:3], tmp_path, batch_tokens=50)
-        assert together[0] == pytest.approx(sum(loss for loss, _ in alone) / 3, rel=1e-9)
-        means = {name: sum(gradients[name] for _, gradients in alone) / 3 for name in together[1]}
-        assert_near(together[1], means, 1e-6)
-
-    @pytest.mark.parametrize("checkpointing", [False, True])
-    @pytest.mark.parametrize("family", ["Falcon", "Bloom", "GptOss", "Lfm2"])
     @pytest.mark.filterwarnings("ignore")
-    def test_of_a_model_that_trees_do_not_fit_is_that_of_the_plain_way_too(
-        self, pairs, tmp_path, family, checkpointing
-    ):
-        names = {
+    @pytest.mark.parametrize("family", ["Falcon", "Lfm2"])
+    def test_of_a_model_that_trees_do_not_fit_is_that_of_the_plain_way_too(self, pairs, tmp_path, family):
+        config = {
             "Falcon": {"num_hidden_layers": 2, "num_attention_heads": 4},
-            "Bloom": {"n_layer": 2, "n_head": 4},
-            "GptOss": SMALL | {"num_local_experts": 4, "head_dim": 16, "sliding_window": 7},
             "Lfm2": SMALL | {"layer_types": ["conv", "full_attention"]},
-        }
-        config = names[family] | {"vocab_size": 300, "hidden_size": 32}
-        model = randomize(attach_lora(make_family(family, config), LORA, 0))
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        first = stepped(model, pairs[:3], tmp_path, batch_tokens=50)
+        }[family]
+        model = randomize(attach_lora(make_family(family, config | {"vocab_size": 300, "hidden_size": 32}), LORA, 0))
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        loss, gradients = stepped(model, pairs[:3], tmp_path, batch_tokens=50)
         model.zero_grad()
         expected = padded_loss(model, pairs[:3], w=0.3, beta=0.2)
         expected.backward()
-        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
-        for loss, found in (first, stepped(model, pairs[:3], tmp_path, batch_tokens=50)):
-            assert loss == pytest.approx(expected.item(), rel=1e-5)
-            largest = max(gradient.norm() for gradient in gradients.values())
-            for name, gradient in gradients.items():
-                assert (found[name] - gradient).norm() <= 1e-4 * max(gradient.norm(), 0.01 * largest), name
+        assert loss == pytest.approx(expected.item(), rel=1e-5)
+        plain = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        largest = max(gradient.norm() for gradient in plain.values())
+        for name, gradient in plain.items():
+            assert (gradients[name] - gradient).norm() <= 1e-4 * max(gradient.norm(), 0.01 * largest), name
 
 
-class TestLoss:
-    @pytest.mark.parametrize("w", [0.1, 0.5, 0.9, 1.0])
-    def test_is_the_formula_on_the_models_log_probabilities(self, model, pairs, tmp_path, w):
-        model = randomize(attach_lora(model, LORA, 0))
-        trainer = trainer_of(model, pairs, tmp_path, w=w, beta=0.3)
-        with torch.no_grad():
-            found = trainer.compute_loss(model, PairCollator(60)(pairs[:5])).item()
-            expected = padded_loss(model, pairs[:5], w=w, beta=0.3).item()
-        assert found == pytest.approx(expected, rel=1e-5)
-
-    def test_of_each_pair_is_fp64(self, model, pairs):
-        (micro_batch,) = PairCollator(10_000)(pairs[:5])["micro_batches"]
-        losses = pair_losses(attach_lora(model, LORA, 0), micro_batch, w=0.5, beta=0.3)
-        assert (losses.shape, losses.dtype) == ((5,), torch.float64)
-
-    def test_of_the_untrained_policy_without_margins_is_log_2(self, model, pairs, tmp_path):
-        bare = [replace(pair, margin_chosen=0.0, margin_rejected=0.0) for pair in pairs]
-        model = attach_lora(model, LORA, 0)
-        found = trainer_of(model, bare, tmp_path, w=0.1, beta=0.1).compute_loss(model, PairCollator(60)(bare))
-        assert found.item() == pytest.approx(math.log(2), abs=1e-5)
-
-    def test_on_held_out_pairs_is_the_mean_over_pairs_whatever_the_batches(self, model, pairs, tmp_path):
-        model = randomize(attach_lora(model, LORA, 0))
-
-        def evaluated(batch_size: int) -> tuple[float, float]:
-            trainer = trainer_of(model, pairs[:7], tmp_path, w=0.5, beta=0.3, batch_size=batch_size)
-            loss = trainer.evaluate()["eval_loss"]
-            return loss, trainer.state.log_history[-1]["eval_accuracy"]
-
-        with torch.no_grad():
-            expected = padded_loss(model, pairs[:7], w=0.5, beta=0.3).item()
-            correct = sum(padded_loss(model, [pair], w=0.5, beta=0.3).item() < math.log(2) for pair in pairs[:7])
-        # 7 pairs in batches of 4: the second batch is shorter.
-        for batch_size in (1, 4, 7, 64):
-            assert evaluated(batch_size) == pytest.approx((expected, correct / 7), rel=1e-5)
+def test_loss_on_held_out_pairs_is_the_mean_over_pairs_whatever_the_batches(model, pairs, tmp_path):
+    model = randomize(attach_lora(model, LORA, 0))
+    with torch.no_grad():
+        losses = [padded_loss(model, [pair], w=0.5, beta=0.3).item() for pair in pairs[:7]]
+    # 7 pairs in batches of 4: the second batch is shorter.
+    for batch_size in (1, 4, 64):
+        trainer = trainer_of(model, pairs[:7], tmp_path, w=0.5, beta=0.3, batch_size=batch_size)
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+        correct = sum(loss < math.log(2) for loss in losses)
+        assert trainer.state.log_history[-1]["eval_accuracy"] == pytest.approx(correct / 7)
 
 
 class TestAgainstTrl:
@@ -424,7 +302,7 @@ class TestAgainstTrl:
         model.zero_grad()
         return found
 
-    @pytest.mark.parametrize("w", [0.1, 0.3, 0.8, 1.0])
+    @pytest.mark.parametrize("w", [0.1, 1.0])
     def test_loss_and_lora_gradients_equal_stock_dpos(self, trl_trainer, tmp_path, w):
         model, rows = trl_trainer.model, list(trl_trainer.train_dataset)
         ours = [
@@ -467,47 +345,19 @@ class TestAgainstTrl:
 
 
 class TestTraining:
-    def test_moves_the_adapter_and_lowers_the_loss(self, tiny_model_path, pairs, tmp_path):
-        _, result = train(tiny_model_path, tmp_path, pairs, [], steps=20, evaluate_every=5, learning_rate=1e-2)
-        fresh = attach_lora(load_model(tiny_model_path, precision="fp32"), LORA, 0)
-        fresh.save_pretrained(tmp_path / "fresh" / "adapter")
-        assert furthest(weights(tmp_path), weights(tmp_path / "fresh")) > 1e-3
+    def test_lowers_the_loss_and_leaves_everything_but_the_adapter_alone(self, tiny_model_path, pairs, tmp_path):
+        model, result = train(tiny_model_path, tmp_path, pairs, [], steps=20, evaluate_every=5, learning_rate=1e-2)
         assert result.history[-1]["loss"] < 0.7 * result.history[0]["loss"]
         assert result.history[-1]["accuracy"] > result.history[0]["accuracy"]
-
-    def test_leaves_everything_but_the_adapter_alone(self, tiny_model_path, pairs, tmp_path):
-        model, _ = train(tiny_model_path, tmp_path, pairs, [])
-        untouched = load_model(tiny_model_path, precision="fp32").state_dict()
         trained = model.get_base_model().state_dict()
-        for name, weight in untouched.items():
-            found = trained.get(name, trained.get(name.replace(".weight", ".base_layer.weight")))
-            assert torch.equal(found, weight), name
-
-    def test_a_margin_draws_the_policy_to_what_has_more_of_it(self, tiny_model_path, pairs, tmp_path):
-        def drawn(sign: float) -> float:
-            """How much likelier than under the reference what the margin values has become, in nats a pair."""
-            one = [replace(p, margin_chosen=sign * 0.5, margin_rejected=0.0) for p in pairs]
-            # Each pair in both directions: the preference is undecided, and the margin alone draws.
-            other = [
-                PreferencePair(
-                    p.rejected, p.chosen, p.reference_rejected, p.reference_chosen, p.margin_rejected, p.margin_chosen
-                )
-                for p in one
-            ]
-            how = {"steps": 30, "batch_size": 8, "learning_rate": 1e-2, "evaluate_every": 30}
-            model, _ = train(tiny_model_path, tmp_path / str(sign), one + other, [], w=0.5, **how)
-            sequences = [p.chosen for p in pairs] + [p.rejected for p in pairs]
-            scored = score_sequences(model, sequences, adapters=("default", BASE))
-            ratios = [a - b for a, b in zip(scored["default"], scored[BASE], strict=True)]
-            return (sum(ratios[: len(pairs)]) - sum(ratios[len(pairs) :])) / len(pairs)
-
-        # The optimum is (1-w)/beta * sign * 0.5 = +-2.5.
-        assert drawn(+1) > 1 > -1 > drawn(-1)
+        for name, weight in load_model(tiny_model_path, precision="fp32").state_dict().items():
+            after = trained.get(name, trained.get(name.replace(".weight", ".base_layer.weight")))
+            assert torch.equal(after, weight), name
 
     def test_batch_size_and_accumulation_come_to_the_same(self, tiny_model_path, pairs, tmp_path):
         # 18 pairs: the last batch of a pass is a short one.
         results = {}
-        for batch_size, batch_tokens in ((8, 10_000), (8, 60), (4, 90), (2, 1), (1, 10_000)):
+        for batch_size, batch_tokens in ((8, 10_000), (4, 60), (1, 10_000)):
             name = f"{batch_size}, {batch_tokens}"
             _, results[name] = train(
                 tiny_model_path,
@@ -526,49 +376,28 @@ class TestTraining:
             for whole, parts in zip(results[first].history, results[other].history, strict=True):
                 assert whole == pytest.approx(parts, rel=1e-3)
 
-    def test_activation_checkpointing_changes_no_result(self, tiny_model_path, pairs, tmp_path):
+    def test_activation_checkpointing_is_switched_on_and_changes_no_result(self, tiny_model_path, pairs, tmp_path):
         for name, checkpointing in (("with", True), ("without", False)):
-            train(tiny_model_path, tmp_path / name, pairs, pairs[:3], gradient_checkpointing=checkpointing)
+            model, _ = train(tiny_model_path, tmp_path / name, pairs, [], gradient_checkpointing=checkpointing)
+            layers = model.get_base_model().model.layers
+            assert all(layer.gradient_checkpointing == checkpointing for layer in layers)
         assert furthest(weights(tmp_path / "with"), weights(tmp_path / "without")) < 1e-6
 
-    def test_activation_checkpointing_is_switched_on_where_asked_for(self, tiny_model_path, pairs, tmp_path):
-        model, _ = train(tiny_model_path, tmp_path, pairs, [], steps=1, gradient_checkpointing=True)
-        assert all(layer.gradient_checkpointing for layer in model.get_base_model().model.layers)
+    def test_history_and_progress_report_every_logged_step_and_the_last(self, tiny_model_path, pairs, tmp_path):
+        seen: dict[int, dict[str, float]] = {}
 
-    def test_seed_decides_data_order_and_dropout(self, tiny_model_path, pairs, tmp_path):
-        lora = Lora(r=4, alpha=8, dropout=0.2)
-        for name, seed in (("one", 1), ("again", 1), ("two", 2)):
-            set_seed(len(name))  # whatever came before in the process
-            train(tiny_model_path, tmp_path / name, pairs, [], lora=lora, seed=seed, steps=3)
-        assert furthest(weights(tmp_path / "one"), weights(tmp_path / "again")) == 0
-        assert furthest(weights(tmp_path / "one"), weights(tmp_path / "two")) > 1e-3
+        def progress(done: int, total: int, **numbers: float) -> None:
+            assert total == 13
+            seen[done] = numbers
 
-    def test_history_has_loss_gradient_norm_accuracy_and_held_out_loss(self, tiny_model_path, pairs, tmp_path):
-        _, result = train(tiny_model_path, tmp_path, pairs[:16], pairs[16:], steps=10, evaluate_every=4)
-        assert [row["step"] for row in result.history] == list(range(1, 11))
+        how = {"steps": 13, "evaluate_every": 12, "progress": progress}
+        _, result = train(tiny_model_path, tmp_path, pairs[:16], pairs[16:], **how)
+        # The last step is logged and evaluated, though it falls between two logs and two evaluations.
+        assert [row["step"] for row in result.history] == list(seen) == [3, 6, 9, 12, 13]
         assert all({"loss", "grad_norm", "accuracy", "learning_rate"} <= row.keys() for row in result.history)
         assert all(0 <= row["accuracy"] <= 1 and row["grad_norm"] > 0 for row in result.history)
-        # The last step is evaluated too, though it is no multiple of 4.
-        assert [row["step"] for row in result.history if "eval_loss" in row] == [4, 8, 10]
-        assert all("eval_accuracy" in row for row in result.history if "eval_loss" in row)
-
-    def test_the_last_step_is_logged_where_it_falls_between_two_logs(self, tiny_model_path, pairs, tmp_path):
-        _, result = train(tiny_model_path, tmp_path, pairs, [], steps=13, evaluate_every=12)
-        assert [row["step"] for row in result.history] == [3, 6, 9, 12, 13]
-        assert all("accuracy" in row for row in result.history)
-
-    def test_progress_reports_step_loss_accuracy_gradient_norm_and_tokens_per_second(
-        self, tiny_model_path, pairs, tmp_path
-    ):
-        seen: list[tuple[int, int, dict[str, float]]] = []
-        train(tiny_model_path, tmp_path, pairs, [], progress=lambda done, total, **n: seen.append((done, total, n)))
-        assert [(done, total) for done, total, _ in seen] == [(step, 6) for step in range(1, 7)]
-        assert all(n.keys() == {"loss", "accuracy", "grad_norm", "tokens_per_second"} for _, _, n in seen)
-
-    def test_a_single_step_trains(self, tiny_model_path, pairs, tmp_path):
-        _, result = train(tiny_model_path, tmp_path, pairs, pairs[:2], steps=1, evaluate_every=None)
-        assert result.history[0]["learning_rate"] > 0
-        assert weights(tmp_path)[next(name for name in weights(tmp_path) if "lora_B" in name)].abs().max() > 0
+        assert [row["step"] for row in result.history if {"eval_loss", "eval_accuracy"} <= row.keys()] == [12, 13]
+        assert all(n.keys() == {"loss", "accuracy", "grad_norm", "tokens_per_second"} for n in seen.values())
 
     def test_no_train_pair_is_an_error(self, tiny_model_path, pairs, tmp_path):
         with pytest.raises(HelpsteerError, match=r"training w=0.5: there is no train pair"):
@@ -597,42 +426,8 @@ class TestWhatIsKept:
         assert not any("eval_loss" in row for row in result.history)
         assert furthest(weights(tmp_path), checkpoint(tmp_path, 6)) == 0
 
-    def test_early_stopping_stops_after_so_many_evaluations_without_a_better_loss(
-        self, tiny_model_path, pairs, tmp_path
-    ):
-        _, result = train(
-            tiny_model_path,
-            tmp_path,
-            pairs,
-            self.opposite(pairs),
-            learning_rate=1e-2,
-            steps=40,
-            early_stopping=2,
-            w=1.0,
-        )
-        assert (result.steps, result.best_step) == (6, 2)
-
-    def test_early_stopping_lets_a_training_that_gets_better_go_on(self, tiny_model_path, pairs, tmp_path):
-        _, result = train(tiny_model_path, tmp_path, pairs, pairs, early_stopping=1)
-        assert result.steps == result.best_step == 6
-
-    def test_of_the_checkpoints_only_the_best_and_the_last_two_stay_on_disk(self, tiny_model_path, pairs, tmp_path):
-        train(tiny_model_path, tmp_path, pairs, self.opposite(pairs), learning_rate=1e-2, steps=8, w=1.0)
-        found = sorted(path.name for path in (tmp_path / "checkpoints").glob("checkpoint-*"))
-        assert found == ["checkpoint-2", "checkpoint-6", "checkpoint-8"]
-
 
 class TestNotFinite:
-    def test_a_nan_reference_stops_the_run_and_says_where_and_why(self, tiny_model_path, pairs, tmp_path):
-        broken = [*pairs[:16], replace(pairs[16], reference_chosen=math.nan)]
-        with pytest.raises(HelpsteerError) as raised:
-            train(tiny_model_path, tmp_path, broken, [], w=0.1, steps=10)
-        message = str(raised.value)
-        assert "training w=0.1: loss is nan by step" in message
-        assert "of 10" in message
-        assert "1/w = 10 multiplies the gradients" in message
-        assert "margin_beta" in message
-
     def test_a_wild_learning_rate_stops_the_run_and_leaves_earlier_checkpoints(self, tiny_model_path, pairs, tmp_path):
         with pytest.raises(HelpsteerError, match=r"training w=0.5: \w+ is (nan|inf) by step 2 of 10.*1e\+30"):
             # The warm-up begins at a learning rate of 0: step 1 does no harm.

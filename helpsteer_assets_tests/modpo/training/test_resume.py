@@ -1,11 +1,8 @@
 """A training that is killed at any moment ends in the bytes of one that is not (fp32, CPU, one thread)."""
 
-import os
 import pickle
 import random
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +20,6 @@ from helpsteer_assets.modpo.training import checkpoints
 from helpsteer_assets.modpo.training import loop as training
 from helpsteer_assets.modpo.training.checkpoints import (
     checkpoint_progress,
-    is_finished,
     mark_complete,
     newest_checkpoint,
     prune,
@@ -46,42 +42,32 @@ Train = Callable[..., TrainingResult]
 def train(request: pytest.FixtureRequest, tiny_model_path: Path, pairs: list[PreferencePair]) -> Train:
     """Train in a folder: checkpoints in folder/checkpoints, the adapter in folder/adapter."""
 
-    def run(folder: Path, *, selection: bool = True, progress: Any = silent, **how: Any) -> TrainingResult:
-        model = attach_lora(load_model(tiny_model_path, precision="fp32"), LORA, 0)
+    def run(
+        folder: Path, *, selection: bool = True, progress: Any = silent, lora: Lora = LORA, seed: int = 0, **how: Any
+    ) -> TrainingResult:
+        model = attach_lora(load_model(tiny_model_path, precision="fp32"), lora, 0)
         held_out = [replace(p, margin_chosen=0.0, margin_rejected=0.0) for p in pairs[16:]] if selection else []
         common: dict[str, Any] = {
-            "seed": 0,
+            "settings": Training(**HOW | how),
+            "seed": seed,
             "report_to": [],
             "checkpoints": folder / "checkpoints",
             "progress": progress,
         }
         if request.param == "preference":
-            result = train_preference(
-                model,
-                train_pairs=as_dataset(pairs[:16]),
-                selection_pairs=as_dataset(held_out),
-                w=0.3,
-                beta=0.1,
-                settings=Training(**HOW | how),
-                batch_tokens=60,
-                what="w=0.3",
-                **common,
-            )
+            data = {"train_pairs": as_dataset(pairs[:16]), "selection_pairs": as_dataset(held_out)}
+            result = train_preference(model, **data, w=0.3, beta=0.1, batch_tokens=60, what="w=0.3", **common)
         else:
             tokenizer = load_tokenizer(tiny_model_path)
-            sequences = make_sequences(tokenizer, 16)
-            result = train_sft(
-                model,
-                tokenizer,
-                train_sequences=sequences,
-                selection_sequences=[pair.chosen for pair in held_out],
-                settings=Training(**HOW | how),
-                **common,
-            )
+            sequences, selected = make_sequences(tokenizer, 16), [pair.chosen for pair in held_out]
+            result = train_sft(model, tokenizer, train_sequences=sequences, selection_sequences=selected, **common)
         model.save_pretrained(folder / "adapter")
         return result
 
     return run
+
+
+preference_only = pytest.mark.parametrize("train", ["preference"], indirect=True)
 
 
 def adapter(folder: Path) -> bytes:
@@ -140,12 +126,7 @@ class TestKilled:
         self.kill(train, tmp_path, progress=at_step(step))
         assert self.resumes_to_the_same(train, tmp_path, whole).resumed_from == resumes_from
 
-    def test_several_times(self, train, tmp_path, whole):
-        for step in (4, 5, 8):
-            disturb_random_state()
-            self.kill(train, tmp_path, progress=at_step(step))
-        assert self.resumes_to_the_same(train, tmp_path, whole).resumed_from == 6
-
+    @preference_only
     def test_while_a_checkpoint_is_written(self, train, tmp_path, whole):
         def save_half(trainer: transformers.Trainer, folder: str) -> None:
             Path(folder, "rng_state.pth").write_bytes(b"half")
@@ -163,17 +144,7 @@ class TestKilled:
         assert checkpoint_progress(tmp_path / "killed/checkpoints") == (3, 10)
         assert self.resumes_to_the_same(train, tmp_path, whole).resumed_from == 3
 
-    def test_when_a_checkpoint_is_written_but_not_marked_complete(self, train, tmp_path, whole):
-        def mark(folder: Path, step: int, steps: int, **rest: Any) -> None:
-            if step == 6:
-                die()
-            mark_complete(folder, step, steps, **rest)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(training, "mark_complete", mark)
-            self.kill(train, tmp_path)
-        assert self.resumes_to_the_same(train, tmp_path, whole).resumed_from == 3
-
+    @preference_only
     def test_while_an_old_checkpoint_is_deleted(self, train, tmp_path, whole):
         def delete_half(folder: Path) -> None:
             next(Path(folder).glob("*.safetensors")).unlink()
@@ -184,6 +155,7 @@ class TestKilled:
             self.kill(train, tmp_path)
         assert self.resumes_to_the_same(train, tmp_path, whole).resumed_from >= 6
 
+    @preference_only
     @pytest.mark.parametrize("selection", [True, False])
     def test_after_the_last_step(self, train, tmp_path, selection):
         whole = Whole(tmp_path / "whole", train(tmp_path / "whole", selection=selection))
@@ -193,22 +165,13 @@ class TestKilled:
         assert checkpoint_progress(tmp_path / "killed/checkpoints") == (10, 10)
         assert self.resumes_to_the_same(train, tmp_path, whole, selection=selection).resumed_from == 10
 
-    def test_and_moved_to_another_folder(self, train, tmp_path, whole):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(training, "set_peft_model_state_dict", lambda *_: die())
-            run_to_its_death(lambda: train(tmp_path / "elsewhere"))
-        shutil.move(tmp_path / "elsewhere", tmp_path / "killed")
-        self.resumes_to_the_same(train, tmp_path, whole)
-
-    @pytest.mark.parametrize(
-        "file", ["adapter_model.safetensors", "optimizer.pt", "trainer_state.json", "rng_state.pth"]
-    )
-    def test_goes_on_from_the_checkpoint_before_one_that_was_damaged_since(self, train, tmp_path, whole, file):
+    @preference_only
+    def test_goes_on_from_the_checkpoint_before_one_that_was_damaged_since(self, train, tmp_path, whole):
         self.kill(train, tmp_path, progress=at_step(8))
-        flip_a_bit(tmp_path / "killed/checkpoints/checkpoint-6" / file)
+        flip_a_bit(tmp_path / "killed/checkpoints/checkpoint-6/optimizer.pt")
         assert self.resumes_to_the_same(train, tmp_path, whole).resumed_from == 3
 
-    @pytest.mark.parametrize("train", ["preference"], indirect=True)
+    @preference_only
     @pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
     def test_code_in_a_checkpoint_that_vouches_for_itself_does_not_run(self, train, tmp_path, file):
         class Runs:
@@ -226,20 +189,7 @@ class TestKilled:
         torch.load(checkpoint / file, weights_only=False).close()
         assert (tmp_path / "ran").exists(), "it would have run"
 
-    @pytest.mark.parametrize("train", ["preference"], indirect=True)
-    def test_starts_anew_where_the_best_checkpoint_is_lost(self, train, tmp_path):
-        # At this learning rate the first evaluation is the best.
-        how = {"learning_rate": 0.5}
-        whole = Whole(tmp_path / "whole", train(tmp_path / "whole", **how))
-        assert whole.result.best_step == 3
-        self.kill(train, tmp_path, progress=at_step(10), **how)
-        assert {path.name for path in (tmp_path / "killed/checkpoints").iterdir()} == {
-            f"checkpoint-{step}" for step in (3, 6, 9)
-        }
-        flip_a_bit(tmp_path / "killed/checkpoints/checkpoint-3/adapter_model.safetensors")
-        assert self.resumes_to_the_same(train, tmp_path, whole, **how).resumed_from is None
-
-    @pytest.mark.parametrize("train", ["preference"], indirect=True)
+    @preference_only
     def test_in_a_training_that_stops_early(self, train, tmp_path):
         # A learning rate at which the held-out loss goes up and down.
         how = {"steps": 60, "evaluate_every": 2, "early_stopping": 3, "learning_rate": 0.1}
@@ -250,7 +200,7 @@ class TestKilled:
             self.kill(train, tmp_path, progress=at_step(step), **how)
             self.resumes_to_the_same(train, tmp_path, whole, **how)
 
-    @pytest.mark.parametrize("train", ["preference"], indirect=True)
+    @preference_only
     def test_after_it_stopped_early(self, train, tmp_path):
         how = {"steps": 60, "evaluate_every": 2, "early_stopping": 1, "learning_rate": 0.1}
         whole = Whole(tmp_path / "whole", train(tmp_path / "whole", **how))
@@ -260,95 +210,32 @@ class TestKilled:
         assert self.resumes_to_the_same(train, tmp_path, whole, **how).resumed_from == whole.result.steps < 60
 
 
-def test_dropout_and_data_order_matter_here(tiny_model_path: Path, pairs, tmp_path: Path):
+@preference_only
+def test_dropout_and_data_order_matter_here(train, tmp_path):
     """Were they without effect, the tests above could not see whether random state is restored."""
-    found = set()
-    for name, lora, order in (
-        ("as is", LORA, pairs[:16]),
-        ("no dropout", Lora(r=4, alpha=8), pairs[:16]),
-        ("other order", LORA, pairs[15::-1]),
-    ):
-        model = attach_lora(load_model(tiny_model_path, precision="fp32"), lora, 0)
-        train_preference(
-            model,
-            train_pairs=as_dataset(order),
-            selection_pairs=as_dataset([]),
-            w=0.3,
-            beta=0.1,
-            settings=Training(**HOW | {"steps": 3}),
-            batch_tokens=60,
-            what="w=0.3",
-            seed=0,
-            report_to=[],
-            checkpoints=tmp_path / name,
-        )
-        found.add((tmp_path / name / "checkpoint-3" / "adapter_model.safetensors").read_bytes())
-    assert len(found) == 3
-
-
-IN_A_NEW_INTERPRETER = """
-import pickle, sys
-from pathlib import Path
-import torch
-from helpsteer_assets.modpo.settings import Lora, Training
-from helpsteer_assets.modpo.models.loading import attach_lora, load_model
-from helpsteer_assets.modpo.training.preference import train_preference
-
-torch.set_num_threads(1)
-base, folder = Path(sys.argv[1]), Path(sys.argv[2])
-pairs, held_out, lora, how = pickle.loads((folder / "arguments").read_bytes())
-model = attach_lora(load_model(base, precision="fp32"), lora, 0)
-train_preference(model, train_pairs=pairs, selection_pairs=held_out, w=0.3, beta=0.1, settings=Training(**how),
-                 batch_tokens=60, what="w=0.3", seed=0, report_to=[], checkpoints=folder / "checkpoints")
-model.save_pretrained(folder / "adapter")
-"""
-
-
-@pytest.mark.parametrize("train", ["preference"], indirect=True)
-def test_a_new_interpreter_goes_on_from_a_killed_process(train, whole, tiny_model_path: Path, pairs, tmp_path: Path):
-    run_to_its_death(lambda: train(tmp_path, progress=at_step(5)))
-    assert checkpoint_progress(tmp_path / "checkpoints") == (3, 10)
-    held_out = [replace(p, margin_chosen=0.0, margin_rejected=0.0) for p in pairs[16:]]
-    (tmp_path / "arguments").write_bytes(pickle.dumps((as_dataset(pairs[:16]), as_dataset(held_out), LORA, HOW)))
-    subprocess.run(
-        [sys.executable, "-c", IN_A_NEW_INTERPRETER, str(tiny_model_path), str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        check=True,
-    )
-    assert adapter(tmp_path) == adapter(whole.folder)
+    plain = Lora(r=4, alpha=8)
+    for name, how in (("as is", {}), ("no dropout", {"lora": plain}), ("other order", {"lora": plain, "seed": 1})):
+        train(tmp_path / name, steps=3, **how)
+    assert len({adapter(folder) for folder in tmp_path.iterdir()}) == 3
 
 
 class TestCheckpoints:
-    def make(
-        self, folder: Path, step: int, *, complete: bool = True, best: int | None = None, finished: bool = False
-    ) -> Path:
+    def make(self, folder: Path, step: int, *, complete: bool = True, best: int | None = None) -> Path:
         checkpoint = folder / f"checkpoint-{step}"
         checkpoint.mkdir(parents=True)
         (checkpoint / "optimizer.pt").write_bytes(b"state")
         if complete:
-            mark_complete(checkpoint, step, 20, best=best, finished=finished)
+            mark_complete(checkpoint, step, 20, best=best)
         return checkpoint
 
-    def test_newest_is_the_one_with_most_steps_and_not_the_last_by_name(self, tmp_path):
+    def test_newest_is_the_one_with_most_steps_and_a_half_written_one_is_removed(self, tmp_path):
+        assert newest_checkpoint(tmp_path / "missing") is None is checkpoint_progress(tmp_path / "missing")
         for step in (9, 10, 2):
             self.make(tmp_path, step)
-        assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+        half = self.make(tmp_path, 12, complete=False)
         assert checkpoint_progress(tmp_path) == (10, 20)
-
-    def test_a_half_written_one_does_not_count_and_is_removed(self, tmp_path):
-        self.make(tmp_path, 2)
-        half = self.make(tmp_path, 4, complete=False)
-        assert checkpoint_progress(tmp_path) == (2, 20)
-        assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+        assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
         assert not half.exists()
-
-    def test_there_is_none_at_first(self, tmp_path):
-        assert newest_checkpoint(tmp_path / "missing") is None
-        assert checkpoint_progress(tmp_path / "missing") is None
-
-    def test_it_knows_whether_it_is_the_end_of_its_training(self, tmp_path):
-        assert not is_finished(self.make(tmp_path, 2))
-        assert is_finished(self.make(tmp_path, 4, finished=True))
 
     @pytest.mark.parametrize("how", ["truncated", "missing", "flipped", "complete.json flipped", "complete.json empty"])
     def test_a_damaged_one_is_thrown_away_with_a_warning_and_the_one_before_it_taken(self, tmp_path, how, caplog):
