@@ -25,7 +25,6 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Requests)
         self.repositories: dict[str, dict[str, Any]] = {}
         self.asked: list[str] = []
-        self.token = "hf_right"
 
     @property
     def endpoint(self) -> str:
@@ -57,7 +56,7 @@ class Requests(BaseHTTPRequestHandler):
     def handle_request(self, body: bytes) -> None:
         path = self.path.partition("?")[0]
         self.server.asked.append(f"{self.command} {path}")
-        if self.headers.get("Authorization") != f"Bearer {self.server.token}":
+        if self.headers.get("Authorization") != "Bearer hf_right":
             return self.answer({"error": "Invalid username or password."}, 401)
         if path == "/api/whoami-v2":
             return self.answer({"name": "me", "type": "user"})
@@ -130,7 +129,6 @@ def command(finished_home: Finished, tmp_path: Path) -> Callable[..., subprocess
         variables |= ({"HF_TOKEN": token} if token else {}) | environment
         code = "from helpsteer_assets.cli import main; main()"
         start = [sys.executable, "-c", code, "export"]
-        arguments = arguments or ("w=0.1",)
         return subprocess.run(
             [*start, *arguments, "--to", str(tmp_path / "out")], capture_output=True, text=True, env=variables
         )
