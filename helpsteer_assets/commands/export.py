@@ -135,20 +135,13 @@ def export_policy(
     force: bool = False,
     announce: Callable[[str], None] = print,
 ) -> Export:
-    """Write a policy to a folder that other software reads; the module's docstring has the layout.
+    """Write a policy (`w=0.4`, or `sft`) to a folder that other software reads; the module's docstring has the layout.
 
-    Args:
-        experiment: whose policy; its generation settings go with it.
-        home: where results are kept.
-        what: `w=0.4`, or `sft`.
-        to: the folder; it must not exist, or be empty. One that holds this very export already is left as it is.
-        merged: one whole model; else the adapter with the SFT model beside it.
-        force: replace an earlier export that lies in the folder.
-        announce: gets lines about the progress.
+    The folder must not exist, or be empty; `force` replaces an earlier export in it. One that holds this very export is
+    left as it is. `announce` gets lines about the progress.
 
-    Raises:
-        HelpsteerError: there is no such policy, it is not finished with the present settings or is damaged, or the
-            folder cannot be written to, holds something else, or has no room.
+    Raises HelpsteerError where there is no such policy, it is not finished with the present settings or is damaged, or
+    the folder cannot be written to, holds something else, or has no room.
     """
     w = chosen_policy(what, experiment)
     if w is None and not merged:
@@ -207,15 +200,9 @@ def export_policy(
 
 
 def take_report(experiment: Experiment, home: Home, to: Path | None = None) -> Path:
-    """The report of the trade-off: its file in the home, or a copy of it.
+    """The report of the trade-off: its file in the home, or a copy of it in the file `to`, which is replaced.
 
-    Args:
-        experiment: whose report.
-        home: where results are kept.
-        to: the file that it is copied to, replaced if it is there; None: it is not copied.
-
-    Raises:
-        HelpsteerError: it is not finished with the present settings, is damaged, or cannot be copied.
+    Raises HelpsteerError where it is not finished with the present settings, is damaged, or cannot be copied.
     """
     names = require_finished(experiment, home, [("tradeoff_report", ALL)])
     with held(home, names, f"copying the report of experiment {experiment.name}") as (artifact,):

@@ -67,16 +67,8 @@ def verify(
 ) -> Report:
     """Read every finished artifact of the home and all published tables, and report what is not as it was computed.
 
-    Args:
-        experiment: the origin of its artifacts is reported, and samples of them are recomputed.
-        home: where results are kept.
-        samples: rows per artifact of the experiment that are recomputed; 0: none.
-        seed: chooses the rows.
-        log: gets lines about the progress.
-        terminal: where a bar is drawn; None: nowhere.
-
-    Raises:
-        HelpsteerError: the home does not exist, or cannot be read.
+    `samples` rows of each artifact of the experiment, chosen by `seed`, are recomputed. `log` gets lines about the
+    progress; a bar is drawn on `terminal`. Raises HelpsteerError where the home does not exist, or cannot be read.
     """
     if not home.path.is_dir():
         raise HelpsteerError(f"{home} does not exist: nothing materialized yet; run `helpsteer run`")
@@ -169,15 +161,12 @@ def _verify_artifact(store: ArtifactStore, name: tuple[str, str, str], report: R
 
 
 def _note_lost_inputs(whole: Artifacts, report: Report) -> None:
-    orphans = [
-        label(artifact.asset, artifact.partition)
-        for artifact in whole.values()
-        if any(
-            (asset, partition, value) not in whole
-            for asset, partitions in artifact.manifest.get("inputs", {}).items()
-            for partition, value in partitions.items()
-        )
-    ]
+    orphans = []
+    for artifact in whole.values():
+        inputs = artifact.manifest.get("inputs", {})
+        names = {(asset, part, value) for asset, parts in inputs.items() for part, value in parts.items()}
+        if not names <= whole.keys():
+            orphans.append(label(artifact.asset, artifact.partition))
     if orphans:
         report.notes.append(
             f"{len(orphans)} whole artifacts were made from some that are gone or damaged: {_some(orphans)}"

@@ -119,19 +119,14 @@ def hub() -> Iterator[Hub]:
 def command(finished_home: Finished, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """`helpsteer export w=0.1` in a process of its own, for the hub's client reads its settings when it is imported."""
 
-    def run(endpoint: str, *arguments: str, token: str | None = "hf_right", **environment: str) -> Any:
+    def run(endpoint: str, *arguments: str, token: str = "hf_right", **environment: str) -> Any:
         variables = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HELPSTEER_"))}
         variables |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
-        variables |= {
-            "HELPSTEER_HOME": str(finished_home.home),
-            "HELPSTEER_EXPERIMENT": str(finished_home.file),
-        }
-        variables |= ({"HF_TOKEN": token} if token else {}) | environment
-        code = "from helpsteer_assets.cli import main; main()"
-        start = [sys.executable, "-c", code, "export"]
-        return subprocess.run(
-            [*start, *arguments, "--to", str(tmp_path / "out")], capture_output=True, text=True, env=variables
-        )
+        variables |= {"HELPSTEER_HOME": str(finished_home.home), "HELPSTEER_EXPERIMENT": str(finished_home.file)}
+        variables |= {"HF_TOKEN": token} | environment
+        program = [sys.executable, "-c", "from helpsteer_assets.cli import main; main()", "export"]
+        command = [*program, *arguments, "--to", str(tmp_path / "out")]
+        return subprocess.run(command, capture_output=True, text=True, env=variables)
 
     return run
 
@@ -175,7 +170,7 @@ def test_push_says_what_is_wrong_before_it_exports(command: Any, hub: Hub, tmp_p
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
         return done.stderr.splitlines()[-1]
 
-    assert "nobody is logged in to the hub; run `hf auth login`" in error(*push, token=None)
+    assert "nobody is logged in to the hub; run `hf auth login`" in error(*push, token="")
     assert "refuses me/mine" in (wrong := error(*push, token="hf_wrong")) and "HF_TOKEN" in wrong
     assert "unset HF_HUB_OFFLINE" in error(*push, HF_HUB_OFFLINE="1")
     assert "check the network" in error(*push, endpoint="http://127.0.0.1:9")
