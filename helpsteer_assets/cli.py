@@ -113,12 +113,12 @@ def status(as_json: bool) -> None:
     from helpsteer_assets.assets.status import status as find_status
 
     experiment = load_experiment()
-    found = find_status(experiment, _home())
+    states = find_status(experiment, _home())
     if as_json:
-        click.echo(json.dumps([vars(item) for item in found], indent=2))
+        click.echo(json.dumps([vars(item) for item in states], indent=2))
         return
     click.echo(f"experiment {experiment.name}, home {_home()}")
-    rows = [(label(s.asset, s.partition), s.state, s.detail, s.fingerprint[:8]) for s in found]
+    rows = [(label(s.asset, s.partition), s.state, s.detail, s.fingerprint[:8]) for s in states]
     _print_table(["asset", "state", "detail", "fingerprint"], rows)
 
 
@@ -275,10 +275,9 @@ def gc(delete: bool, keep: tuple[str, ...], older_than: int | None, as_json: boo
     survey = (delete_garbage if delete else find_garbage)(home, experiments, older_than)
     total = sum(item.bytes for item in survey.garbage)
     if as_json:
-        items = [{"path": str(item.path), "bytes": item.bytes, "reason": item.reason} for item in survey.garbage]
-        found: dict[str, Any] = {"home": str(home), "deleted": delete, "bytes": total, "items": items}
-        found |= {"kept": survey.kept, "kept_bytes": survey.kept_bytes, "notes": survey.notes}
-        click.echo(json.dumps(found, indent=2))
+        told = asdict(survey)
+        told = {"home": home, "deleted": delete, "bytes": total, "items": told.pop("garbage")} | told
+        click.echo(json.dumps(told, indent=2, default=str))
         return
     click.echo(f"home {home}")
     if survey.garbage:

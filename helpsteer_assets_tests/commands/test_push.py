@@ -39,21 +39,18 @@ class Requests(BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None:
         pass
 
-    def do_GET(self) -> None:
-        self.handle_request(b"")
+    def body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
 
     def do_POST(self) -> None:
-        if self.headers.get("Transfer-Encoding") == "chunked":
-            body = b""
-            while size := int(self.rfile.readline(), 16):
-                body += self.rfile.read(size)
-                self.rfile.readline()
-            self.rfile.readline()
-        else:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.handle_request(body)
-
-    def handle_request(self, body: bytes) -> None:
+        body = self.body()
         path = self.path.partition("?")[0]
         self.server.asked.append(f"{self.command} {path}")
         if self.headers.get("Authorization") != "Bearer hf_right":
@@ -94,6 +91,8 @@ class Requests(BaseHTTPRequestHandler):
         return self.answer(
             {"success": True, "commitOid": "1" * 40, "commitUrl": f"{self.server.endpoint}/{name}/commit/{'1' * 40}"}
         )
+
+    do_GET = do_POST
 
     def answer(self, content: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
         body = json.dumps(content).encode()
