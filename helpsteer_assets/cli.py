@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,6 @@ from helpsteer_assets.commands.console import (
 )
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment.reading import SHIPPED, load_experiment
-from helpsteer_assets.experiment.settings import Experiment
 
 if TYPE_CHECKING:
     from helpsteer_assets.store.home import Home
@@ -86,16 +86,17 @@ def check() -> None:
 def run(select: str | None, weights: str | None) -> None:
     """Materialize what is missing, and show the trade-off. Finished assets are reused, killed ones go on."""
     from helpsteer_assets.commands.console import Console
+    from helpsteer_assets.commands.export import grid_weight
     from helpsteer_assets.commands.run import run_experiment
 
     experiment = load_experiment()
-    chosen = None if weights is None else _chosen_weights(weights, experiment)
+    chosen = None if weights is None else [grid_weight(item, experiment) for item in weights.split(",")]
     console = Console()
     complete = run_experiment(
         experiment,
         _home(),
         select=select,
-        weights=chosen,
+        weights=chosen and list(dict.fromkeys(chosen)),
         announce=console.say,
         terminal=console.terminal,
     )
@@ -112,12 +113,12 @@ def status(as_json: bool) -> None:
     from helpsteer_assets.assets.status import status as find_status
 
     experiment = load_experiment()
-    found = find_status(experiment, _home())
+    states = find_status(experiment, _home())
     if as_json:
-        click.echo(json.dumps([vars(item) for item in found], indent=2))
+        click.echo(json.dumps([vars(item) for item in states], indent=2))
         return
     click.echo(f"experiment {experiment.name}, home {_home()}")
-    rows = [(label(s.asset, s.partition), s.state, s.detail, s.fingerprint[:8]) for s in found]
+    rows = [(label(s.asset, s.partition), s.state, s.detail, s.fingerprint[:8]) for s in states]
     _print_table(["asset", "state", "detail", "fingerprint"], rows)
 
 
@@ -224,7 +225,6 @@ def verify(deep: bool, samples: int, seed: int, as_json: bool) -> None:
     models by plain transformers and peft, one response at a time. The stored ones may differ by rounding only.
     """
     from helpsteer_assets.commands.console import Console
-    from helpsteer_assets.commands.verify import as_json as to_json
     from helpsteer_assets.commands.verify import lines
     from helpsteer_assets.commands.verify import verify as find_problems
 
@@ -238,7 +238,7 @@ def verify(deep: bool, samples: int, seed: int, as_json: bool) -> None:
         terminal=console.terminal,
     )
     if as_json:
-        click.echo(json.dumps(to_json(report), indent=2))
+        click.echo(json.dumps({"whole": not report.problems} | asdict(report), indent=2))
     else:
         click.echo(f"experiment {experiment.name}, home {_home()}")
         for line in lines(report):
@@ -275,10 +275,9 @@ def gc(delete: bool, keep: tuple[str, ...], older_than: int | None, as_json: boo
     survey = (delete_garbage if delete else find_garbage)(home, experiments, older_than)
     total = sum(item.bytes for item in survey.garbage)
     if as_json:
-        items = [{"path": str(item.path), "bytes": item.bytes, "reason": item.reason} for item in survey.garbage]
-        found: dict[str, Any] = {"home": str(home), "deleted": delete, "bytes": total, "items": items}
-        found |= {"kept": survey.kept, "kept_bytes": survey.kept_bytes, "notes": survey.notes}
-        click.echo(json.dumps(found, indent=2))
+        told = asdict(survey)
+        told = {"home": home, "deleted": delete, "bytes": total, "items": told.pop("garbage")} | told
+        click.echo(json.dumps(told, indent=2, default=str))
         return
     click.echo(f"home {home}")
     if survey.garbage:
@@ -330,24 +329,6 @@ def _require_free_port(host: str, port: int) -> None:
             raise HelpsteerError(
                 f"cannot listen on {host}:{port}: {error.strerror}; choose another by --port"
             ) from None
-
-
-def _chosen_weights(text: str, experiment: Experiment) -> list[str]:
-    from helpsteer_assets.experiment.settings import canonical_weight
-
-    chosen = []
-    for item in text.split(","):
-        try:
-            weight = canonical_weight(item)
-        except ValueError as error:
-            raise HelpsteerError(f"--weights: {error}") from None
-        if weight not in experiment.objective.weights:
-            raise HelpsteerError(
-                f"--weights: {weight} is not in the grid of experiment {experiment.name} "
-                f"({', '.join(experiment.objective.weights)}); add it to objective.weights"
-            )
-        chosen.append(weight)
-    return list(dict.fromkeys(chosen))
 
 
 def entry() -> None:

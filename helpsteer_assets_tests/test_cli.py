@@ -56,13 +56,6 @@ def test_a_mistake_is_one_message_and_exit_code_2(run: Run, tmp_path: Path) -> N
         assert "modpo.stepss: unknown key; did you mean `steps`?" in failed(run("-e", "mine.yaml", command))
 
 
-def test_the_process_prints_no_traceback_either() -> None:
-    command = [sys.executable, "-c", "from helpsteer_assets.cli import main; main()", "-e", "nope", "status"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: experiment ") and done.stderr.count("\n") == 1
-
-
 def test_experiment_and_home_come_from_options_then_variables_then_defaults(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,12 +78,6 @@ def test_a_home_that_cannot_be_read_says_so(run: Run, tmp_path: Path) -> None:
     assert "a file stands where a folder must be" in failed(run("--home", "file", "status"))
 
 
-def test_help_names_every_command(run: Run) -> None:
-    text = run("--help").output
-    commands = ("check", "run", "status", "query", "report", "export", "verify", "gc", "ui")
-    assert all(f"\n  {command} " in text for command in commands)
-
-
 # query
 
 
@@ -100,15 +87,6 @@ def query(run: Run, finished: Finished, sql: str, kind: str) -> str:
     return result.output
 
 
-def test_query_prints_a_table(run: Run, finished_home: Finished) -> None:
-    sql = "SELECT policy, w, mean, run_id IS NULL AS lost FROM score_summary WHERE measure = 'helpfulness' ORDER BY w"
-    lines = [line.split() for line in query(run, finished_home, sql, "table").splitlines() if line.strip()]
-    assert lines[0] == ["policy", "w", "mean", "lost"]
-    assert [line[:2] for line in lines[2:4]] == [["modpo", "0.1"], ["modpo", "0.9"]]
-    assert len(lines[4]) == 3 and lines[4][0] == "sft", "null is nothing"
-    assert "measure" in query(run, finished_home, "SELECT measure FROM score_summary WHERE false", "table")
-
-
 AWKWARD = (
     """SELECT 'a "quoted", one' AS text, NULL AS nothing, 'Zoë 日本 [bold] :smile:' AS more, 0.123456789 AS number"""
 )
@@ -116,7 +94,10 @@ AWKWARD = (
 
 def test_query_gives_awkward_values_as_they_are_in_every_format(run: Run, finished_home: Finished) -> None:
     more = "Zoë 日本 [bold] :smile:"  # neither markup nor emoji codes
-    assert more in query(run, finished_home, AWKWARD, "table")
+    shown = query(run, finished_home, AWKWARD, "table")
+    assert shown.split()[:4] == ["text", "nothing", "more", "number"]
+    assert more in shown and "None" not in shown, "null is nothing"
+    assert "measure" in query(run, finished_home, "SELECT measure FROM score_summary WHERE false", "table")
     (row,) = csv.DictReader(io.StringIO(query(run, finished_home, AWKWARD, "csv")))
     assert row == {"text": 'a "quoted", one', "nothing": "", "more": more, "number": "0.123456789"}
     shown = query(run, finished_home, AWKWARD, "json")
@@ -137,11 +118,9 @@ def test_query_gives_json_that_every_reader_takes(run: Run, finished_home: Finis
     assert query(run, finished_home, nothing, "csv") == "w,measure\n"
 
 
-@pytest.mark.parametrize(
-    ("sql", "message"), [("DELETE FROM scores", "the warehouse is read-only"), ("SELEC 1", "Parser Error")]
-)
-def test_a_query_that_is_refused_says_why(run: Run, finished_home: Finished, sql: str, message: str) -> None:
-    assert message in failed(run("--home", str(finished_home.home), "query", sql))
+def test_a_query_that_is_refused_says_why(run: Run, finished_home: Finished) -> None:
+    refused = run("--home", str(finished_home.home), "query", "DELETE FROM scores")
+    assert "the warehouse is read-only" in failed(refused)
 
 
 def test_a_query_before_anything_was_materialized_says_what_to_do(run: Run) -> None:
@@ -155,11 +134,9 @@ def test_a_query_before_anything_was_materialized_says_what_to_do(run: Run) -> N
     ("arguments", "message"),
     [
         (["--weights", "0.2"], "0.2 is not in the grid of experiment demo (0.1, 0.3, 0.5, 0.7, 0.9); add it to objec"),
-        (["--weights", "0.1,half"], "--weights: a weight is a number in (0, 1] of at most ten decimals, got 'half'"),
-        (["--weights", ""], "a weight is a number in (0, 1]"),
+        (["--weights", "0.1,half"], "a weight is a number in (0, 1] of at most ten decimals, got 'half'"),
         (["--select", "scores or +"], "--select 'scores or +' cannot be read"),
-        (["--select", "group:nope"], "--select 'group:nope' selects no asset"),
-        (["--select", "nonsense"], "Assets: evaluation_prompts, generations, helpsteer_ratings"),
+        (["--select", "group:nope"], "--select 'group:nope' selects no asset. Assets: evaluation_prompts, generations"),
     ],
 )
 def test_a_run_of_what_is_not_there_is_refused(run: Run, arguments: list[str], message: str) -> None:
@@ -178,21 +155,14 @@ def test_run_exits_by_what_came_of_it(
         assert "scores w=0.9" in said and "w=0.1" not in said
 
 
-@pytest.mark.parametrize(("problem", "code"), [(False, 0), (True, 2)])
-def test_check_exits_by_whether_there_are_problems(
-    run: Run, monkeypatch: pytest.MonkeyPatch, problem: bool, code: int
-) -> None:
-    import helpsteer_assets.commands.check
-
+def test_check_exits_with_2_on_problems(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def report(experiment: Any, home: Any) -> Any:
         yield f"{experiment.name} in {home.path.name}"
-        if problem:
-            raise HelpsteerError("1 problem")
+        raise HelpsteerError("1 problem")
 
-    monkeypatch.setattr(helpsteer_assets.commands.check, "report", report)
+    monkeypatch.setattr("helpsteer_assets.commands.check.report", report)
     result = run("--home", "h", "check")
-    assert (result.exit_code, result.stdout) == (code, "demo in h\n")
-    assert result.stderr == ("error: 1 problem\n" if problem else "")
+    assert (result.exit_code, result.stdout, result.stderr) == (2, "demo in h\n", "error: 1 problem\n")
 
 
 def test_ui_starts_dagster_on_the_experiments_own_state(
@@ -203,17 +173,7 @@ def test_ui_starts_dagster_on_the_experiments_own_state(
     result = run("--home", "h", "ui", "--port", "4000")
     assert result.output.startswith(f"experiment demo, home {tmp_path / 'h'}\nthe graph: http://127.0.0.1:4000/")
     assert started[0] == sys.executable
-    assert started[1][1:] == [
-        "-m",
-        "dagster",
-        "dev",
-        "-m",
-        "helpsteer_assets.definitions",
-        "-h",
-        "127.0.0.1",
-        "-p",
-        "4000",
-    ]
+    assert " ".join(started[1][1:]) == "-m dagster dev -m helpsteer_assets.definitions -h 127.0.0.1 -p 4000"
     home = tmp_path / "h" / "dagster" / "demo"
     assert (home / "dagster.yaml").is_file()
     assert os.environ["DAGSTER_HOME"] == str(home) and os.environ["HELPSTEER_HOME"] == str(tmp_path / "h")

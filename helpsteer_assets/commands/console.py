@@ -58,10 +58,7 @@ def garbage_rows(garbage: "list[Garbage]", home: "Home") -> list[tuple[str, str,
 def table_lines(names: Sequence[str], rows: Iterable[Sequence[str]], *, right_from: int | None = None) -> list[str]:
     """A table as lines of text: as wide as the terminal, or up to 200 characters where there is none.
 
-    Args:
-        names: the columns.
-        rows: their cells.
-        right_from: this column and all after it are aligned to the right; None: no column.
+    The column `right_from` and all after it are aligned to the right; None: no column.
     """
     from rich import box
     from rich.console import Console

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from helpsteer_assets.assets.sources import local_path
 from helpsteer_assets.execution.dagster_home import pool_limit
@@ -63,12 +63,8 @@ def disk_need(
 ) -> DiskNeed:
     """Estimate how many bytes a home needs at most while assets are made.
 
-    Args:
-        experiment: the experiment.
-        to_make: assets and partitions that are not finished.
-        made: folders of finished unpartitioned artifacts, by asset.
-        home: where results are kept.
-        model: the base model's size; None leaves out the parts that depend on it.
+    `to_make` are the assets and partitions that are not finished, `made` the folders of finished unpartitioned
+    artifacts by asset, `model` the base model's size; None leaves out the parts that depend on it.
     """
     assets = [asset for asset, _ in to_make]
     parts: dict[str, int] = {}
@@ -84,9 +80,8 @@ def disk_need(
             parts["SFT model"] = model.parameters * BYTES[experiment.model.precision]
         policies = assets.count("modpo_models")
         if adapters := policies + assets.count("margin_adapter"):
-            parts[f"{adapters} adapter{'' if adapters == 1 else 's'}"] = (
-                adapters * model.adapter_parameters * _ADAPTER_BYTES
-            )
+            name = "1 adapter" if adapters == 1 else f"{adapters} adapters"
+            parts[name] = adapters * model.adapter_parameters * _ADAPTER_BYTES
         if adapters or experiment.sft.enabled:
             at_once = max(1, min(pool_limit(), policies))
             checkpoints = at_once * _CHECKPOINTS * model.adapter_parameters * _CHECKPOINT_BYTES
@@ -106,10 +101,9 @@ def in_words(need: DiskNeed, home: Home) -> str:
     """`disk: about 310 MB will be written (data 3 MB, ...); 40 GB free in /data`."""
     where, free = free_space(home.path)
     parts = ", ".join(f"{what} {size_in_words(count)}" for what, count in need.parts.items())
-    listed = f" ({parts})" if parts else ""
+    needed = f"{size_in_words(need.bytes)} will be written" + (f" ({parts})" if parts else "")
     beside = f", beside {need.unknown}" if need.unknown else ""
-    needed = f"about {size_in_words(need.bytes)} will be written{listed}{beside}"
-    return f"disk: {needed}; {size_in_words(free)} free in {where}"
+    return f"disk: about {needed}{beside}; {size_in_words(free)} free in {where}"
 
 
 def shortage(need: DiskNeed, home: Home) -> str | None:
@@ -133,17 +127,12 @@ def _text_bytes(experiment: Experiment, ratings: Path | None) -> int | None:
     if is_hub_id(settings.source):
         from huggingface_hub import errors, snapshot_download
 
+        wanted: dict[str, Any] = {"repo_type": "dataset", "revision": settings.revision, "local_files_only": True}
         try:
-            source = Path(
-                snapshot_download(
-                    settings.source, repo_type="dataset", revision=settings.revision, local_files_only=True
-                )
-            )
+            return _uncompressed(Path(snapshot_download(settings.source, **wanted)))
         except errors.LocalEntryNotFoundError:
             return None
-    else:
-        source = local_path("data.source", settings.source)
-    return _uncompressed(source)
+    return _uncompressed(local_path("data.source", settings.source))
 
 
 def _uncompressed(path: Path) -> int:

@@ -63,12 +63,8 @@ def estimate(
 ) -> dict[str, Work]:
     """The work of each stage that computes with the model, in the order of a run. Early stopping is not foreseen.
 
-    Args:
-        experiment: the experiment.
-        weights_per_token: N.
-        preference, margin: the pairs; no margin pairs under a length penalty.
-        lengths: tokens of (prompt, response) of some responses, uncut, [responses, 2].
-        asked: tokens of each evaluation prompt, uncut.
+    `weights_per_token` is N; under a length penalty there are no `margin` pairs. `lengths` are the tokens of (prompt,
+    response) of some responses, uncut, [responses, 2]; `asked` those of each evaluation prompt, uncut.
     """
     n, model, generation = weights_per_token, experiment.model, experiment.generation
     prompts = np.minimum(lengths[:, 0], model.max_prompt_length)
@@ -124,11 +120,8 @@ def estimate(
 def measured_rates(home: Home, works: dict[str, Work], model_bytes: int, device: str) -> dict[str, float]:
     """FLOP/s by stage, of stages that this home has finished with a model of the same size; the newest of each counts.
 
-    Args:
-        home: where results are kept.
-        works: what the rows of each stage cost.
-        model_bytes: size of the model's weights, in its precision.
-        device: `cpu`, or the GPU's name.
+    `works` says what the rows of each stage cost; `model_bytes` is the size of the model's weights in its precision;
+    `device` is `cpu`, or the GPU's name.
     """
     rates: dict[str, float] = {}
     same_model = set()

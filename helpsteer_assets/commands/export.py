@@ -1,17 +1,13 @@
 """Exports a policy: a folder that transformers, PEFT, vLLM and the hub read without this package.
 
-As one model (a policy merged with the SFT model, or the SFT model itself):
-
     <folder>/config.json, model.safetensors               the model, in the experiment's precision
              tokenizer.json, chat_template.jinja, ...     its tokenizer
              generation_config.json                       the experiment's generation settings
              README.md                                    the model card
              provenance.json                              what it was made from, and the digest of every other file
 
-As an adapter, for those who serve several weights over one SFT model:
-
-    <folder>/adapter_config.json, adapter_model.safetensors     the LoRA; the rest as above
-             base_model/                                        the SFT model that it sits on, a whole model
+An adapter, for those who serve several weights over one SFT model, has `adapter_config.json` and
+`adapter_model.safetensors` in place of the model, and in `base_model/` the SFT model that it sits on.
 
 A folder is written under another name beside its place and then renamed, so that it is whole or not there. It holds no
 path and no name of the machine that it was made on. `exported_model` writes the model, `push` sends the folder.
@@ -29,7 +25,7 @@ from typing import Any
 
 from helpsteer_assets.assets.model_card import BASE_LICENCES, DATA_LICENCES, BaseModel, export_card
 from helpsteer_assets.assets.sources import local_path
-from helpsteer_assets.assets.status import Status, label, status
+from helpsteer_assets.assets.status import label, status, unfinished
 from helpsteer_assets.commands.exported_model import write_model
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment.settings import Experiment, canonical_weight, is_hub_id
@@ -60,30 +56,24 @@ class Export:
     """Whether it was there already."""
 
 
-def chosen_policy(what: str | float, experiment: Experiment) -> str | None:
-    """The weight that `w=0.4`, `0.4` or 0.4 means, as the grid spells it; None for `sft`.
+def grid_weight(what: str | float, experiment: Experiment) -> str:
+    """The weight that `w=0.4`, `0.40` or 0.4 means, as the experiment's grid spells it.
 
-    Raises HelpsteerError for what is neither, and for a weight that the experiment does not have.
+    Raises HelpsteerError for what is no weight, and for one that the experiment does not have.
     """
-    if what == "sft":
-        return None
-    there = ", ".join(["sft", *(f"w={weight}" for weight in experiment.objective.weights)])
+    grid = f"the grid of experiment {experiment.name} ({', '.join(experiment.objective.weights)})"
     try:
         weight = canonical_weight(what.removeprefix("w=") if isinstance(what, str) else what)
-    except ValueError:
-        hint = (
-            "; the margin adapter is a reward model, meaningful only beside its SFT model: `helpsteer status --json` "
-            "names its folder"
-            if what == "margin_adapter"
-            else ""
-        )
-        raise HelpsteerError(f"{what} is no policy of experiment {experiment.name}; there are {there}{hint}") from None
+    except ValueError as error:
+        raise HelpsteerError(f"{error}; choose of {grid}") from None
     if weight not in experiment.objective.weights:
-        raise HelpsteerError(
-            f"w={weight} is not in the grid of experiment {experiment.name} (there are {there}); add it to "
-            "objective.weights and run `helpsteer run`"
-        )
+        raise HelpsteerError(f"{weight} is not in {grid}; add it to objective.weights and run `helpsteer run`")
     return weight
+
+
+def chosen_policy(what: str | float, experiment: Experiment) -> str | None:
+    """The weight of a policy; None for `sft`, the SFT model. Raises HelpsteerError as `grid_weight` does."""
+    return None if what == "sft" else grid_weight(what, experiment)
 
 
 def policy_artifacts(w: str | None) -> list[tuple[str, str]]:
@@ -102,25 +92,18 @@ def require_finished(
     Raises HelpsteerError where a wanted one is missing, begun or out of date, with the command that makes it.
     """
     items = {(item.asset, item.partition): item for item in status(experiment, home)}
-    finished = {name: item.state in ("complete", "reusable") for name, item in items.items()}
-    for name in wanted:
-        if not finished[name]:
-            raise HelpsteerError(_not_finished(items[name], experiment, home))
-    taken = [*wanted, *(name for name in if_there if finished[name])]
+    lacking = unfinished(items.values())
+    for asset, partition in wanted:
+        if (asset, partition) in lacking:
+            item = items[asset, partition]
+            command = "helpsteer run" if partition == ALL else f"helpsteer run --weights {partition}"
+            raise HelpsteerError(
+                f"{label(asset, partition)} of experiment {experiment.name} is {item.state}"
+                f"{f' ({item.detail})' if item.detail else ''} in the home {home}; `{command}` makes it with the "
+                "present settings"
+            )
+    taken = [*wanted, *(name for name in if_there if name not in lacking)]
     return [(asset, partition, items[asset, partition].fingerprint) for asset, partition in taken]
-
-
-def _not_finished(item: Status, experiment: Experiment, home: Home) -> str:
-    command = "`helpsteer run`" if item.partition == ALL else f"`helpsteer run --weights {item.partition}`"
-    where = f"{label(item.asset, item.partition)} of experiment {experiment.name}"
-    if item.state == "partial":
-        return f"{where} is not finished ({item.detail}); {command} goes on with it"
-    if item.state == "out of date":
-        return (
-            f"{where} is out of date ({item.detail}); {command} makes it with the present settings. To take the "
-            "earlier one, set the experiment back to what it was"
-        )
-    return f"{where} is not there, in the home {home}; {command} makes it"
 
 
 @contextmanager
@@ -130,10 +113,9 @@ def held(home: Home, names: Sequence[ArtifactName], doing: str) -> Iterator[list
     Raises HelpsteerError where one is damaged. Works in a home that cannot be written to.
     """
     with home_in_use(home.path, doing):
-        store = home.store
         artifacts = []
         for asset, partition, fingerprint in names:
-            artifact = store.get(asset, partition, fingerprint)
+            artifact = home.store.get(asset, partition, fingerprint)
             if artifact is None:
                 raise HelpsteerError(
                     f"{label(asset, partition)} was damaged, and is set aside or being made again; `helpsteer run` "
@@ -153,20 +135,13 @@ def export_policy(
     force: bool = False,
     announce: Callable[[str], None] = print,
 ) -> Export:
-    """Write a policy to a folder that other software reads; the module's docstring has the layout.
+    """Write a policy (`w=0.4`, or `sft`) to a folder that other software reads; the module's docstring has the layout.
 
-    Args:
-        experiment: whose policy; its generation settings go with it.
-        home: where results are kept.
-        what: `w=0.4`, or `sft`.
-        to: the folder; it must not exist, or be empty. One that holds this very export already is left as it is.
-        merged: one whole model; else the adapter with the SFT model beside it.
-        force: replace an earlier export that lies in the folder.
-        announce: gets lines about the progress.
+    The folder must not exist, or be empty; `force` replaces an earlier export in it. One that holds this very export is
+    left as it is. `announce` gets lines about the progress.
 
-    Raises:
-        HelpsteerError: there is no such policy, it is not finished with the present settings or is damaged, or the
-            folder cannot be written to, holds something else, or has no room.
+    Raises HelpsteerError where there is no such policy, it is not finished with the present settings or is damaged, or
+    the folder cannot be written to, holds something else, or has no room.
     """
     w = chosen_policy(what, experiment)
     if w is None and not merged:
@@ -187,9 +162,11 @@ def export_policy(
     }
     title = f"{'SFT model' if w is None else f'w={w}'} of experiment {experiment.name}"
     title += "" if merged else ", as an adapter"
-    earlier = _earlier_export(target)
+    with _writing(target):
+        earlier = _earlier_export(target)
+        unchanged = earlier is not None and _listing(target) == earlier["files"]
     if earlier is not None:
-        if earlier["export"] == identity and not _changed_files(target, earlier):
+        if earlier["export"] == identity and unchanged:
             return Export(target, title, _sizes(target, earlier), reused=True)
         if not force:
             was = f"{earlier['export']['policy']} ({earlier['export']['form']})"
@@ -200,13 +177,14 @@ def export_policy(
         with _writing(target), _beside(target) as folder:
             announce(f"exporting {title}")
             prompt_template = write_model(experiment, by_asset, folder, merged, announce)
-            base = base_model(experiment)
+            base, summary = base_model(experiment), by_asset.get("score_summary")
+            scores = [] if summary is None else summary.table("score_summary.parquet").to_pylist()
             card = export_card(
                 experiment,
                 base,
                 w=w,
                 merged=merged,
-                scores=_scores(by_asset.get("score_summary"), w),
+                scores=[row for row in scores if row["w"] == w],
                 fingerprint=by_asset["sft_model" if w is None else "modpo_models"].fingerprint,
                 prompt_template=prompt_template,
                 transformers_version=identity["versions"]["transformers"],
@@ -222,15 +200,9 @@ def export_policy(
 
 
 def take_report(experiment: Experiment, home: Home, to: Path | None = None) -> Path:
-    """The report of the trade-off: its file in the home, or a copy of it.
+    """The report of the trade-off: its file in the home, or a copy of it in the file `to`, which is replaced.
 
-    Args:
-        experiment: whose report.
-        home: where results are kept.
-        to: the file that it is copied to, replaced if it is there; None: it is not copied.
-
-    Raises:
-        HelpsteerError: it is not finished with the present settings, is damaged, or cannot be copied.
+    Raises HelpsteerError where it is not finished with the present settings, is damaged, or cannot be copied.
     """
     names = require_finished(experiment, home, [("tradeoff_report", ALL)])
     with held(home, names, f"copying the report of experiment {experiment.name}") as (artifact,):
@@ -258,9 +230,8 @@ def _earlier_export(target: Path) -> dict[str, Any] | None:
 
     Raises HelpsteerError where something else lies there.
     """
-    with _writing(target):
-        if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-            return None
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return None
     if not target.is_dir():
         raise HelpsteerError(f"--to: {target} is a file; name a folder that is empty or not there")
     try:
@@ -270,8 +241,7 @@ def _earlier_export(target: Path) -> dict[str, Any] | None:
         is_export = False
     if not is_export:
         raise HelpsteerError(f"--to: {target} is not empty and holds no whole export; choose another folder")
-    others = [name for name in _names(target) if name not in earlier["files"] and name != PROVENANCE]
-    if others:
+    if others := sorted(set(_names(target)) - {PROVENANCE, *earlier["files"]}):
         raise HelpsteerError(
             f"--to: {target} holds an export and {len(others)} file(s) that are not part of it (the first: "
             f"{others[0]}); move them away, or choose another folder"
@@ -285,22 +255,14 @@ def _names(folder: Path) -> list[str]:
     return [path.as_posix() for path in paths if path.parts[:2] != _UPLOADER_FILES]
 
 
-def _changed_files(folder: Path, provenance: dict[str, Any]) -> bool:
-    try:
-        return _listing(folder) != provenance["files"]
-    except OSError:
-        return True
-
-
 def _listing(folder: Path) -> dict[str, dict[str, int | str]]:
     """Size and sha256 of every file but the provenance, which holds them."""
     return listing(folder, [name for name in _names(folder) if name != PROVENANCE])
 
 
 def _sizes(folder: Path, provenance: dict[str, Any]) -> dict[str, int]:
-    return {name: entry["bytes"] for name, entry in provenance["files"].items()} | {
-        PROVENANCE: (folder / PROVENANCE).stat().st_size
-    }
+    sizes = {name: entry["bytes"] for name, entry in provenance["files"].items()}
+    return sizes | {PROVENANCE: (folder / PROVENANCE).stat().st_size}
 
 
 @contextmanager
@@ -356,14 +318,8 @@ def _replace(target: Path, folder: Path, earlier: dict[str, Any] | None) -> None
 
 
 def _require_room(target: Path, artifacts: dict[str, Artifact]) -> None:
-    files = (
-        entry["bytes"]
-        for asset in ("sft_model", "modpo_models")
-        if asset in artifacts
-        for name, entry in artifacts[asset].manifest["files"].items()
-        if name.startswith(("model/", "adapter/"))
-    )
-    need = sum(files)
+    files = [file for artifact in artifacts.values() for file in artifact.manifest["files"].items()]
+    need = sum(entry["bytes"] for name, entry in files if name.startswith(("model/", "adapter/")))
     where, free = free_space(target)
     if need > free:
         raise HelpsteerError(
@@ -382,17 +338,11 @@ def base_model(experiment: Experiment) -> BaseModel:
     source = experiment.model.base
     if is_hub_id(source) or source in BASE_LICENCES:
         return BaseModel(source if is_hub_id(source) else None, BASE_LICENCES.get(source))
-    card: dict[str, Any] | None = None
+    card: dict[str, Any] = {}
     with suppress(Exception):  # a card that somebody wrote can make the YAML reader raise anything
-        card = metadata_load(local_path("model.base", source) / "README.md")
-    texts = {key: value for key, value in (card or {}).items() if isinstance(value, str)}
+        card = metadata_load(local_path("model.base", source) / "README.md") or {}
+    texts = {key: value for key, value in card.items() if isinstance(value, str)}
     return BaseModel(texts.get("base_model"), texts.get("license"))
-
-
-def _scores(summary: Artifact | None, w: str | None) -> list[dict[str, Any]]:
-    """A policy's rows of score_summary."""
-    rows = [] if summary is None else summary.table("score_summary.parquet").to_pylist()
-    return [row for row in rows if row["w"] == w]
 
 
 def _provenance(
@@ -402,24 +352,16 @@ def _provenance(
     content in the settings; its path stands nowhere."""
     data = experiment.data
     made_from: dict[str, dict[str, Any]] = {}
-    store = home.store
-
-    def describe(asset: str, partition: str, fingerprint: str) -> None:
-        name = label(asset, partition)
-        artifact = store.find(asset, partition, fingerprint)
+    waiting = [(a.asset, a.partition, a.fingerprint) for a in artifacts.values() if a.asset != "score_summary"]
+    for asset, partition, fingerprint in waiting:  # it grows by what each was made from
+        name, artifact = label(asset, partition), home.store.find(asset, partition, fingerprint)
         if artifact is None:
             made_from.setdefault(name, {"fingerprint": fingerprint, "note": "gone from the home"})
-            return
-        keys = ("version", "settings", "inputs", "seed", "versions", "git_revision", "created_at")
-        made_from[name] = {"fingerprint": fingerprint} | {key: artifact.manifest.get(key) for key in keys}
-        for above, partitions in artifact.manifest.get("inputs", {}).items():
-            for part, value in partitions.items():
-                if label(above, part) not in made_from:
-                    describe(above, part, value)
-
-    for artifact in artifacts.values():
-        if artifact.asset != "score_summary":
-            describe(artifact.asset, artifact.partition, artifact.fingerprint)
+        elif name not in made_from:
+            keys = ("version", "settings", "inputs", "seed", "versions", "git_revision", "created_at")
+            made_from[name] = {"fingerprint": fingerprint} | {key: artifact.manifest.get(key) for key in keys}
+            for above, partitions in artifact.manifest.get("inputs", {}).items():
+                waiting += [(above, part, value) for part, value in partitions.items()]
     return {
         "schema_version": _SCHEMA_VERSION,
         "made_by": _MAKER,

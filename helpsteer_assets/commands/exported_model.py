@@ -26,27 +26,18 @@ def write_model(
 ) -> str | None:
     """Write weights, tokenizer and generation settings to an empty folder.
 
-    Args:
-        experiment: whose settings go with it.
-        artifacts: by asset: `sft_model`, and a weight's `modpo_models`; without one the SFT model is written.
-        folder: the folder.
-        merged: merge the weight's adapter into the SFT model; else they are written side by side.
-        announce: gets lines about the progress.
-
-    Returns:
-        The template that prompts are put into; None: the written tokenizer's chat template.
+    `artifacts` has `sft_model` and, for a weight, `modpo_models`: its adapter is merged into the SFT model, or written
+    beside it. Returns the template that prompts are put into; None: the written tokenizer's chat template.
     """
     from helpsteer_assets.modpo.models.loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_model, load_tokenizer
 
     sft, policy = artifacts["sft_model"], artifacts.get("modpo_models")
-    settings = experiment.model
+    settings, trust = experiment.model, experiment.model.trust_remote_code
     whole_model = folder if policy is None or merged else folder / BASE_FOLDER
     size = size_in_words(sum(entry["bytes"] for entry in sft.manifest["files"].values()))
     if policy is not None and merged:
         announce(f"loading the SFT model ({size}) and merging the adapter into it")
-        model = load_model(
-            sft.path / "model", precision=settings.precision, trust_remote_code=settings.trust_remote_code
-        )
+        model = load_model(sft.path / "model", precision=settings.precision, trust_remote_code=trust)
         model = merge_exactly(model, policy.path / "adapter")
         announce("writing the merged model")
         model.save_pretrained(whole_model)
@@ -55,15 +46,12 @@ def write_model(
         shutil.copytree(sft.path / "model", whole_model, copy_function=shutil.copyfile, dirs_exist_ok=True)
     if policy is not None and not merged:
         shutil.copyfile(policy.path / "adapter" / ADAPTER_WEIGHTS, folder / ADAPTER_WEIGHTS)
+        shutil.copyfile(policy.path / "adapter" / ADAPTER_CONFIG, folder / ADAPTER_CONFIG)
         # A path and no id: loaded from elsewhere it fails, where an id could be somebody's model.
-        _change_json(
-            policy.path / "adapter" / ADAPTER_CONFIG,
-            folder / ADAPTER_CONFIG,
-            base_model_name_or_path=f"./{BASE_FOLDER}",
-        )
+        _change_json(folder / ADAPTER_CONFIG, base_model_name_or_path=f"./{BASE_FOLDER}")
     # Training had switched the cache of keys and values off.
-    _change_json(whole_model / "config.json", whole_model / "config.json", use_cache=True)
-    tokenizer = load_tokenizer(sft.path / "model", trust_remote_code=settings.trust_remote_code)
+    _change_json(whole_model / "config.json", use_cache=True)
+    tokenizer = load_tokenizer(sft.path / "model", trust_remote_code=trust)
     prompt_template = give_chat_template(tokenizer)
     for place in {folder, whole_model}:
         tokenizer.save_pretrained(place)
@@ -71,9 +59,9 @@ def write_model(
     return prompt_template
 
 
-def _change_json(source: Path, target: Path, **changes: Any) -> None:
-    content = json.loads(source.read_bytes()) | changes
-    target.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def _change_json(file: Path, **changes: Any) -> None:
+    content = json.loads(file.read_bytes()) | changes
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def merge_exactly(model: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":

@@ -65,54 +65,42 @@ class Survey:
 def find_garbage(home: Home, experiments: Sequence[Experiment], older_than: int | None = None) -> Survey:
     """List what nothing refers to. Changes nothing, and works in a home that cannot be written to.
 
-    Args:
-        home: where results are kept.
-        experiments: their present artifacts are kept.
-        older_than: days for which nobody wrote to an artifact or to unfinished work, before it counts; None: 0, and
-            `UNFINISHED_DAYS` for unfinished work.
+    The experiments' present artifacts are kept. `older_than` is the days for which nobody wrote to an artifact or to
+    unfinished work, before it counts; None: 0, and `UNFINISHED_DAYS` for unfinished work.
 
-    Raises:
-        HelpsteerError: a part of the home cannot be read, or was written by a newer version.
+    Raises HelpsteerError where a part of the home cannot be read, or was written by a newer version.
     """
-    return _survey(home, _named_by(experiments, home), older_than)
+    return _survey(home, *_named_by(experiments, home), older_than)
 
 
 def delete_garbage(home: Home, experiments: Sequence[Experiment], older_than: int | None = None) -> Survey:
     """Remove what `find_garbage` finds, and return it.
 
-    Raises:
-        HelpsteerError: as `find_garbage`; also if something runs in the home, or a file cannot be removed.
+    Raises HelpsteerError as `find_garbage` does; also if something runs in the home, or a file cannot be removed.
     """
     named = _named_by(experiments, home)
     if not home.path.is_dir():
-        return _survey(home, named, older_than)
+        return _survey(home, *named, older_than)
     with home_alone(home.path):
-        survey = _survey(home, named, older_than)
+        survey = _survey(home, *named, older_than)
         for item in survey.garbage:
             with readable_os_errors("remove", item.path):
                 _remove(item.path)
     return survey
 
 
-@dataclass(frozen=True)
-class _Named:
-    """What experiments name."""
-
-    artifacts: set[ArtifactName] = field(default_factory=set)
-    unreadable: dict[str, str] = field(default_factory=dict)
-    """Experiments whose fingerprints cannot be computed here, and why."""
-
-
-def _named_by(experiments: Iterable[Experiment], home: Home) -> _Named:
-    named = _Named()
+def _named_by(experiments: Iterable[Experiment], home: Home) -> tuple[set[ArtifactName], dict[str, str]]:
+    """The artifacts that experiments name; experiments whose fingerprints cannot be computed here, and why."""
+    artifacts: set[ArtifactName] = set()
+    unreadable: dict[str, str] = {}
     for experiment in experiments:
         try:
             present = fingerprints(experiment, home.digest_cache)
         except HelpsteerError as error:
-            named.unreadable[experiment.name] = str(error)
+            unreadable[experiment.name] = str(error)
         else:
-            named.artifacts.update((f.asset, f.partition, f.value) for f in present.values())
-    return named
+            artifacts.update((f.asset, f.partition, f.value) for f in present.values())
+    return artifacts, unreadable
 
 
 @dataclass(frozen=True)
@@ -145,9 +133,12 @@ def _read_folders(home: Home) -> _Folders:
     return folders
 
 
-def _survey(home: Home, named: _Named, older_than: int | None) -> Survey:
+def _survey(home: Home, named: set[ArtifactName], unreadable: dict[str, str], older_than: int | None) -> Survey:
     folders = _read_folders(home)
-    doubted = _doubted(home, named, folders)
+    # An experiment that cannot be read here and was never run in this home has nothing to keep.
+    known = {folder.name for folder in _subfolders(home / "warehouse" / "registry")}
+    known |= {str(manifest.get("experiment")) for manifest in folders.manifests.values()}
+    doubted = {name: reason for name, reason in sorted(unreadable.items()) if name in known}
     latest, notes = _latest(home, folders)
     notes += [
         f"experiment {name} cannot be read here, so what was made for it is kept, and all unfinished work: {reason}"
@@ -158,7 +149,7 @@ def _survey(home: Home, named: _Named, older_than: int | None) -> Survey:
         for name, manifest in folders.manifests.items()
         if doubted and manifest.get("experiment") in (None, *doubted)
     }
-    kept = _with_inputs(named.artifacts | latest | made_for_doubted, folders.manifests)
+    kept = _with_inputs(named | latest | made_for_doubted, folders.manifests)
     days, unfinished_days = (0, UNFINISHED_DAYS) if older_than is None else (older_than, older_than)
 
     garbage = [_garbage(folder, "its removal was interrupted") for folder in folders.deleted]
@@ -169,21 +160,18 @@ def _survey(home: Home, named: _Named, older_than: int | None) -> Survey:
             left = [folder / CHECKPOINTS, folder / SCRATCH]
             garbage += [_garbage(path, "left in a finished artifact") for path in left if path.is_dir()]
         elif _age(folder) >= days:
-            garbage.append(_garbage(folder, _origin(folders.manifests[name])))
-            del staying[name]
+            garbage.append(_garbage(staying.pop(name), _origin(folders.manifests[name])))
     begun = dict(folders.unfinished)
     young = 0
     for name, folder in folders.unfinished.items():
-        age = _age(folder)
-        if name in folders.finished and age >= days:
-            garbage.append(_garbage(folder, "left beside its finished artifact"))
-            del begun[name]
-        elif name in folders.finished or name in kept or doubted:
+        age, superseded = _age(folder), name in folders.finished
+        if superseded and age >= days:
+            garbage.append(_garbage(begun.pop(name), "left beside its finished artifact"))
+        elif superseded or name in kept or doubted:
             continue
         elif age >= unfinished_days:
             reason = f"unfinished, last written to {age:.0f} days ago; no experiment names it"
-            garbage.append(_garbage(folder, reason))
-            del begun[name]
+            garbage.append(_garbage(begun.pop(name), reason))
         else:
             young += 1
     if young:
@@ -191,13 +179,6 @@ def _survey(home: Home, named: _Named, older_than: int | None) -> Survey:
     garbage += _leftovers(home, {*staying, *begun})
     garbage.sort(key=lambda item: (-item.bytes, item.path))
     return Survey(garbage, len(staying), sum(map(_size, staying.values())), notes)
-
-
-def _doubted(home: Home, named: _Named, folders: _Folders) -> dict[str, str]:
-    """The experiments that cannot be read here and have been run in this home, and why they cannot be read."""
-    known = {folder.name for folder in _subfolders(home / "warehouse" / "registry")}
-    known |= {str(manifest.get("experiment")) for manifest in folders.manifests.values()}
-    return {name: reason for name, reason in sorted(named.unreadable.items()) if name in known}
 
 
 def _latest(home: Home, folders: _Folders) -> tuple[set[ArtifactName], list[str]]:

@@ -1,20 +1,20 @@
 """`verify --deep`: a random sample of stored results, recomputed by plain transformers and peft.
 
 An oracle must not share the code that it judges: here each response is a forward pass of its own, without batches,
-trees, fused layers or merged adapters. Shared are only the tokenization (modpo/models/tokenization.py), a reward
-model's class, and how repetition and emptiness are defined (modpo/comparison/text.py). Weights are not trained again:
-they are judged by the log-probabilities and tokens that they give.
+trees, fused layers or merged adapters. Shared are only the tokenization (modpo/models/tokenization.py), the margin's
+formula, a reward model's class, and how repetition and emptiness are defined (modpo/comparison/text.py). Weights are
+not trained again: they are judged by the log-probabilities and tokens that they give.
 """
 
 import random
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import numpy as np
 import pyarrow as pa
@@ -73,8 +73,7 @@ class Recomputed:
     """Why something was not compared."""
 
 
-@dataclass(frozen=True)
-class _Near:
+class _Near(NamedTuple):
     """A recomputed number, and by how much the stored one may differ."""
 
     value: float
@@ -117,7 +116,10 @@ def _compare(oracle: "_Oracle", fingerprint: Fingerprint, whole: Artifacts, samp
     if lost:
         return Recomputed(subject, 0, None, [], f"not possible: {', '.join(sorted(lost))} is missing or damaged")
     table = whole[asset, partition, fingerprint.value].table(file)
-    differences, largest = _not_finite(table), None
+    differences, largest = [], None
+    for field in table.schema:
+        if pa.types.is_floating(field.type) and (count := pc.sum(pc.invert(pc.is_finite(table[field.name]))).as_py()):
+            differences.append(f"{count} values of {field.name} are not finite")
     if asset != "score_summary" and samples < len(table):
         table = table.take(random.Random(seed).sample(range(len(table)), samples))
     rows = table.to_pylist()
@@ -130,18 +132,24 @@ def _compare(oracle: "_Oracle", fingerprint: Fingerprint, whole: Artifacts, samp
             differences.append(f"{where} cannot be recomputed: {type(error).__name__}: {error}")
             break
         for column, value in expected.items():
-            near = value if isinstance(value, _Near) else _Near(value, 0.0)
-            difference = _difference(row.get(column), near.value)
+            stored, near = row.get(column), value if isinstance(value, _Near) else _Near(value, 0.0)
+            numbers = isinstance(stored, float) and isinstance(near.value, float)
+            difference = abs(stored - near.value) if numbers else 0.0 if stored == near.value else float("inf")
             if near.nats:
                 largest = max(largest or 0.0, difference)
             if not difference <= near.allowed:
                 rounding = f" (up to {near.allowed:.2g} may be rounding)" if near.allowed else ""
-                stored, wanted = _shown(row.get(column)), _shown(near.value)
-                differences.append(f"{column} of {where} is {stored}, and {wanted} when recomputed{rounding}")
+                recomputed = f"{_shown(near.value)} when recomputed{rounding}"
+                differences.append(f"{column} of {where} is {_shown(stored)}, and {recomputed}")
     if len(differences) > _SHOWN:
         differences = [*differences[:_SHOWN], f"{len(differences) - _SHOWN} more values differ"]
     note = "" if oracle.exact or _generations not in computations else "not its tokens: in bf16 rounding decides"
     return Recomputed(subject, len(rows), largest, differences, note)
+
+
+def _shown(value: Any) -> str:
+    text = f"{value:.6g}" if isinstance(value, float) else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 class _Oracle:
@@ -203,18 +211,18 @@ class _Oracle:
             read = torch.tensor([prompt + response], device=self.device)
             return model(input_ids=read).logits[0, len(prompt) - 1 : -1].float()
 
-    def log_prob(self, adapter: Artifact | None, prompt: list[int], response: list[int]) -> _Near:
-        """log p(response | prompt) in nats."""
-        base, per_token = NATS[self.experiment.model.precision]
-        log_probs = self.logits(adapter, prompt, response).double().log_softmax(-1)[range(len(response)), response]
-        return _Near(log_probs.sum().item(), base + per_token * len(response), nats=True)
-
     def log_ratio(self, adapter: Artifact | None, prompt: list[int], response: list[int]) -> _Near | None:
         """log p_adapter(response | prompt) - log p_sft(response | prompt) in nats."""
         if adapter is None:
             return None
         own, sft = self.log_prob(adapter, prompt, response), self.log_prob(None, prompt, response)
-        return _Near(own.value - sft.value, own.allowed, nats=True)
+        return own._replace(value=own.value - sft.value)
+
+    def log_prob(self, adapter: Artifact | None, prompt: list[int], response: list[int]) -> _Near:
+        """log p(response | prompt) in nats."""
+        base, per_token = NATS[self.experiment.model.precision]
+        log_probs = self.logits(adapter, prompt, response).double().log_softmax(-1)[range(len(response)), response]
+        return _Near(log_probs.sum().item(), base + per_token * len(response), nats=True)
 
     def possible(self, prompt: list[int], response: list[int], logits: "torch.Tensor") -> list[int]:
         """The response, with the most likely token in place of each that its settings could not have chosen."""
@@ -260,13 +268,13 @@ class _Oracle:
 
 
 def _reference_log_probs(oracle: _Oracle, inputs: Inputs, row: Row) -> Row:
-    prompt, response, cut = oracle.encode(*_text(inputs, row["response_id"]))
+    prompt, response, cut = oracle.encode(*_text(inputs, row))
     log_prob = oracle.log_prob(None, prompt, response)
     return {"log_prob": log_prob, "response_tokens": len(response), "truncated": cut}
 
 
 def _margin_rewards(oracle: _Oracle, inputs: Inputs, row: Row) -> Row:
-    prompt, response = _text(inputs, row["response_id"])
+    prompt, response = _text(inputs, row)
     ratio = oracle.log_ratio(inputs.get("margin_adapter"), *oracle.encode(prompt, response)[:2])
     tokens = oracle.tokenizer.encode(response, add_special_tokens=False)
     return {"log_ratio": ratio, "response_tokens": len(tokens) + 1}  # uncut, with its end-of-text token
@@ -293,11 +301,8 @@ def _generations(oracle: _Oracle, inputs: Inputs, row: Row) -> Row:
 
 
 def _kl_to_sft(oracle: _Oracle, inputs: Inputs, row: Row) -> Row:
-    ids, _ = oracle.encode_prompt(_prompt(inputs, row))
-    return {
-        "log_ratio": oracle.log_ratio(inputs["modpo_models"], ids, row["token_ids"]),
-        **oracle.decode(row["token_ids"]),
-    }
+    tokens, (ids, _) = row["token_ids"], oracle.encode_prompt(_prompt(inputs, row))
+    return {"log_ratio": oracle.log_ratio(inputs["modpo_models"], ids, tokens), **oracle.decode(tokens)}
 
 
 def _scores(oracle: _Oracle, inputs: Inputs, row: Row) -> Row:
@@ -385,29 +390,11 @@ def _answer(inputs: Inputs, row: Row) -> Row:
     return _find(generations, "generations.parquet", "prompt_id", row["prompt_id"])
 
 
-def _text(inputs: Inputs, response_id: str) -> tuple[str, str]:
+def _text(inputs: Inputs, row: Row) -> tuple[str, str]:
     """Prompt and response of the data, from the pairs."""
+    wanted = row["response_id"]
     for asset, side in product({"preference_pairs", "margin_pairs"} & inputs.keys(), ("chosen", "rejected")):
-        with suppress(HelpsteerError):
-            pair = _find(inputs[asset], "pairs.parquet", f"{side}_id", response_id)
+        pairs = inputs[asset].file("pairs.parquet")
+        for pair in pq.read_table(pairs, filters=[(f"{side}_id", "==", wanted)]).to_pylist():
             return pair["prompt"], pair[side]
-    raise HelpsteerError(f"no pair has a response_id {response_id}")
-
-
-def _not_finite(table: pa.Table) -> list[str]:
-    """Columns of a whole table with values that no result may have."""
-    floating = [field.name for field in table.schema if pa.types.is_floating(field.type)]
-    counts = {name: pc.sum(pc.invert(pc.is_finite(table[name]))).as_py() for name in floating}
-    return [f"{count} values of {name} are not finite" for name, count in counts.items() if count]
-
-
-def _difference(stored: Any, again: Any) -> float:
-    """The distance of two numbers; for anything else 0 where they are equal, and infinite where not."""
-    if isinstance(stored, float) and isinstance(again, float):
-        return abs(stored - again)
-    return 0.0 if stored == again else float("inf")
-
-
-def _shown(value: Any) -> str:
-    text = f"{value:.6g}" if isinstance(value, float) else repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    raise HelpsteerError(f"no pair has a response_id {wanted}")

@@ -10,9 +10,8 @@ from helpsteer_assets.errors import HelpsteerError
 def check_repository(repo: str, *, public: bool) -> None:
     """Ask the hub whether an export may be sent to a repository, before any work is done. Changes nothing there.
 
-    Raises:
-        HelpsteerError: nobody is logged in, the hub cannot be reached or refuses, or the repository is there and holds
-            something else than an export, or is public where a private one is meant.
+    Raises HelpsteerError where nobody is logged in, the hub cannot be reached or refuses, or the repository is there
+    and holds something else than an export, or is public where a private one is meant.
     """
     from huggingface_hub import HfApi, errors
 
@@ -36,10 +35,7 @@ def push(export: Export, repo: str, *, public: bool) -> str:
     """Send an exported folder to a model repository of the hub, made (private unless `public`) where it is not there.
 
     All that is in the repository is replaced: call `check_repository` first. Returns the repository's URL. Honours
-    HF_TOKEN, HF_HOME and HF_ENDPOINT.
-
-    Raises:
-        HelpsteerError: nobody is logged in, or the hub cannot be reached or refuses.
+    HF_TOKEN, HF_HOME and HF_ENDPOINT. Raises HelpsteerError as `check_repository` does.
     """
     from huggingface_hub import HfApi
 

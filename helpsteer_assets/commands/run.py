@@ -6,7 +6,7 @@ import textwrap
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import TextIO
 
 import dagster as dg
 import pyarrow.parquet as pq
@@ -48,17 +48,12 @@ def run_experiment(
 ) -> bool:
     """Materialize assets phase by phase: before the weights, each weight, after the weights. True if all went well.
 
+    `select` names assets in Dagster's selection syntax. `weights` restricts the grid; the summary needs all of it, so
+    it follows only when all weights are there. `announce` gets what a person at a terminal wants to read; bars are
+    drawn on `terminal`.
+
     Raises HelpsteerError, before anything is computed, for a mistake in the arguments, a source or model that is not
     there or cannot be used, and a disk that has no room.
-
-    Args:
-        experiment: what to run.
-        home: where results are kept.
-        select: assets in Dagster's selection syntax; None: all.
-        weights: weights to run; None: the whole grid. The summary needs the whole grid, so it follows only when all
-            weights are there.
-        announce: gets what a person at a terminal wants to read.
-        terminal: where progress bars are drawn; None: nowhere.
     """
     if on_ray():
         raise HelpsteerError(
@@ -73,8 +68,14 @@ def run_experiment(
             announce(message)
 
     def leave(what: str) -> None:
+        """Say where an interrupted run stands, and leave records and tables as they are after any other run."""
         interrupted.set()
-        _leave(what, lab, instance, tags, announce)
+        announce(f"{what}; what is finished is kept, and the same command goes on from here:")
+        for item in status(experiment, home):
+            if item.state == "partial":
+                announce(f"to resume:  {label(item.asset, item.partition)} ({item.detail})")
+        home.warehouse.publish()
+        cancel_runs(instance, tags)
 
     lab = Lab(experiment, home, say, terminal, publish_reused=False)
     defs = dg.Definitions(
@@ -83,73 +84,12 @@ def run_experiment(
         jobs=build_jobs(experiment),
         resources={"lab": lab},
     )
-    job = defs.resolve_implicit_global_asset_job_def()
     selected = _selected(defs, select)
     announce(f"experiment {experiment.name}, home {home}")
     with readable_os_errors("make", home.path):
         home.path.mkdir(parents=True, exist_ok=True)  # What is learnt of a source is remembered in it.
     _announce_plan(experiment, home, selected, weights, announce)
     failed: list[str] = []
-    try:
-        with (
-            _kept_streams(),
-            readable_library_errors(home.path),
-            readable_database_errors(dagster_home(home, experiment.name) / "dagster.yaml"),
-            dg.DagsterInstance.from_config(str(make_dagster_home(home, experiment.name))) as instance,
-            alive(home) as tags,
-            ends_on_signal(leave),
-            recovering(instance, home, tags, say),
-        ):
-            complete = _materialize_phases(experiment, home, job, instance, tags, selected, weights, say, failed)
-    finally:
-        lab.models.release()
-        lab.home.warehouse.publish()
-    if complete and selected >= {"score_summary", "tradeoff", "tradeoff_report"}:
-        _announce_results(lab, announce)
-    if complete is None:
-        _announce_failure(_chosen(experiment, status(experiment, home), selected, weights), failed, announce)
-    return complete is not None
-
-
-@contextmanager
-def _kept_streams() -> Iterator[None]:
-    """Dagster sends both streams of a step into files of the home, and leaves them there where the disk is full."""
-    kept = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
-    try:
-        yield
-    finally:
-        for descriptor, copy in kept.items():
-            os.dup2(copy, descriptor)
-            os.close(copy)
-
-
-def _leave(
-    what: str, lab: Lab, instance: dg.DagsterInstance, tags: dict[str, str], announce: Callable[[str], None]
-) -> None:
-    """Say where an interrupted run stands, and leave records and tables as they are after any other run."""
-    announce(f"{what}; what is finished is kept, and the same command goes on from here:")
-    for item in status(lab.experiment, lab.home):
-        if item.state == "partial":
-            announce(f"to resume:  {label(item.asset, item.partition)} ({item.detail})")
-    lab.home.warehouse.publish()
-    cancel_runs(instance, tags)
-
-
-def _materialize_phases(
-    experiment: Experiment,
-    home: Home,
-    job: dg.JobDefinition,
-    instance: dg.DagsterInstance,
-    tags: dict[str, str],
-    selected: set[str],
-    weights: list[str] | None,
-    announce: Callable[[str], None],
-    failed: list[str],
-) -> bool | None:
-    """True if the whole graph was materialized, False if weights are missing for the summary, None after a failure.
-
-    `failed` gets the names of what failed.
-    """
 
     def materialize(phase: str, weight: str | None = None) -> bool:
         wanted = [dg.AssetKey(name) for name in phases(experiment)[phase] if name in selected]
@@ -164,38 +104,74 @@ def _materialize_phases(
             tags=tags,
         )
         for event in result.all_events:
-            _announce_event(event, announce)
+            _announce_event(event, say)
             if event.is_step_failure:
                 failed.append(label(str(event.step_key), weight or ALL))
         return result.success
 
-    if not materialize("prepare"):
-        return None
-    # Every weight gets its chance: one that fails says nothing about the next.
-    if not all([materialize("tradeoff_grid", weight) for weight in weights or experiment.objective.weights]):
-        return None
-    missing = [weight for asset, weight in unfinished(status(experiment, home)) if asset == "scores"]
-    if missing and "score_summary" in selected:
-        announce(f"the summary follows when all weights are there; missing: {', '.join(missing)}")
-        return False
-    return True if materialize("evaluate") else None
+    job = defs.resolve_implicit_global_asset_job_def()
+    missing: list[str] = []
+    try:
+        with (
+            _kept_streams(),
+            readable_library_errors(home.path),
+            readable_database_errors(dagster_home(home, experiment.name) / "dagster.yaml"),
+            dg.DagsterInstance.from_config(str(make_dagster_home(home, experiment.name))) as instance,
+            alive(home) as tags,
+            ends_on_signal(leave),
+            recovering(instance, home, tags, say),
+        ):
+            well = materialize("prepare")
+            # Every weight gets its chance: one that fails says nothing about the next.
+            well = well and all([materialize("tradeoff_grid", w) for w in weights or experiment.objective.weights])
+            if well:
+                missing = [w for asset, w in unfinished(status(experiment, home)) if asset == "scores"]
+            if missing and "score_summary" in selected:
+                say(f"the summary follows when all weights are there; missing: {', '.join(missing)}")
+            elif well:
+                well = materialize("evaluate")
+    finally:
+        lab.models.release()
+        home.warehouse.publish()
+    if not well:
+        chosen = _chosen(experiment, status(experiment, home), selected, weights)
+        announce(
+            _folded(
+                f"failed: {', '.join(failed)}. {len(chosen) - len(unfinished(chosen))} of {len(chosen)} assets and "
+                "weights are finished and kept. When the cause is mended, run the same command again: it reuses them, "
+                "and a training goes on from its last checkpoint."
+            )
+        )
+    elif not missing and selected >= {"score_summary", "tradeoff", "tradeoff_report"}:
+        _announce_results(lab, announce)
+    return well
+
+
+@contextmanager
+def _kept_streams() -> Iterator[None]:
+    """Dagster sends both streams of a step into files of the home, and leaves them there where the disk is full."""
+    kept = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
+    try:
+        yield
+    finally:
+        for descriptor, copy in kept.items():
+            os.dup2(copy, descriptor)
+            os.close(copy)
 
 
 def _selected(defs: dg.Definitions, select: str | None) -> set[str]:
     graph = defs.resolve_asset_graph()
+    everything = {key.to_user_string() for key in graph.get_all_asset_keys()}
     if select is None:
-        return {key.to_user_string() for key in graph.get_all_asset_keys()}
+        return everything
+    known = ", ".join(sorted(everything))
     try:
-        keys = dg.AssetSelection.from_string(select).resolve(graph)
+        chosen = {key.to_user_string() for key in dg.AssetSelection.from_string(select).resolve(graph)}
     except Exception as error:
-        raise HelpsteerError(f"--select {select!r} cannot be read: {error}\nAssets: {_known(graph)}") from error
-    if not keys:
-        raise HelpsteerError(f"--select {select!r} selects no asset. Assets: {_known(graph)}")
-    return {key.to_user_string() for key in keys}
-
-
-def _known(graph: Any) -> str:
-    return ", ".join(sorted(key.to_user_string() for key in graph.get_all_asset_keys()))
+        raise HelpsteerError(f"--select {select!r} cannot be read: {error}\nAssets: {known}") from error
+    if not chosen:
+        raise HelpsteerError(f"--select {select!r} selects no asset. Assets: {known}")
+    return chosen
 
 
 def _chosen(experiment: Experiment, found: list[Status], selected: set[str], weights: list[str] | None) -> list[Status]:
@@ -225,11 +201,10 @@ def _announce_plan(
         from helpsteer_assets.modpo.models.loading import check_lengths, model_size
 
         folder = made["sft_model"] / "model" if "sft_model" in made else described_model(experiment, "model")
-        size = model_size(folder, experiment.lora.plain(Lora), trust_remote_code=experiment.model.trust_remote_code)
+        settings, trust = experiment.model, experiment.model.trust_remote_code
+        size = model_size(folder, experiment.lora.plain(Lora), trust_remote_code=trust)
         for key, needed in needed_lengths(experiment).items():
-            check_lengths(
-                folder, needed, key, base=experiment.model.base, trust_remote_code=experiment.model.trust_remote_code
-            )
+            check_lengths(folder, needed, key, base=settings.base, trust_remote_code=trust)
     need = disk_need(experiment, to_make, made, home, size)
     announce(_folded(in_words(need, home)))
     if problem := shortage(need, home):
@@ -272,17 +247,6 @@ def _folded(line: str) -> str:
     """A line that is too long for a terminal, on several."""
     return "\n".join(
         textwrap.wrap(line, _WIDTH, subsequent_indent=" " * 12, break_long_words=False, break_on_hyphens=False)
-    )
-
-
-def _announce_failure(chosen: list[Status], failed: list[str], announce: Callable[[str], None]) -> None:
-    finished = len(chosen) - len(unfinished(chosen))
-    announce(
-        _folded(
-            f"failed: {', '.join(failed)}. {finished} of {len(chosen)} assets and weights are finished and kept. When "
-            "the cause is mended, run the same command again: it reuses them, and a training goes on from its last "
-            "checkpoint."
-        )
     )
 
 

@@ -7,7 +7,7 @@ recomputed (oracle.py).
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from helpsteer_assets.assets.graph import fingerprint_value, fingerprints
 from helpsteer_assets.assets.status import label
@@ -67,56 +67,36 @@ def verify(
 ) -> Report:
     """Read every finished artifact of the home and all published tables, and report what is not as it was computed.
 
-    Args:
-        experiment: the origin of its artifacts is reported, and samples of them are recomputed.
-        home: where results are kept.
-        samples: rows per artifact of the experiment that are recomputed; 0: none.
-        seed: chooses the rows.
-        log: gets lines about the progress.
-        terminal: where a bar is drawn; None: nowhere.
-
-    Raises:
-        HelpsteerError: the home does not exist, or cannot be read.
+    `samples` rows of each artifact of the experiment, chosen by `seed`, are recomputed. `log` gets lines about the
+    progress; a bar is drawn on `terminal`. Raises HelpsteerError where the home does not exist, or cannot be read.
     """
     if not home.path.is_dir():
         raise HelpsteerError(f"{home} does not exist: nothing materialized yet; run `helpsteer run`")
-    with home_in_use(home.path, "verify"):
-        return _verify(experiment, home, samples, seed, log, terminal)
-
-
-def _verify(
-    experiment: Experiment,
-    home: Home,
-    samples: int,
-    seed: int,
-    log: Callable[[str], None],
-    terminal: TextIO | None,
-) -> Report:
-    store, warehouse = home.store, home.warehouse
     report = Report()
-    try:
-        present = fingerprints(experiment, home.digest_cache)
-    except HelpsteerError as error:
-        present = {}
-        report.notes.append(f"the artifacts of experiment {experiment.name} cannot be told from others: {error}")
-    whole = _verify_artifacts(store, report, log, terminal)
-    _note_lost_inputs(whole, report)
-    _verify_registry(warehouse, whole, report)
-    report.problems += [
-        Problem("warehouse", "published tables", what, f"{_RUN} publishes them anew, from the artifacts")
-        for what in warehouse.disagreements()
-    ]
-    ours = [whole[name] for f in present.values() if (name := (f.asset, f.partition, f.value)) in whole]
-    if present:
-        report.notes.append(f"experiment {experiment.name}: {len(ours)} of {len(present)} assets and weights are there")
-    if samples and present:
-        from helpsteer_assets.commands.oracle import recompute
+    with home_in_use(home.path, "verify"):
+        try:
+            present = fingerprints(experiment, home.digest_cache)
+        except HelpsteerError as error:
+            present = {}
+            report.notes.append(f"the artifacts of experiment {experiment.name} cannot be told from others: {error}")
+        whole = _verify_artifacts(home.store, report, log, terminal)
+        _note_lost_inputs(whole, report)
+        _verify_registry(home.warehouse, whole, report)
+        remedy = f"{_RUN} publishes them anew, from the artifacts"
+        for what in home.warehouse.disagreements():
+            report.problems.append(Problem("warehouse", "published tables", what, remedy))
+        ours = [whole[name] for f in present.values() if (name := (f.asset, f.partition, f.value)) in whole]
+        if present:
+            there = f"{len(ours)} of {len(present)} assets and weights are there"
+            report.notes.append(f"experiment {experiment.name}: {there}")
+        if samples and present:
+            from helpsteer_assets.commands.oracle import recompute
 
-        remedy = f"its files are as they were written: move its folder away, and {_RUN} computes it again"
-        for done in recompute(experiment, present, whole, samples, seed, log, terminal):
-            report.recomputed.append(done)
-            report.problems += [Problem("result", done.subject, what, remedy) for what in done.differences]
-    _note_origin(ours, report)
+            remedy = f"its files are as they were written: move its folder away, and {_RUN} computes it again"
+            for done in recompute(experiment, present, whole, samples, seed, log, terminal):
+                report.recomputed.append(done)
+                report.problems += [Problem("result", done.subject, what, remedy) for what in done.differences]
+        _note_origin(ours, report)
     return report
 
 
@@ -181,15 +161,12 @@ def _verify_artifact(store: ArtifactStore, name: tuple[str, str, str], report: R
 
 
 def _note_lost_inputs(whole: Artifacts, report: Report) -> None:
-    orphans = [
-        label(artifact.asset, artifact.partition)
-        for artifact in whole.values()
-        if any(
-            (asset, partition, value) not in whole
-            for asset, partitions in artifact.manifest.get("inputs", {}).items()
-            for partition, value in partitions.items()
-        )
-    ]
+    orphans = []
+    for artifact in whole.values():
+        inputs = artifact.manifest.get("inputs", {})
+        names = {(asset, part, value) for asset, parts in inputs.items() for part, value in parts.items()}
+        if not names <= whole.keys():
+            orphans.append(label(artifact.asset, artifact.partition))
     if orphans:
         report.notes.append(
             f"{len(orphans)} whole artifacts were made from some that are gone or damaged: {_some(orphans)}"
@@ -260,12 +237,3 @@ def lines(report: Report) -> Iterator[str]:
         yield f"NOT WHOLE: {checked}: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     else:
         yield f"whole: {checked}" + (", and the rows that were recomputed" if report.recomputed else "")
-
-
-def as_json(report: Report) -> dict[str, Any]:
-    """The report as JSON."""
-    nested = {
-        "problems": [vars(problem) for problem in report.problems],
-        "recomputed": [vars(done) for done in report.recomputed],
-    }
-    return {"whole": not report.problems} | vars(report) | nested

@@ -75,8 +75,8 @@ def test_mistakes_are_said_in_words(here: Finished, tmp_path: Path) -> None:
         (lambda: hs.load_table("score"), r"there is no table 'score'; there are .*scores"),
         (lambda: hs.load_table("scores", home=nowhere), "nothing materialized yet; run `helpsteer run`"),
         (lambda: hs.load_table("scores", experiment="dmo"), "did you mean `demo`"),
-        (lambda: hs.load_policy(0.4), r"w=0.4 is not in the grid of experiment quick \(there are sft, w=0.1"),
-        (lambda: hs.load_policy("0.1", home=nowhere), r"sft_model of experiment quick is not there.*`helpsteer run`"),
+        (lambda: hs.load_policy(0.4), "0.4 is not in the grid of experiment quick"),
+        (lambda: hs.load_policy("0.1", home=nowhere), r"sft_model of experiment quick is missing .*`helpsteer run`"),
         (lambda: hs.load_policy("sft").generate("How do I fold a shirt?"), "a list of prompts"),
     ):
         with pytest.raises(HelpsteerError, match=message):

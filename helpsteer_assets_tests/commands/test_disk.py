@@ -9,13 +9,10 @@ from typing import Any
 
 import pytest
 
-from helpsteer_assets.assets.sources import described_model
-from helpsteer_assets.assets.status import Status, finished_folders, status, unfinished
+from helpsteer_assets.assets.status import status, unfinished
 from helpsteer_assets.commands.disk import disk_need, in_words, needs_model, shortage
 from helpsteer_assets.embedded.generator import build_rows
-from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment.settings import Experiment
-from helpsteer_assets.files.durable import size_in_words
 from helpsteer_assets.modpo.models.loading import ModelSize
 from helpsteer_assets.store.artifacts import ALL
 from helpsteer_assets.store.home import Home
@@ -30,22 +27,6 @@ ANSWERS = 300 * 512 * 6
 def parts(found: Experiment, to_make: list[tuple[str, str]] | None, home: Path, **options: Any) -> dict[str, int]:
     everything = unfinished(status(found, Home(home))) if to_make is None else to_make
     return disk_need(found, everything, options.get("made", {}), Home(home), options.get("model", MODEL)).parts
-
-
-def test_only_unfinished_assets_count() -> None:
-    found = [
-        Status(asset, partition, state, "", "f", path)
-        for asset, partition, state, path in (
-            ("sft_model", ALL, "complete", "/a"),
-            ("margin_adapter", ALL, "reusable", "/b"),
-            ("modpo_models", "0.1", "complete", "/c"),
-            ("modpo_models", "0.5", "partial", "/d"),
-            ("modpo_models", "0.9", "out of date", None),
-            ("scores", "0.1", "missing", None),
-        )
-    ]
-    assert unfinished(found) == [("modpo_models", "0.5"), ("modpo_models", "0.9"), ("scores", "0.1")]
-    assert finished_folders(found) == {"sft_model": Path("/a"), "margin_adapter": Path("/b")}
 
 
 def test_a_new_home_needs_all_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,14 +57,11 @@ def test_the_parts_follow_the_settings_and_what_is_left_to_make(tmp_path: Path) 
     assert "2 adapters" in parts(experiment(**LENGTH_PENALTY), None, tmp_path)
 
 
-def test_the_model_is_asked_for_only_where_weights_are_written(tmp_path: Path) -> None:
-    for asset in ("sft_model", "margin_adapter", "modpo_models"):
-        assert needs_model([("scores", "0.1"), (asset, "0.1")])
+def test_without_weights_no_model_is_asked_for_and_the_warehouse_is_written_again_if_anything_is_made(
+    tmp_path: Path,
+) -> None:
+    assert needs_model([("scores", "0.1"), ("modpo_models", "0.1")])
     assert not needs_model([("scores", "0.1"), ("preference_pairs", ALL)])
-    assert parts(experiment(), [("score_summary", ALL)], tmp_path, model=None) == {}
-
-
-def test_the_warehouse_is_written_again_if_anything_is_made(tmp_path: Path) -> None:
     (tmp_path / "warehouse").mkdir()
     (tmp_path / "warehouse" / "helpsteer.duckdb").write_bytes(bytes(700))
     assert parts(experiment(), [], tmp_path) == {}
@@ -131,16 +109,3 @@ def test_a_shortage_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     message = shortage(need, Home(home))
     assert message is not None and message.startswith(f"about 4.6 kB will be written and {tmp_path} has 4.6 kB free; ")
     assert "HELPSTEER_HOME" in message
-
-
-@pytest.mark.parametrize(
-    ("count", "words"), [(0, "0 bytes"), (999, "999 bytes"), (1500, "1.5 kB"), (310e6, "310 MB"), (4e10, "40 GB")]
-)
-def test_sizes_are_for_people(count: float, words: str) -> None:
-    assert size_in_words(int(count)) == words
-
-
-def test_a_local_model_that_is_not_there_is_named(tmp_path: Path) -> None:
-    found = experiment(model={"base": str(tmp_path / "nothing"), "precision": "fp32"})
-    with pytest.raises(HelpsteerError, match=r"model.base: .*nothing does not exist"):
-        described_model(found, "model")

@@ -25,7 +25,6 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Requests)
         self.repositories: dict[str, dict[str, Any]] = {}
         self.asked: list[str] = []
-        self.token = "hf_right"
 
     @property
     def endpoint(self) -> str:
@@ -40,24 +39,21 @@ class Requests(BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None:
         pass
 
-    def do_GET(self) -> None:
-        self.handle_request(b"")
+    def body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
 
     def do_POST(self) -> None:
-        if self.headers.get("Transfer-Encoding") == "chunked":
-            body = b""
-            while size := int(self.rfile.readline(), 16):
-                body += self.rfile.read(size)
-                self.rfile.readline()
-            self.rfile.readline()
-        else:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.handle_request(body)
-
-    def handle_request(self, body: bytes) -> None:
+        body = self.body()
         path = self.path.partition("?")[0]
         self.server.asked.append(f"{self.command} {path}")
-        if self.headers.get("Authorization") != f"Bearer {self.server.token}":
+        if self.headers.get("Authorization") != "Bearer hf_right":
             return self.answer({"error": "Invalid username or password."}, 401)
         if path == "/api/whoami-v2":
             return self.answer({"name": "me", "type": "user"})
@@ -96,6 +92,8 @@ class Requests(BaseHTTPRequestHandler):
             {"success": True, "commitOid": "1" * 40, "commitUrl": f"{self.server.endpoint}/{name}/commit/{'1' * 40}"}
         )
 
+    do_GET = do_POST
+
     def answer(self, content: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
         body = json.dumps(content).encode()
         self.send_response(status)
@@ -120,20 +118,14 @@ def hub() -> Iterator[Hub]:
 def command(finished_home: Finished, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """`helpsteer export w=0.1` in a process of its own, for the hub's client reads its settings when it is imported."""
 
-    def run(endpoint: str, *arguments: str, token: str | None = "hf_right", **environment: str) -> Any:
+    def run(endpoint: str, *arguments: str, token: str = "hf_right", **environment: str) -> Any:
         variables = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HELPSTEER_"))}
         variables |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
-        variables |= {
-            "HELPSTEER_HOME": str(finished_home.home),
-            "HELPSTEER_EXPERIMENT": str(finished_home.file),
-        }
-        variables |= ({"HF_TOKEN": token} if token else {}) | environment
-        code = "from helpsteer_assets.cli import main; main()"
-        start = [sys.executable, "-c", code, "export"]
-        arguments = arguments or ("w=0.1",)
-        return subprocess.run(
-            [*start, *arguments, "--to", str(tmp_path / "out")], capture_output=True, text=True, env=variables
-        )
+        variables |= {"HELPSTEER_HOME": str(finished_home.home), "HELPSTEER_EXPERIMENT": str(finished_home.file)}
+        variables |= {"HF_TOKEN": token} | environment
+        program = [sys.executable, "-c", "from helpsteer_assets.cli import main; main()", "export"]
+        command = [*program, *arguments, "--to", str(tmp_path / "out")]
+        return subprocess.run(command, capture_output=True, text=True, env=variables)
 
     return run
 
@@ -177,7 +169,7 @@ def test_push_says_what_is_wrong_before_it_exports(command: Any, hub: Hub, tmp_p
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
         return done.stderr.splitlines()[-1]
 
-    assert "nobody is logged in to the hub; run `hf auth login`" in error(*push, token=None)
+    assert "nobody is logged in to the hub; run `hf auth login`" in error(*push, token="")
     assert "refuses me/mine" in (wrong := error(*push, token="hf_wrong")) and "HF_TOKEN" in wrong
     assert "unset HF_HUB_OFFLINE" in error(*push, HF_HUB_OFFLINE="1")
     assert "check the network" in error(*push, endpoint="http://127.0.0.1:9")
