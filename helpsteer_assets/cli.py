@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -27,10 +27,8 @@ from helpsteer_assets.commands.console import (
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment.reading import SHIPPED, load_experiment
 from helpsteer_assets.experiment.settings import Experiment
+from helpsteer_assets.files.os_errors import readable_errors
 from helpsteer_assets.store.home import Home
-
-if TYPE_CHECKING:
-    pass
 
 
 def _readable_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -39,7 +37,8 @@ def _readable_errors(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
-            command(*args, **kwargs)
+            with readable_errors(Home.from_environment().path):
+                command(*args, **kwargs)
         except HelpsteerError as error:
             click.echo(f"error: {error}", err=True)
             sys.exit(2)

@@ -34,7 +34,6 @@ from typing import TYPE_CHECKING, Any
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.files.digests import file_sha256, is_intact, listing, sealed
 from helpsteer_assets.files.durable import checked_name, sync, write_atomically
-from helpsteer_assets.files.os_errors import readable_library_errors, readable_os_errors
 from helpsteer_assets.store.locks import HeldLock, exclusive_lock, lock_if_free
 
 if TYPE_CHECKING:
@@ -172,8 +171,7 @@ class ArtifactStore:
             partial = self.partial(asset, partition, fingerprint)
             resumed = self._prepare(partial)
             started = time.monotonic()
-            with readable_library_errors(partial):
-                metrics = compute(partial)
+            metrics = compute(partial)
             _require_finite(metrics, label)
             complete = {
                 **manifest,
@@ -191,26 +189,24 @@ class ArtifactStore:
                 "platform": platform.platform(),
                 "environment": environment(),
             }
-            with readable_os_errors("write", partial):
-                complete["files"] = listing(partial, _results(partial))
-                lock.check()
-                text = json.dumps(sealed(complete), indent=2, allow_nan=False) + "\n"
-                write_atomically(partial / MANIFEST, text)
+            complete["files"] = listing(partial, _results(partial))
+            lock.check()
+            text = json.dumps(sealed(complete), indent=2, allow_nan=False) + "\n"
+            write_atomically(partial / MANIFEST, text)
             return self._finish(asset, partition, fingerprint, json.loads(text), lock), False
 
     def _prepare(self, partial: Path) -> bool:
         """Readies the partial folder for an attempt; True if it holds checkpoints of an earlier one."""
-        with readable_os_errors("write", partial):
-            checkpoints = partial / CHECKPOINTS
-            for place in (partial, checkpoints):
-                if place.is_symlink():
-                    place.unlink()  # what it leads to is somebody else's
-            partial.mkdir(parents=True, exist_ok=True)
-            for path in partial.iterdir():
-                # An artifact holds only what the attempt that finished it wrote.
-                if path.name != CHECKPOINTS:
-                    _remove(path)
-            return checkpoints.is_dir() and any(checkpoints.iterdir())
+        checkpoints = partial / CHECKPOINTS
+        for place in (partial, checkpoints):
+            if place.is_symlink():
+                place.unlink()  # what it leads to is somebody else's
+        partial.mkdir(parents=True, exist_ok=True)
+        for path in partial.iterdir():
+            # An artifact holds only what the attempt that finished it wrote.
+            if path.name != CHECKPOINTS:
+                _remove(path)
+        return checkpoints.is_dir() and any(checkpoints.iterdir())
 
     def _adopt(self, asset: str, partition: str, fingerprint: str, lock: HeldLock) -> Artifact | None:
         """Finishes a partial folder that was complete when its maker died; None if there is none."""
@@ -223,8 +219,7 @@ class ArtifactStore:
         if problems:
             # Its checkpoints may be half removed, so nothing can be resumed from them.
             logger.warning("%s is damaged and made anew: %s", partial, "; ".join(problems))
-            with readable_os_errors("remove", partial):
-                shutil.rmtree(partial)
+            shutil.rmtree(partial)
             return None
         return None if artifact is None else self._finish(asset, partition, fingerprint, artifact.manifest, lock)
 
@@ -233,16 +228,15 @@ class ArtifactStore:
     ) -> Artifact:
         partial = self.partial(asset, partition, fingerprint)
         folder = self._folder(asset, partition, fingerprint)
-        with readable_os_errors("write", partial):
-            for name in (CHECKPOINTS, SCRATCH):
-                _remove(partial / name)
-            for root, _, names in os.walk(partial):
-                for name in names:
-                    sync(Path(root, name))
-                sync(Path(root))
-            lock.check()
-            partial.rename(folder)
-            sync(folder.parent)
+        for name in (CHECKPOINTS, SCRATCH):
+            _remove(partial / name)
+        for root, _, names in os.walk(partial):
+            for name in names:
+                sync(Path(root, name))
+            sync(Path(root))
+        lock.check()
+        partial.rename(folder)
+        sync(folder.parent)
         return Artifact(asset, partition, fingerprint, folder, manifest)
 
     def _get_locked(self, asset: str, partition: str, fingerprint: str) -> Artifact | None:
@@ -254,8 +248,7 @@ class ArtifactStore:
         while (aside := folder.with_name(f"{folder.name}.damaged-{count}")).exists():
             count += 1
         logger.warning("%s is damaged and set aside as %s: %s", folder, aside.name, "; ".join(problems))
-        with readable_os_errors("rename", folder):
-            folder.rename(aside)
+        folder.rename(aside)
         return None
 
     def inspect(self, asset: str, partition: str, fingerprint: str) -> tuple[Artifact | None, list[str]]:
@@ -272,11 +265,10 @@ class ArtifactStore:
     def _read(self, folder: Path, asset: str, partition: str, fingerprint: str) -> Artifact | None:
         """The artifact by its manifest; None where there is no manifest. Raises _DamagedError."""
         path = folder / MANIFEST
-        with readable_os_errors("read", path):
-            try:
-                text = path.read_bytes()
-            except FileNotFoundError:
-                return None
+        try:
+            text = path.read_bytes()
+        except FileNotFoundError:
+            return None
         try:
             manifest = json.loads(text)
             version, files = manifest["schema_version"], manifest["files"]
@@ -339,8 +331,7 @@ def _require_finite(metrics: Any, label: str, key: str = "") -> None:
 def _size_problems(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
     for name, entry in manifest["files"].items():
         path = folder / name
-        with readable_os_errors("read", path):
-            size = path.stat().st_size if path.is_file() else None
+        size = path.stat().st_size if path.is_file() else None
         if size is None:
             yield f"{name} is missing"
         elif size != entry["bytes"]:
@@ -349,8 +340,7 @@ def _size_problems(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
 
 def _digest_problems(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
     for name, entry in manifest["files"].items():
-        with readable_os_errors("read", folder / name):
-            digest = file_sha256(folder / name)
+        digest = file_sha256(folder / name)
         if digest != entry["sha256"]:
             yield f"{name} has sha256 {digest[:16]}... instead of {entry['sha256'][:16]}..."
 

@@ -28,7 +28,6 @@ import duckdb
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.files.digests import file_sha256
 from helpsteer_assets.files.durable import checked_name, sync, write_atomically
-from helpsteer_assets.files.os_errors import readable_os_errors
 from helpsteer_assets.store.artifacts import ALL
 from helpsteer_assets.store.locks import exclusive_lock
 from helpsteer_assets.store.tables import (
@@ -131,9 +130,8 @@ class Warehouse:
         }
         file = self._entry_file(experiment, asset, ALL if partition is None else partition)
         self._check(entry)
-        with readable_os_errors("write", file):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, json.dumps(entry, indent=2) + "\n")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(entry, indent=2) + "\n")
         if publish:
             self.publish()
 
@@ -146,8 +144,7 @@ class Warehouse:
         """
         for file in (self.registry / checked_name("experiment", experiment)).glob("*/*.json"):
             if (file.parent.name, file.stem) not in known and not file.name.startswith("."):
-                with readable_os_errors("remove", file):
-                    file.unlink(missing_ok=True)
+                file.unlink(missing_ok=True)
 
     def latest(self, experiment: str, asset: str, partition: str) -> dict[str, Any] | None:
         """The latest materialization that was recorded: fingerprint, run_id, ...; None where there is none.
@@ -155,11 +152,10 @@ class Warehouse:
         A damaged record is none. Raises HelpsteerError for one of a newer version of this package.
         """
         file = self._entry_file(experiment, asset, partition)
-        with readable_os_errors("read", file):
-            try:
-                return _read_entry(file.read_bytes(), file)
-            except (FileNotFoundError, *_DAMAGED):
-                return None
+        try:
+            return _read_entry(file.read_bytes(), file)
+        except (FileNotFoundError, *_DAMAGED):
+            return None
 
     def publish(self) -> Path:
         """Publishes the registry as it stands, unless that has been done; returns the database's path.
@@ -167,7 +163,7 @@ class Warehouse:
         Waits for other publishers only, never for a reader. An entry that cannot be read, or whose Parquet file
         cannot, is left out with a warning.
         """
-        with exclusive_lock(self.folder / "publish.lock"), readable_os_errors("publish", self.path):
+        with exclusive_lock(self.folder / "publish.lock"):
             entries, unreadable, state = self._read_registry()
             for problem in unreadable:
                 logger.warning("%s", problem)
@@ -243,8 +239,7 @@ class Warehouse:
         except duckdb.Error:
             # Somebody has it open for writing, or left a write-ahead log that does not fit the file that was published
             # since. A copy of the file under another name opens all the same.
-            with readable_os_errors("copy", self.path):
-                copy = shutil.copyfile(self.path, folder / self.path.name)
+            copy = shutil.copyfile(self.path, folder / self.path.name)
             try:
                 return _open_reader(copy, folder)
             except duckdb.Error as error:
@@ -252,8 +247,7 @@ class Warehouse:
 
     def entries(self) -> tuple[list[dict[str, Any]], list[str]]:
         """Every latest materialization that was recorded, with absolute paths; and why others cannot be read."""
-        with readable_os_errors("read", self.registry):
-            entries, unreadable, _ = self._read_registry()
+        entries, unreadable, _ = self._read_registry()
         return entries, unreadable
 
     def disagreements(self) -> list[str]:
@@ -262,7 +256,7 @@ class Warehouse:
         Every row is compared, so that all of the database is read. Changes nothing, and works in a home that cannot
         be written to. The column `path` is not compared: a home can be moved after it was published.
         """
-        with _temporary_folder() as folder, readable_os_errors("read", self.folder):
+        with _temporary_folder() as folder:
             entries, _, state = self._read_registry()
             if not self.path.exists():
                 return [f"{self.path} does not exist; the next `helpsteer run` publishes it"] if entries else []
@@ -467,9 +461,7 @@ def _parameters(entry: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def _temporary_folder() -> Iterator[Path]:
     """A folder outside the home, which may be read-only or short of space; gone afterwards."""
-    with readable_os_errors("make a folder for temporary files (TMPDIR says where) in", Path("/tmp")):
-        temporary = tempfile.TemporaryDirectory(prefix="helpsteer-query-", ignore_cleanup_errors=True)
-    with temporary as folder:
+    with tempfile.TemporaryDirectory(prefix="helpsteer-query-", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
 
 
