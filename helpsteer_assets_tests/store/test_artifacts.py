@@ -1,19 +1,16 @@
 """The artifact store: reuse, resume, damage, one writer per artifact."""
 
-import hashlib
 import json
 import multiprocessing
 import os
 import shutil
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.files import digests
 from helpsteer_assets.store import artifacts
 from helpsteer_assets.store.artifacts import ALL, Artifact, ArtifactStore
 from helpsteer_assets.store.locks import exclusive_lock
@@ -151,25 +148,6 @@ def test_a_damaged_artifact_is_set_aside_with_the_reason_and_made_again(
     damage(again)
     assert not make(store)[1]
     assert {path.suffix for path in artifact.path.parent.iterdir()} == {"", ".damaged-1", ".damaged-2"}
-
-
-def test_an_unchanged_file_is_hashed_once_per_process(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(digests, "_SETTLED_NS", 100_000_000)
-    artifact, _ = make(store)
-    time.sleep(0.15)
-    assert store.verify(artifact) == []
-    hashed: list[str] = []
-    file_digest = hashlib.file_digest
-    monkeypatch.setattr(
-        hashlib, "file_digest", lambda file, name: (hashed.append(file.name), file_digest(file, name))[1]
-    )
-
-    assert store.verify(artifact) == []
-    assert hashed == []
-
-    flip_a_byte(artifact)
-    assert len(store.verify(artifact)) == 1
-    assert hashed == [str(artifact.file("scores.parquet"))]
 
 
 def test_a_manifest_of_a_newer_version_is_refused_and_left_alone(store: ArtifactStore) -> None:

@@ -160,24 +160,6 @@ def test_signs_in_names_and_paths_are_only_text(tmp_path: Path) -> None:
     assert warehouse.disagreements() == []
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"asset": "a/b"}, "asset 'a/b' cannot be a folder's name"),
-        ({"table": "score"}, "no table 'score'; there are preference_pairs"),
-        ({"parquet": Path("/absent/scores.parquet")}, "/absent/scores.parquet cannot become table scores"),
-        ({"table": "margin_rewards"}, "cannot become table margin_rewards; .*response_id"),
-    ],
-)
-def test_a_record_that_fits_no_table_is_refused_and_not_kept(
-    warehouse: Warehouse, changes: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(HelpsteerError, match=message):
-        record_scores(warehouse, "0.1", **changes)
-    warehouse.publish()
-    assert set(counts(warehouse).values()) == {0}
-
-
 def test_only_a_database_that_is_lost_old_or_was_written_to_is_published_again(warehouse: Warehouse) -> None:
     record_scores(warehouse, "0.1")
     published = warehouse.path.stat().st_ino
