@@ -71,7 +71,8 @@ def find_garbage(home: Home, experiments: Sequence[Experiment], older_than: int 
             `UNFINISHED_DAYS` for unfinished work.
 
     Raises:
-        HelpsteerError: a part of the home cannot be read, or was written by a newer version.
+        HelpsteerError: a part of the home was written by a newer version.
+        OSError: a part cannot be read.
     """
     return _survey(home, _named_by(experiments, home), older_than)
 
@@ -80,7 +81,8 @@ def delete_garbage(home: Home, experiments: Sequence[Experiment], older_than: in
     """Remove what `find_garbage` finds, and return it.
 
     Raises:
-        HelpsteerError: as `find_garbage`; also if something runs in the home, or a file cannot be removed.
+        HelpsteerError: as `find_garbage`; also if something runs in the home.
+        OSError: as `find_garbage`; also if a file cannot be removed.
     """
     named = _named_by(experiments, home)
     if not home.path.is_dir():

@@ -43,7 +43,7 @@ class HeldLock:
     def acquire(self, *, wait: bool) -> bool:
         """Take the lock; False where another thread or process holds it and is not to be waited for.
 
-        Raises HelpsteerError for a file system that refuses, or that has no working locks.
+        Raises HelpsteerError for a file system that has no working locks, and OSError for one that refuses.
         """
         with _readable_lock_errors(self.path):
             try:
@@ -86,7 +86,7 @@ class HeldLock:
 def exclusive_lock(path: Path, on_wait: Callable[[str], None] = lambda holder: None) -> Iterator[HeldLock]:
     """Hold the lock `path` for the block; waits without bound for another holder, thread or process.
 
-    `on_wait` is told once, before waiting, who holds the lock. Raises HelpsteerError for a file system that refuses.
+    `on_wait` is told once, before waiting, who holds the lock. Raises as `HeldLock.acquire`.
     """
     lock = HeldLock(path)
     if not lock.acquire(wait=False):

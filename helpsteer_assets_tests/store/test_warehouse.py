@@ -125,7 +125,7 @@ def test_materializations_tell_the_latest_of_each_experiment_asset_and_partition
     assert warehouse.latest("demo", "sft_model", "0.1") is None
 
 
-def test_a_new_materialization_replaces_its_partition_s_rows_and_a_weight_that_left_the_grid_takes_its_rows_away(
+def test_rows_are_those_of_the_latest_materialization_of_each_weight_in_the_grid(
     warehouse: Warehouse,
 ) -> None:
     for w in (None, "0.1", "0.5"):
