@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -27,9 +27,8 @@ from helpsteer_assets.commands.console import (
 )
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment.reading import SHIPPED, load_experiment
-
-if TYPE_CHECKING:
-    from helpsteer_assets.store.home import Home
+from helpsteer_assets.files.os_errors import readable_errors
+from helpsteer_assets.store.home import Home
 
 
 def _readable_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -38,18 +37,13 @@ def _readable_errors(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
-            command(*args, **kwargs)
+            with readable_errors(Home.from_environment().path):
+                command(*args, **kwargs)
         except HelpsteerError as error:
             click.echo(f"error: {error}", err=True)
             sys.exit(2)
 
     return wrapped
-
-
-def _home() -> "Home":
-    from helpsteer_assets.store.home import Home
-
-    return Home.from_environment()
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -73,7 +67,7 @@ def check() -> None:
     """Validate the experiment, its source, its model and this machine without computing. Exits with 2 on problems."""
     from helpsteer_assets.commands.check import report
 
-    for line in report(load_experiment(), _home()):
+    for line in report(load_experiment(), Home.from_environment()):
         click.echo(line)
 
 
@@ -94,7 +88,7 @@ def run(select: str | None, weights: str | None) -> None:
     console = Console()
     complete = run_experiment(
         experiment,
-        _home(),
+        Home.from_environment(),
         select=select,
         weights=chosen and list(dict.fromkeys(chosen)),
         announce=console.say,
@@ -113,11 +107,11 @@ def status(as_json: bool) -> None:
     from helpsteer_assets.assets.status import status as find_status
 
     experiment = load_experiment()
-    states = find_status(experiment, _home())
+    states = find_status(experiment, Home.from_environment())
     if as_json:
         click.echo(json.dumps([vars(item) for item in states], indent=2))
         return
-    click.echo(f"experiment {experiment.name}, home {_home()}")
+    click.echo(f"experiment {experiment.name}, home {Home.from_environment()}")
     rows = [(label(s.asset, s.partition), s.state, s.detail, s.fingerprint[:8]) for s in states]
     _print_table(["asset", "state", "detail", "fingerprint"], rows)
 
@@ -129,7 +123,7 @@ def status(as_json: bool) -> None:
 def query(sql: str, form: str) -> None:
     """Read the warehouse by SQL, read-only. Tables: `helpsteer query "show tables"`."""
 
-    names, rows = _home().warehouse.query(sql)
+    names, rows = Home.from_environment().warehouse.query(sql)
     if form == "csv":
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(names)
@@ -152,7 +146,7 @@ def report(to: Path | None, open_it: bool) -> None:
     """Print where the report of the trade-off is: one HTML file, which needs no network."""
     from helpsteer_assets.commands.export import take_report
 
-    path = take_report(load_experiment(), _home(), to)
+    path = take_report(load_experiment(), Home.from_environment(), to)
     click.echo(path)
     click.echo(path.as_uri())
     if open_it:
@@ -191,7 +185,7 @@ def export(policy: str, to: Path, merged: bool, force: bool, repo: str | None, p
         check_repository(repo, public=public)
     made = export_policy(
         load_experiment(),
-        _home(),
+        Home.from_environment(),
         policy,
         to,
         merged=merged,
@@ -231,7 +225,7 @@ def verify(deep: bool, samples: int, seed: int, as_json: bool) -> None:
     experiment, console = load_experiment(), Console()
     report = find_problems(
         experiment,
-        _home(),
+        Home.from_environment(),
         samples=samples if deep else 0,
         seed=seed,
         log=lambda message: click.echo(message, err=True),
@@ -240,7 +234,7 @@ def verify(deep: bool, samples: int, seed: int, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"whole": not report.problems} | asdict(report), indent=2))
     else:
-        click.echo(f"experiment {experiment.name}, home {_home()}")
+        click.echo(f"experiment {experiment.name}, home {Home.from_environment()}")
         for line in lines(report):
             click.echo(printable(line))
     if report.problems:
@@ -271,7 +265,7 @@ def gc(delete: bool, keep: tuple[str, ...], older_than: int | None, as_json: boo
     from helpsteer_assets.files.durable import size_in_words
 
     experiments = [load_experiment(), *map(load_experiment, (*SHIPPED, *keep))]
-    home = _home()
+    home = Home.from_environment()
     survey = (delete_garbage if delete else find_garbage)(home, experiments, older_than)
     total = sum(item.bytes for item in survey.garbage)
     if as_json:
@@ -303,7 +297,7 @@ def ui(port: int, host: str) -> None:
     from helpsteer_assets.execution.dagster_home import make_dagster_home
 
     experiment = load_experiment()
-    home = _home()
+    home = Home.from_environment()
     _require_free_port(host, port)
     os.environ["HELPSTEER_HOME"] = str(home)
     os.environ["DAGSTER_HOME"] = str(make_dagster_home(home, experiment.name))

@@ -13,7 +13,6 @@ from typing import Any
 
 from helpsteer_assets.assets.graph import Fingerprint, fingerprints
 from helpsteer_assets.experiment.settings import Experiment
-from helpsteer_assets.files.os_errors import readable_os_errors
 from helpsteer_assets.store.artifacts import ALL, CHECKPOINTS, ArtifactStore
 from helpsteer_assets.store.home import Home
 from helpsteer_assets.store.warehouse import Warehouse
@@ -46,12 +45,11 @@ def status(experiment: Experiment, home: Home, assets: Collection[str] | None = 
     """
     store, warehouse = home.store, home.warehouse
     present = fingerprints(experiment, home.digest_cache)
-    with readable_os_errors("read", home.path):
-        return [
-            _status(fingerprint, present, experiment.name, store, warehouse)
-            for fingerprint in present.values()
-            if assets is None or fingerprint.asset in assets
-        ]
+    return [
+        _status(fingerprint, present, experiment.name, store, warehouse)
+        for fingerprint in present.values()
+        if assets is None or fingerprint.asset in assets
+    ]
 
 
 def _status(
@@ -95,7 +93,7 @@ def partial_progress(checkpoints: Path) -> str:
     if steps is not None:
         return f"step {steps[0]} of {steps[1]}"
     rows = 0
-    with readable_os_errors("read", checkpoints), suppress(FileNotFoundError):  # a running process may finish meanwhile
+    with suppress(FileNotFoundError):  # a running process may finish meanwhile
         rows = sum(path.read_bytes().count(b"\n") for path in checkpoints.glob("*.jsonl"))
     return f"{rows} row{'' if rows == 1 else 's'} done" if rows else ""
 

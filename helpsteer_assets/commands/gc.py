@@ -25,7 +25,6 @@ from typing import Any
 from helpsteer_assets.assets.graph import fingerprints
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment.settings import Experiment
-from helpsteer_assets.files.os_errors import readable_os_errors
 from helpsteer_assets.store.artifacts import CHECKPOINTS, FOLDER, MANIFEST, SCHEMA_VERSION, SCRATCH, ArtifactName
 from helpsteer_assets.store.home import Home
 from helpsteer_assets.store.locks import home_alone
@@ -68,7 +67,9 @@ def find_garbage(home: Home, experiments: Sequence[Experiment], older_than: int 
     The experiments' present artifacts are kept. `older_than` is the days for which nobody wrote to an artifact or to
     unfinished work, before it counts; None: 0, and `UNFINISHED_DAYS` for unfinished work.
 
-    Raises HelpsteerError where a part of the home cannot be read, or was written by a newer version.
+    Raises:
+        HelpsteerError: a part of the home was written by a newer version.
+        OSError: a part cannot be read.
     """
     return _survey(home, *_named_by(experiments, home), older_than)
 
@@ -76,7 +77,9 @@ def find_garbage(home: Home, experiments: Sequence[Experiment], older_than: int 
 def delete_garbage(home: Home, experiments: Sequence[Experiment], older_than: int | None = None) -> Survey:
     """Remove what `find_garbage` finds, and return it.
 
-    Raises HelpsteerError as `find_garbage` does; also if something runs in the home, or a file cannot be removed.
+    Raises:
+        HelpsteerError: as `find_garbage`; also if something runs in the home.
+        OSError: as `find_garbage`; also if a file cannot be removed.
     """
     named = _named_by(experiments, home)
     if not home.path.is_dir():
@@ -84,8 +87,7 @@ def delete_garbage(home: Home, experiments: Sequence[Experiment], older_than: in
     with home_alone(home.path):
         survey = _survey(home, *named, older_than)
         for item in survey.garbage:
-            with readable_os_errors("remove", item.path):
-                _remove(item.path)
+            _remove(item.path)
     return survey
 
 
@@ -271,20 +273,18 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _children(folder: Path) -> list[Path]:
-    with readable_os_errors("read", folder):
-        try:
-            return [path for path in sorted(folder.iterdir()) if not path.is_symlink()]
-        except FileNotFoundError:
-            return []
+    try:
+        return [path for path in sorted(folder.iterdir()) if not path.is_symlink()]
+    except FileNotFoundError:
+        return []
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in the file; empty where there is none."""
-    with readable_os_errors("read", path):
-        try:
-            content = json.loads(path.read_bytes())
-        except (FileNotFoundError, ValueError, RecursionError):
-            return {}
+    try:
+        content = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return {}
     return content if isinstance(content, dict) else {}
 
 

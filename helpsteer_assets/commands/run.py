@@ -27,7 +27,6 @@ from helpsteer_assets.execution.interrupts import ends_on_signal
 from helpsteer_assets.execution.ray_cluster import on_ray
 from helpsteer_assets.execution.recovery import alive, cancel_runs, recovering
 from helpsteer_assets.experiment.settings import Experiment
-from helpsteer_assets.files.os_errors import readable_library_errors, readable_os_errors
 from helpsteer_assets.modpo.settings import Lora
 from helpsteer_assets.store.artifacts import ALL, Artifact
 from helpsteer_assets.store.home import Home
@@ -86,8 +85,7 @@ def run_experiment(
     )
     selected = _selected(defs, select)
     announce(f"experiment {experiment.name}, home {home}")
-    with readable_os_errors("make", home.path):
-        home.path.mkdir(parents=True, exist_ok=True)  # What is learnt of a source is remembered in it.
+    home.path.mkdir(parents=True, exist_ok=True)  # What is learnt of a source is remembered in it.
     _announce_plan(experiment, home, selected, weights, announce)
     failed: list[str] = []
 
@@ -114,7 +112,6 @@ def run_experiment(
     try:
         with (
             _kept_streams(),
-            readable_library_errors(home.path),
             readable_database_errors(dagster_home(home, experiment.name) / "dagster.yaml"),
             dg.DagsterInstance.from_config(str(make_dagster_home(home, experiment.name))) as instance,
             alive(home) as tags,

@@ -13,7 +13,6 @@ from helpsteer_assets.assets.graph import fingerprint_value, fingerprints
 from helpsteer_assets.assets.status import label
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment.settings import Experiment
-from helpsteer_assets.files.os_errors import readable_os_errors
 from helpsteer_assets.store.artifacts import FOLDER, MANIFEST, Artifact, Artifacts, ArtifactStore, environment, versions
 from helpsteer_assets.store.home import Home
 from helpsteer_assets.store.locks import home_in_use
@@ -107,8 +106,7 @@ def _verify_artifacts(
 
     finished: list[tuple[str, str, str]] = []
     others: Counter[str] = Counter()
-    with readable_os_errors("read", store.artifacts):
-        paths = sorted(store.artifacts.glob("*/*/*"))
+    paths = sorted(store.artifacts.glob("*/*/*"))
     for path in paths:
         if path.name.startswith("."):
             continue  # it is being removed
@@ -138,7 +136,7 @@ def _verify_artifact(store: ArtifactStore, name: tuple[str, str, str], report: R
     subject = f"{label(asset, partition)} {fingerprint}"
     try:
         artifact, wrong = store.inspect(asset, partition, fingerprint)
-    except HelpsteerError as error:
+    except (HelpsteerError, OSError) as error:
         report.problems.append(Problem("alien", subject, str(error), "nothing was changed"))
         return None
     remedy = f"{_RUN} that needs it sets it aside and computes it again"
@@ -152,9 +150,8 @@ def _verify_artifact(store: ArtifactStore, name: tuple[str, str, str], report: R
     if artifact is None:
         return None
     report.bytes += sum(entry["bytes"] for entry in artifact.manifest["files"].values())
-    with readable_os_errors("read", artifact.path):
-        files = (path.relative_to(artifact.path).as_posix() for path in artifact.path.rglob("*") if not path.is_dir())
-        extra = sorted(set(files) - {MANIFEST, *artifact.manifest["files"]})
+    files = (path.relative_to(artifact.path).as_posix() for path in artifact.path.rglob("*") if not path.is_dir())
+    extra = sorted(set(files) - {MANIFEST, *artifact.manifest["files"]})
     if extra:
         report.notes.append(f"{subject} has files that its manifest does not list: {_some(extra)}")
     return None if wrong else artifact

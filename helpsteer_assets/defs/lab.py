@@ -22,6 +22,7 @@ from helpsteer_assets.defs.metadata import describe, rounded
 from helpsteer_assets.defs.up_to_date import up_to_date_result
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment.settings import Experiment
+from helpsteer_assets.files.os_errors import readable_errors
 from helpsteer_assets.modpo.progress import ProgressReporter
 from helpsteer_assets.store.artifacts import ALL, CHECKPOINTS, Artifact
 from helpsteer_assets.store.home import Home
@@ -77,7 +78,7 @@ class Lab:
             log(f"{name}: {message}")
 
         try:
-            with _warnings_to(log), home_in_use(self.home.path, name, say):
+            with _warnings_to(log), readable_errors(self.home.path), home_in_use(self.home.path, name, say):
                 present = self.fingerprints()
                 fingerprint = present[stage.name, partition]
                 inputs = self._inputs(stage, fingerprint)

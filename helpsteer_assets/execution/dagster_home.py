@@ -18,7 +18,6 @@ from sqlalchemy.exc import DBAPIError
 
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.files.durable import write_atomically
-from helpsteer_assets.files.os_errors import readable_os_errors
 from helpsteer_assets.store.home import Home
 from helpsteer_assets.store.locks import exclusive_lock
 
@@ -132,10 +131,9 @@ def dagster_home(home: Home, experiment: str) -> Path:
     folder = home / "dagster" / experiment
     config = folder / "dagster.yaml"
     if not config.exists():
-        with readable_os_errors("write", config):
-            folder.mkdir(parents=True, exist_ok=True)
-            # Several processes may make it at the same time, and none may read half of it.
-            write_atomically(config, DAGSTER_YAML.format(pool_limit=pool_limit()))
+        folder.mkdir(parents=True, exist_ok=True)
+        # Several processes may make it at the same time, and none may read half of it.
+        write_atomically(config, DAGSTER_YAML.format(pool_limit=pool_limit()))
     return folder
 
 
@@ -159,7 +157,6 @@ def make_dagster_home(home: Home, experiment: str) -> Path:
     config = folder / "dagster.yaml"
     with (
         exclusive_lock(home / "locks" / "dagster" / f"{experiment}.lock"),
-        readable_os_errors("write", folder),
         readable_mistakes(config),
         readable_database_errors(config),
     ):

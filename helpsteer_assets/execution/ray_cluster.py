@@ -67,11 +67,7 @@ def require_ray() -> None:
 
 def model_step(run: RunSettings) -> dict[str, dict[str, float]]:
     """Tag of a step that loads a model: what it asks of a node."""
-    return {"dagster-ray/config": {"num_cpus": _cpus(run), "num_gpus": run.gpus}}
-
-
-def _cpus(run: RunSettings) -> int:
-    return run.threads or 1
+    return {"dagster-ray/config": {"num_cpus": run.threads or 1, "num_gpus": run.gpus}}
 
 
 def require_shared_home(home: Home) -> None:
@@ -155,10 +151,10 @@ def ask_nodes(home: Home) -> tuple[str, list[Node]]:
             f"Ray says: {error}"
         ) from None
     with alive(home) as tags:
-        token = {HOME_TOKEN: tags[PROCESS_TAG], "HELPSTEER_HOME": str(home)}
+        variables = {name: os.environ[name] for name in forwarded_variables() if name in os.environ}
+        variables |= {HOME_TOKEN: tags[PROCESS_TAG], "HELPSTEER_HOME": str(home)}
         job = client.submit_job(
-            entrypoint="python -m helpsteer_assets.execution.ray_cluster",
-            runtime_env={"env_vars": _environment() | token},
+            entrypoint="python -m helpsteer_assets.execution.ray_cluster", runtime_env={"env_vars": variables}
         )
         status = _ended(client, job)
     said = client.get_job_logs(job)
@@ -170,10 +166,6 @@ def ask_nodes(home: Home) -> tuple[str, list[Node]]:
         )
     answers = said.rpartition(_ANSWERS)[2].splitlines()[0]
     return client.get_address(), [Node(**answer) for answer in json.loads(answers)]
-
-
-def _environment() -> dict[str, str]:
-    return {name: value for name in forwarded_variables() if (value := os.environ.get(name))}
 
 
 def _ended(client: "JobSubmissionClient", job: str) -> str:
@@ -228,8 +220,9 @@ def _installed() -> dict[str, str | None]:
 def judge(nodes: list[Node], run: RunSettings, home: Home, dagster_home: Path) -> tuple[list[str], list[str]]:
     """What keeps steps from running on the nodes, and what lets GPUs stand idle."""
     problems, warnings = [problem for node in nodes for problem in _problems_of(node, home)], []
-    asked = f"{run.gpus:g} GPU" if run.gpus else f"{_cpus(run)} CPU"
-    room = sum(int(node.gpus // run.gpus if run.gpus else node.cpus // _cpus(run)) for node in nodes)
+    cpus = run.threads or 1
+    asked = f"{run.gpus:g} GPU" if run.gpus else f"{cpus} CPU"
+    room = sum(int(node.gpus // run.gpus if run.gpus else node.cpus // cpus) for node in nodes)
     limit = _dagster_yaml(dagster_home).get("concurrency", {}).get("pools", {}).get("default_limit")
     advice = f"set concurrency.pools.default_limit to {room} in {dagster_home / 'dagster.yaml'}"
     if not room:

@@ -32,9 +32,9 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def alive(home: Home, doing: str = "a run") -> Iterator[dict[str, str]]:
+def alive(home: Home) -> Iterator[dict[str, str]]:
     """Use the home for the block; yields the tags that mark runs of this process as those of a living one."""
-    with home_in_use(home.path, doing) as name:
+    with home_in_use(home.path, "a run") as name:
         yield {PROCESS_TAG: name}
 
 

@@ -5,39 +5,24 @@ import hashlib
 import json
 import os
 import stat
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from helpsteer_assets.errors import HelpsteerError
+from helpsteer_assets.files.durable import write_atomically
 
 SEAL = "sha256"
 """The key of the digest; it covers all other keys."""
-
-
 _SETTLED_NS = 2_000_000_000
-"""Age from which a file's times identify its content: file systems count time in steps of up to two seconds."""
-
-_known: dict[tuple[int, ...], str] = {}
+"""Age from which a file's time identifies its content: file systems count time in steps of up to two seconds."""
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content, 64 hex digits. Raises OSError.
-
-    A file that this process has hashed before, and whose inode, size and times are unchanged, is not read again.
-    """
+    """SHA-256 of a file's content, 64 hex digits. Raises OSError."""
     with path.open("rb") as file:
-        before = os.fstat(file.fileno())
-        key = (before.st_dev, before.st_ino, before.st_size, before.st_mtime_ns, before.st_ctime_ns)
-        if key in _known:
-            return _known[key]
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        # A file written just now may change again without a change of its times.
-        if time.time_ns() - max(before.st_mtime_ns, before.st_ctime_ns) > _SETTLED_NS:
-            _known[key] = digest
-        return digest
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def listing(folder: Path, names: Iterable[str]) -> dict[str, dict[str, int | str]]:
@@ -138,22 +123,12 @@ def _read_cache(cache: Path) -> dict[str, list[object]]:
         return {}
     if not isinstance(content, dict) or not is_intact(content):
         return {}  # a wrong digest would make every artifact out of date
-    return {
-        name: entry
-        for name, entry in content.items()
-        if isinstance(entry, list) and len(entry) == 3 and isinstance(entry[2], str) and len(entry[2]) == 64
-    }
+    del content[SEAL]
+    return content
 
 
 def _write_cache(cache: Path, learnt: dict[str, list[object]]) -> None:
     """Add entries to those that other processes wrote. Errors are ignored: without the cache all is only slower."""
     with contextlib.suppress(OSError):
         cache.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=cache.parent, prefix=f".{cache.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(sealed(_read_cache(cache) | learnt), file, indent=0, sort_keys=True)
-            Path(temporary).replace(cache)
-        except BaseException:
-            Path(temporary).unlink()
-            raise
+        write_atomically(cache, json.dumps(sealed(_read_cache(cache) | learnt), indent=0, sort_keys=True))

@@ -1,4 +1,7 @@
-"""Errors of the operating system, and of libraries that write files, in words that say what to do."""
+"""Errors of the operating system, and of libraries that read and write files, in words that say what to do.
+
+The command line, a stage's step and a rank of a training use it; all other code lets such errors through.
+"""
 
 import errno
 import os
@@ -7,32 +10,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from helpsteer_assets.errors import HelpsteerError
+from helpsteer_assets.files.durable import free_space
 
 _REMEDIES = {
     errno.ENOSPC: "free some space and run again: finished work is kept",
     errno.EDQUOT: "free some space and run again: finished work is kept",
-    errno.EACCES: "make it accessible, or set HELPSTEER_HOME to a folder that is",
-    errno.EPERM: "make it accessible, or set HELPSTEER_HOME to a folder that is",
-    errno.EROFS: "make it writable, or set HELPSTEER_HOME to a folder that is",
-    errno.EEXIST: "a file stands where a folder must be: move it away, or set HELPSTEER_HOME to another folder",
-    errno.ENOTDIR: "a file stands where a folder must be: move it away, or set HELPSTEER_HOME to another folder",
+    errno.EACCES: "make it accessible",
+    errno.EPERM: "make it accessible",
+    errno.EROFS: "make it writable",
+    errno.EEXIST: "a file stands where a folder must be: move it away",
+    errno.ENOTDIR: "a file stands where a folder must be: move it away",
+    errno.EISDIR: "a folder stands where a file must be: move it away",
+    errno.EIO: "check the file system",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
 }
-
-
-@contextmanager
-def readable_os_errors(action: str, path: Path) -> Iterator[None]:
-    """Turns an OSError inside the block into a HelpsteerError that names what could not be done, and the path.
-
-    Example: `cannot write /data/home/artifacts: No space left on device; free some space and run again`.
-    """
-    try:
-        yield
-    except OSError as error:
-        remedy = _REMEDIES.get(error.errno or 0, "check the path and the file system")
-        where = error.filename if isinstance(error.filename, str) else path
-        raise HelpsteerError(f"cannot {action} {where}: {error.strerror or error}; {remedy}") from error
-
-
 _WORDS = {
     "no space left": errno.ENOSPC,
     "disk is full": errno.ENOSPC,
@@ -42,6 +33,7 @@ _WORDS = {
     "input/output error": errno.EIO,
     "file too large": errno.EFBIG,
 }
+"""How safetensors, pyarrow, DuckDB and SQLite say it."""
 _VAGUE = (
     "pytorchstreamwriter",
     "unexpected pos",
@@ -52,43 +44,60 @@ _VAGUE = (
 """Messages of torch and SQLite that name no reason."""
 _NEARLY_FULL = 2**20
 """With fewer bytes free, a write that failed without a reason is taken to have failed for the full disk."""
+_LOCKED = ("locking protocol", "database is locked")
+"""Messages of SQLite, which only Dagster's records are kept in, about another process that keeps its lock."""
 
 
 @contextmanager
-def readable_library_errors(folder: Path) -> Iterator[None]:
-    """Turns errors of libraries that cannot write to `folder` into a HelpsteerError; lets all others through.
+def readable_errors(home: Path) -> Iterator[None]:
+    """Turns errors of files inside the block into a HelpsteerError that names the file, or else the home.
 
-    safetensors, torch, pyarrow, DuckDB and SQLite each have their own words for it, and torch gives no reason.
+    All other errors go through: those of the network, say, and those that a library explains in its own way.
+    Example: `cannot read or write /data/home/artifacts: No space left on device; free some space and run again`.
     """
     try:
         yield
     except HelpsteerError:
         raise
     except Exception as error:
-        number = _reason(error, folder)
-        if number is None:
+        if (words := _words(error, home)) is None:
             raise
-        with readable_os_errors("write", folder):
-            named = error.filename if isinstance(error, OSError) and isinstance(error.filename, str) else str(folder)
-            raise OSError(number, os.strerror(number), named) from error
+        raise HelpsteerError(words) from error
 
 
-def _reason(error: Exception, folder: Path) -> int | None:
-    if isinstance(error, OSError) and error.errno in (*_WORDS.values(), *_REMEDIES):
-        # pyarrow gives no filename; its message names it.
-        named = isinstance(error.filename, str) and Path(error.filename).absolute().is_relative_to(folder)
-        inside = named or str(folder) in str(error)
-        return error.errno if inside or error.errno in (errno.ENOSPC, errno.EDQUOT) else None
+def _words(error: Exception, home: Path) -> str | None:
     said = str(error).lower()
-    for words, number in _WORDS.items():
-        if words in said:
-            return number
+    if any(words in said for words in _LOCKED):
+        return (
+            f"{home / 'dagster'}: another process, which may be a stopped one, keeps a database of Dagster's records "
+            "locked: let it go on (kill -CONT) or end it, and run the same command again"
+        )
+    if isinstance(error, OSError):
+        named = isinstance(error.filename, str)
+        if not (named or error.errno in _REMEDIES or isinstance(error, FileNotFoundError)):
+            return None
+        where = error.filename2 or error.filename if named else str(home)  # the second: where a file was to go
+        number, reason = error.errno, error.strerror or str(error)
+    else:
+        number = next((number for words, number in _WORDS.items() if words in said), None) or _guess(said, home)
+        if number is None:
+            return None
+        where, reason = str(home), os.strerror(number)
+    remedy = _REMEDIES.get(number or 0, "check the path and the file system")
+    elsewhere = number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
+    if elsewhere and Path(where).absolute().is_relative_to(home):
+        remedy += ", or set HELPSTEER_HOME to another folder"
+    return f"cannot read or write {where}: {reason}; {remedy}"
+
+
+def _guess(said: str, home: Path) -> int | None:
+    """The reason of a message that names none, by the state of the home's disk; None for any other message."""
     if not any(words in said for words in _VAGUE):
         return None
-    volume = os.statvfs(folder)
-    if volume.f_flag & os.ST_RDONLY:
+    folder, free = free_space(home)
+    if os.statvfs(folder).f_flag & os.ST_RDONLY:
         return errno.EROFS
-    if volume.f_bavail * volume.f_frsize < _NEARLY_FULL:
+    if free < _NEARLY_FULL:
         return errno.ENOSPC
     if "readonly database" in said or "unable to open" in said or not os.access(folder, os.W_OK):
         return errno.EACCES

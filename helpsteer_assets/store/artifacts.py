@@ -34,7 +34,6 @@ from typing import TYPE_CHECKING, Any
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.files.digests import file_sha256, is_intact, listing, sealed
 from helpsteer_assets.files.durable import checked_name, sync, write_atomically
-from helpsteer_assets.files.os_errors import readable_library_errors, readable_os_errors
 from helpsteer_assets.store.locks import HeldLock, exclusive_lock, lock_if_free
 
 if TYPE_CHECKING:
@@ -85,12 +84,11 @@ class Artifact:
         return pq.read_table(self.file(name), columns=columns)
 
 
+Artifacts = dict[ArtifactName, Artifact]
+
+
 class _DamagedError(Exception):
     """A folder is no artifact; the message says why."""
-
-
-Artifacts = dict[tuple[str, str, str], Artifact]
-"""Finished artifacts by asset, partition and fingerprint."""
 
 
 class ArtifactStore:
@@ -99,7 +97,7 @@ class ArtifactStore:
     An artifact has one writer at a time, and any number of readers.
 
     An asset's partition is its weight (`0.1`), or `ALL`. Every method raises HelpsteerError for a name that cannot be
-    a folder's, for a file system that refuses (full, read-only), and for a manifest of a newer version of this package.
+    a folder's and for a manifest of a newer version of this package, and OSError for a file system that refuses.
     """
 
     def __init__(self, home: Path) -> None:
@@ -111,29 +109,27 @@ class ArtifactStore:
         """The finished artifact, or None. Cheap: its manifest is readable and the sizes agree; nothing is hashed."""
         folder = self._folder(asset, partition, fingerprint)
         try:
-            artifact = self._read(folder, asset, partition, fingerprint)
+            artifact = _read(folder, (asset, partition, fingerprint))
         except _DamagedError:
             return None
-        return None if artifact is None or any(_size_problems(folder, artifact.manifest)) else artifact
+        return None if artifact is None or any(_size_problems(artifact)) else artifact
 
     def verify(self, artifact: Artifact) -> list[str]:
         """The files whose size or sha256 differs from the manifest, a line for each; empty if all are right.
 
-        A file that this process has hashed before, and whose size and times are unchanged, is not hashed again. Files
-        that the manifest does not list are no damage.
+        Files that the manifest does not list are no damage.
         """
-        return list(_size_problems(artifact.path, artifact.manifest)) or list(
-            _digest_problems(artifact.path, artifact.manifest)
-        )
+        return list(_size_problems(artifact)) or list(_digest_problems(artifact))
 
     def get(self, asset: str, partition: str, fingerprint: str) -> Artifact | None:
         """The finished artifact, verified, or None. A damaged one is set aside with a warning, and None returned."""
-        artifact, problems = self.inspect(asset, partition, fingerprint)
+        name = (asset, partition, fingerprint)
+        artifact, problems = self.inspect(*name)
         if not problems:
             return artifact
-        with lock_if_free(self.lock(asset, partition, fingerprint)) as free:
+        with lock_if_free(self._lock(*name)) as free:
             # If another process holds the lock, it repairs the artifact, which may be whole again already.
-            return self._get_locked(asset, partition, fingerprint) if free else None
+            return self._get_locked(name) if free else None
 
     def partial(self, asset: str, partition: str, fingerprint: str) -> Path:
         """The folder in which the artifact is being made; it need not exist."""
@@ -163,17 +159,16 @@ class ArtifactStore:
         json.dumps(manifest, allow_nan=False)  # to fail before a training, and not after it
         label = f"{asset} {partition}" if partition != ALL else asset
         with exclusive_lock(
-            self.lock(asset, partition, fingerprint),
+            self._lock(asset, partition, fingerprint),
             lambda holder: on_wait(f"{holder}, which is making {label} ({fingerprint})"),
         ) as lock:
             name = (asset, partition, fingerprint)
-            if (artifact := self._get_locked(*name) or self._adopt(*name, lock)) is not None:
+            if (artifact := self._get_locked(name) or self._adopt(name, lock)) is not None:
                 return artifact, True
-            partial = self.partial(asset, partition, fingerprint)
-            resumed = self._prepare(partial)
+            partial = self.partial(*name)
+            resumed = _prepare(partial)
             started = time.monotonic()
-            with readable_library_errors(partial):
-                metrics = compute(partial)
+            metrics = compute(partial)
             _require_finite(metrics, label)
             complete = {
                 **manifest,
@@ -191,118 +186,65 @@ class ArtifactStore:
                 "platform": platform.platform(),
                 "environment": environment(),
             }
-            with readable_os_errors("write", partial):
-                complete["files"] = listing(partial, _results(partial))
-                lock.check()
-                text = json.dumps(sealed(complete), indent=2, allow_nan=False) + "\n"
-                write_atomically(partial / MANIFEST, text)
-            return self._finish(asset, partition, fingerprint, json.loads(text), lock), False
+            complete["files"] = listing(partial, _results(partial))
+            lock.check()
+            text = json.dumps(sealed(complete), indent=2, allow_nan=False) + "\n"
+            write_atomically(partial / MANIFEST, text)
+            return self._finish(name, json.loads(text), lock), False
 
-    def _prepare(self, partial: Path) -> bool:
-        """Readies the partial folder for an attempt; True if it holds checkpoints of an earlier one."""
-        with readable_os_errors("write", partial):
-            checkpoints = partial / CHECKPOINTS
-            for place in (partial, checkpoints):
-                if place.is_symlink():
-                    place.unlink()  # what it leads to is somebody else's
-            partial.mkdir(parents=True, exist_ok=True)
-            for path in partial.iterdir():
-                # An artifact holds only what the attempt that finished it wrote.
-                if path.name != CHECKPOINTS:
-                    _remove(path)
-            return checkpoints.is_dir() and any(checkpoints.iterdir())
-
-    def _adopt(self, asset: str, partition: str, fingerprint: str, lock: HeldLock) -> Artifact | None:
+    def _adopt(self, name: ArtifactName, lock: HeldLock) -> Artifact | None:
         """Finishes a partial folder that was complete when its maker died; None if there is none."""
-        partial = self.partial(asset, partition, fingerprint)
-        try:
-            artifact = self._read(partial, asset, partition, fingerprint)
-            problems = self.verify(artifact) if artifact is not None else []
-        except _DamagedError as error:
-            artifact, problems = None, [str(error)]
+        partial = self.partial(*name)
+        artifact, problems = self._inspect(partial, name)
         if problems:
             # Its checkpoints may be half removed, so nothing can be resumed from them.
             logger.warning("%s is damaged and made anew: %s", partial, "; ".join(problems))
-            with readable_os_errors("remove", partial):
-                shutil.rmtree(partial)
+            shutil.rmtree(partial)
             return None
-        return None if artifact is None else self._finish(asset, partition, fingerprint, artifact.manifest, lock)
+        return None if artifact is None else self._finish(name, artifact.manifest, lock)
 
-    def _finish(
-        self, asset: str, partition: str, fingerprint: str, manifest: dict[str, Any], lock: HeldLock
-    ) -> Artifact:
-        partial = self.partial(asset, partition, fingerprint)
-        folder = self._folder(asset, partition, fingerprint)
-        with readable_os_errors("write", partial):
-            for name in (CHECKPOINTS, SCRATCH):
-                _remove(partial / name)
-            for root, _, names in os.walk(partial):
-                for name in names:
-                    sync(Path(root, name))
-                sync(Path(root))
-            lock.check()
-            partial.rename(folder)
-            sync(folder.parent)
-        return Artifact(asset, partition, fingerprint, folder, manifest)
+    def _finish(self, name: ArtifactName, manifest: dict[str, Any], lock: HeldLock) -> Artifact:
+        partial, folder = self.partial(*name), self._folder(*name)
+        for left in (CHECKPOINTS, SCRATCH):
+            _remove(partial / left)
+        for path in (partial, *partial.rglob("*")):
+            sync(path)
+        lock.check()
+        partial.rename(folder)
+        sync(folder.parent)
+        return Artifact(*name, folder, manifest)
 
-    def _get_locked(self, asset: str, partition: str, fingerprint: str) -> Artifact | None:
-        artifact, problems = self.inspect(asset, partition, fingerprint)
+    def _get_locked(self, name: ArtifactName) -> Artifact | None:
+        artifact, problems = self.inspect(*name)
         if not problems:
             return artifact
-        folder = self._folder(asset, partition, fingerprint)
+        folder = self._folder(*name)
         count = 1
         while (aside := folder.with_name(f"{folder.name}.damaged-{count}")).exists():
             count += 1
         logger.warning("%s is damaged and set aside as %s: %s", folder, aside.name, "; ".join(problems))
-        with readable_os_errors("rename", folder):
-            folder.rename(aside)
+        folder.rename(aside)
         return None
 
     def inspect(self, asset: str, partition: str, fingerprint: str) -> tuple[Artifact | None, list[str]]:
         """The finished artifact by its manifest, and the problems of its files; changes nothing."""
         folder = self._folder(asset, partition, fingerprint)
+        artifact, problems = self._inspect(folder, (asset, partition, fingerprint))
+        if artifact is None and not problems and folder.exists():
+            problems = [f"{MANIFEST} is missing"]
+        return artifact, problems
+
+    def _inspect(self, folder: Path, name: ArtifactName) -> tuple[Artifact | None, list[str]]:
         try:
-            artifact = self._read(folder, asset, partition, fingerprint)
+            artifact = _read(folder, name)
         except _DamagedError as error:
             return None, [str(error)]
-        if artifact is None and folder.exists():
-            return None, [f"{MANIFEST} is missing"]
         return artifact, self.verify(artifact) if artifact is not None else []
-
-    def _read(self, folder: Path, asset: str, partition: str, fingerprint: str) -> Artifact | None:
-        """The artifact by its manifest; None where there is no manifest. Raises _DamagedError."""
-        path = folder / MANIFEST
-        with readable_os_errors("read", path):
-            try:
-                text = path.read_bytes()
-            except FileNotFoundError:
-                return None
-        try:
-            manifest = json.loads(text)
-            version, files = manifest["schema_version"], manifest["files"]
-            if not isinstance(version, int):
-                raise TypeError("its schema_version is no number")
-            if version > SCHEMA_VERSION:
-                raise HelpsteerError(
-                    f"{path} was written by a newer helpsteer_assets (schema_version {version}, this one reads "
-                    f"{SCHEMA_VERSION}): upgrade helpsteer_assets, or set HELPSTEER_HOME to another folder"
-                )
-            for entry in files.values():
-                _ = int(entry["bytes"]), str(entry["sha256"])
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise _DamagedError(f"{MANIFEST} is unreadable ({type(error).__name__}: {error})") from error
-        stated = tuple(manifest.get(key) for key in ("asset", "partition", "fingerprint"))
-        if stated != (asset, partition, fingerprint):
-            raise _DamagedError(f"{MANIFEST} is that of another artifact ({'/'.join(map(str, stated))})")
-        if version >= 2 and not is_intact(manifest):
-            raise _DamagedError(f"{MANIFEST} does not match its own digest")
-        return Artifact(asset, partition, fingerprint, folder, manifest)
 
     def _folder(self, asset: str, partition: str, fingerprint: str) -> Path:
         return self.artifacts / self._name(asset, partition, fingerprint)
 
-    def lock(self, asset: str, partition: str, fingerprint: str) -> Path:
-        """The lock that the process which makes the artifact holds."""
+    def _lock(self, asset: str, partition: str, fingerprint: str) -> Path:
         return self.locks / self._name(asset, partition, f"{fingerprint}.lock")
 
     @staticmethod
@@ -310,6 +252,49 @@ class ArtifactStore:
         return Path(
             checked_name("asset", asset), checked_name("partition", partition), checked_name("fingerprint", fingerprint)
         )
+
+
+def _read(folder: Path, name: ArtifactName) -> Artifact | None:
+    """The artifact by its manifest; None where there is no manifest. Raises _DamagedError."""
+    path = folder / MANIFEST
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        manifest = json.loads(text)
+        version, files = manifest["schema_version"], manifest["files"]
+        if not isinstance(version, int):
+            raise TypeError("its schema_version is no number")
+        if version > SCHEMA_VERSION:
+            raise HelpsteerError(
+                f"{path} was written by a newer helpsteer_assets (schema_version {version}, this one reads "
+                f"{SCHEMA_VERSION}): upgrade helpsteer_assets, or set HELPSTEER_HOME to another folder"
+            )
+        for entry in files.values():
+            _ = int(entry["bytes"]), str(entry["sha256"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _DamagedError(f"{MANIFEST} is unreadable ({type(error).__name__}: {error})") from error
+    stated = tuple(manifest.get(key) for key in ("asset", "partition", "fingerprint"))
+    if stated != name:
+        raise _DamagedError(f"{MANIFEST} is that of another artifact ({'/'.join(map(str, stated))})")
+    if version >= 2 and not is_intact(manifest):
+        raise _DamagedError(f"{MANIFEST} does not match its own digest")
+    return Artifact(*name, folder, manifest)
+
+
+def _prepare(partial: Path) -> bool:
+    """Readies the partial folder for an attempt; True if it holds checkpoints of an earlier one."""
+    checkpoints = partial / CHECKPOINTS
+    for place in (partial, checkpoints):
+        if place.is_symlink():
+            place.unlink()  # what it leads to is somebody else's
+    partial.mkdir(parents=True, exist_ok=True)
+    for path in partial.iterdir():
+        # An artifact holds only what the attempt that finished it wrote.
+        if path.name != CHECKPOINTS:
+            _remove(path)
+    return checkpoints.is_dir() and any(checkpoints.iterdir())
 
 
 def _remove(path: Path) -> None:
@@ -336,21 +321,19 @@ def _require_finite(metrics: Any, label: str, key: str = "") -> None:
         _require_finite(value, label, f"{key}.{name}" if key else str(name))
 
 
-def _size_problems(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
-    for name, entry in manifest["files"].items():
-        path = folder / name
-        with readable_os_errors("read", path):
-            size = path.stat().st_size if path.is_file() else None
+def _size_problems(artifact: Artifact) -> Iterator[str]:
+    for name, entry in artifact.manifest["files"].items():
+        path = artifact.path / name
+        size = path.stat().st_size if path.is_file() else None
         if size is None:
             yield f"{name} is missing"
         elif size != entry["bytes"]:
             yield f"{name} has {size} bytes instead of {entry['bytes']}"
 
 
-def _digest_problems(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
-    for name, entry in manifest["files"].items():
-        with readable_os_errors("read", folder / name):
-            digest = file_sha256(folder / name)
+def _digest_problems(artifact: Artifact) -> Iterator[str]:
+    for name, entry in artifact.manifest["files"].items():
+        digest = file_sha256(artifact.path / name)
         if digest != entry["sha256"]:
             yield f"{name} has sha256 {digest[:16]}... instead of {entry['sha256'][:16]}..."
 

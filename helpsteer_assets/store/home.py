@@ -8,11 +8,15 @@
 
 import os
 import re
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.store.artifacts import ArtifactStore
-from helpsteer_assets.store.warehouse import Warehouse
+
+if TYPE_CHECKING:
+    from helpsteer_assets.store.warehouse import Warehouse
 
 
 class Home:
@@ -24,7 +28,13 @@ class Home:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).absolute()
         self.store = ArtifactStore(self.path)
-        self.warehouse = Warehouse(self.path)
+
+    @cached_property
+    def warehouse(self) -> "Warehouse":
+        """Its warehouse; `helpsteer --help` does without duckdb."""
+        from helpsteer_assets.store.warehouse import Warehouse
+
+        return Warehouse(self.path)
 
     @classmethod
     def from_environment(cls) -> "Home":

@@ -21,7 +21,6 @@ from pathlib import Path
 from filelock import FileLock, Timeout, lock_descriptor
 
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.files.os_errors import readable_os_errors
 
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 """Errors of flock(2) on a file system that has no locks."""
@@ -44,7 +43,7 @@ class HeldLock:
     def acquire(self, *, wait: bool) -> bool:
         """Take the lock; False where another thread or process holds it and is not to be waited for.
 
-        Raises HelpsteerError for a file system that refuses, or that has no working locks.
+        Raises HelpsteerError for a file system that has no working locks, and OSError for one that refuses.
         """
         with _readable_lock_errors(self.path):
             try:
@@ -60,9 +59,8 @@ class HeldLock:
     def check(self) -> None:
         """Raise HelpsteerError where the lock's file was removed or replaced: it keeps nobody out any more."""
         assert self._file is not None
-        with readable_os_errors("read", self.path):
-            if self.path.exists() and os.path.samestat(self.path.stat(), self._file):
-                return
+        if self.path.exists() and os.path.samestat(self.path.stat(), self._file):
+            return
         raise HelpsteerError(
             f"{self.path} was removed or replaced while this process held that lock, so another process may be doing "
             "the same work; nothing was finished. Leave the folder `locks` of a home alone, and run the same command "
@@ -88,7 +86,7 @@ class HeldLock:
 def exclusive_lock(path: Path, on_wait: Callable[[str], None] = lambda holder: None) -> Iterator[HeldLock]:
     """Hold the lock `path` for the block; waits without bound for another holder, thread or process.
 
-    `on_wait` is told once, before waiting, who holds the lock. Raises HelpsteerError for a file system that refuses.
+    `on_wait` is told once, before waiting, who holds the lock. Raises as `HeldLock.acquire`.
     """
     lock = HeldLock(path)
     if not lock.acquire(wait=False):
@@ -198,13 +196,12 @@ def _holder(path: Path) -> str:
 
 @contextmanager
 def _readable_lock_errors(path: Path) -> Iterator[None]:
-    with readable_os_errors("lock", path):
-        try:
-            yield
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            raise _without_locks(path, os.strerror(error.errno)) from error
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        raise _without_locks(path, os.strerror(error.errno)) from error
 
 
 def _without_locks(path: Path, reason: str) -> HelpsteerError:

@@ -40,78 +40,50 @@ class Table:
 
 
 EXPERIMENT = Column("experiment", "VARCHAR", "name of the experiment", "entry.experiment")
-
-
 LINEAGE = (
     Column("fingerprint", "VARCHAR", "the artifact that holds the row", "entry.fingerprint"),
     Column("run_id", "VARCHAR", "Dagster run that last materialized it", "entry.run_id"),
 )
-
-
-_W = "weight of the preference, in (0, 1]; null for SFT"
-
-
-_PAIR_ID = "first 16 hex digits of sha256(chosen_id + rejected_id)"
-
-
-_PROMPT_ID = "first 16 hex digits of sha256(prompt)"
-
-
-_RESPONSE_ID = "first 16 hex digits of sha256(prompt + NUL + response)"
-
-
-_POLICY = "'sft' or 'modpo'"
-
-
-_FINISH = "'eos': the model ended the response; 'length': the limit on new tokens did"
-
-
+_PAIR_ID = Column("pair_id", "VARCHAR", "first 16 hex digits of sha256(chosen_id + rejected_id)")
+_PROMPT_ID = Column("prompt_id", "VARCHAR", "first 16 hex digits of sha256(prompt)")
+_RESPONSE_ID = Column("response_id", "VARCHAR", "first 16 hex digits of sha256(prompt + NUL + response)")
+_POLICY = Column("policy", "VARCHAR", "'sft' or 'modpo'")
+_W = Column("w", "DOUBLE", "weight of the preference, in (0, 1]; null for SFT")
+_TOKENS = Column("response_tokens", "INTEGER", "tokens of the response, with its end-of-text token")
+_FINISH = Column(
+    "finish_reason", "VARCHAR", "'eos': the model ended the response; 'length': the limit on new tokens did"
+)
 _MARGIN_LOG_RATIO = "log p_adapter - log p_sft of the response, in nats; null without a margin adapter"
+_LOG_RATIO_TO_SFT = "log p_policy - log p_sft of the response, in nats"
+_SIDES = ("chosen", "rejected")
 
-
-_TOKENS = "tokens of the response, with its end-of-text token"
-
-
-def _pair_columns() -> tuple[Column, ...]:
-    ratings = (
-        Column(
-            f"{side}_{attribute}",
-            "TINYINT",
-            f"{attribute} of the {side} response, "
-            + ("0 to 20, the sum of the five" if attribute == OVERALL else "0 to 4"),
-        )
-        for attribute in (*ATTRIBUTES, OVERALL)
-        for side in ("chosen", "rejected")
-    )
-    return (
-        EXPERIMENT,
-        Column("pair_id", "VARCHAR", _PAIR_ID),
-        Column("prompt_id", "VARCHAR", _PROMPT_ID),
-        Column("split", "VARCHAR", "'train', 'selection' (chooses checkpoints) or 'validation'"),
-        Column("prompt", "VARCHAR", "prompt, uncut"),
-        Column("chosen_id", "VARCHAR", _RESPONSE_ID),
-        Column("rejected_id", "VARCHAR", _RESPONSE_ID),
-        Column("chosen", "VARCHAR", "the response rated higher, uncut"),
-        Column("rejected", "VARCHAR", "the response rated lower, uncut"),
-        *ratings,
-        *LINEAGE,
-    )
-
+_PAIR_COLUMNS = (
+    EXPERIMENT,
+    _PAIR_ID,
+    _PROMPT_ID,
+    Column("split", "VARCHAR", "'train', 'selection' (chooses checkpoints) or 'validation'"),
+    Column("prompt", "VARCHAR", "prompt, uncut"),
+    *(Column(f"{side}_id", "VARCHAR", _RESPONSE_ID.comment) for side in _SIDES),
+    Column("chosen", "VARCHAR", "the response rated higher, uncut"),
+    Column("rejected", "VARCHAR", "the response rated lower, uncut"),
+    *(
+        Column(f"{side}_{name}", "TINYINT", f"{name} of the {side} response, {scale}")
+        for name, scale in (*((name, "0 to 4") for name in ATTRIBUTES), (OVERALL, "0 to 20, the sum of the five"))
+        for side in _SIDES
+    ),
+    *LINEAGE,
+)
 
 DECLARED = (
-    Table(
-        "preference_pairs",
-        "One row per pair of responses to one prompt that differ in the preference attribute",
-        ("preference_pairs",),
-        ("experiment", "pair_id"),
-        _pair_columns(),
-    ),
-    Table(
-        "margin_pairs",
-        "One row per pair of responses to one prompt that differ in the margin attribute",
-        ("margin_pairs",),
-        ("experiment", "pair_id"),
-        _pair_columns(),
+    *(
+        Table(
+            f"{attribute}_pairs",
+            f"One row per pair of responses to one prompt that differ in the {attribute} attribute",
+            (f"{attribute}_pairs",),
+            ("experiment", "pair_id"),
+            _PAIR_COLUMNS,
+        )
+        for attribute in ("preference", "margin")
     ),
     Table(
         "reference_log_probs",
@@ -120,8 +92,8 @@ DECLARED = (
         ("experiment", "prompt_id", "response_id"),
         (
             EXPERIMENT,
-            Column("prompt_id", "VARCHAR", _PROMPT_ID),
-            Column("response_id", "VARCHAR", _RESPONSE_ID),
+            _PROMPT_ID,
+            _RESPONSE_ID,
             Column("log_prob", "DOUBLE", "log p_sft(response | prompt), the sum over its tokens, in nats"),
             Column("response_tokens", "INTEGER", "tokens that log_prob sums over"),
             Column("truncated", "BOOLEAN", "whether prompt or response was cut"),
@@ -135,13 +107,9 @@ DECLARED = (
         ("experiment", "prompt_id", "response_id"),
         (
             EXPERIMENT,
-            Column("prompt_id", "VARCHAR", _PROMPT_ID),
-            Column("response_id", "VARCHAR", _RESPONSE_ID),
-            Column(
-                "log_ratio",
-                "DOUBLE",
-                _MARGIN_LOG_RATIO,
-            ),
+            _PROMPT_ID,
+            _RESPONSE_ID,
+            Column("log_ratio", "DOUBLE", _MARGIN_LOG_RATIO),
             Column("response_tokens", "INTEGER", "tokens of the uncut response"),
             *LINEAGE,
         ),
@@ -153,28 +121,13 @@ DECLARED = (
         ("experiment", "pair_id"),
         (
             EXPERIMENT,
-            Column("pair_id", "VARCHAR", _PAIR_ID),
-            Column("prompt_id", "VARCHAR", _PROMPT_ID),
-            Column(
-                "rating_gap",
-                "INTEGER",
-                "margin attribute of the chosen minus that of the rejected response",
-            ),
+            _PAIR_ID,
+            _PROMPT_ID,
+            Column("rating_gap", "INTEGER", "margin attribute of the chosen minus that of the rejected response"),
+            *(Column(f"{side}_tokens", "INTEGER", f"tokens that {side}_log_ratio sums over") for side in _SIDES),
             *(
-                Column(
-                    f"{side}_tokens",
-                    "INTEGER",
-                    f"tokens that {side}_log_ratio sums over",
-                )
-                for side in ("chosen", "rejected")
-            ),
-            *(
-                Column(
-                    f"{side}_log_ratio",
-                    "DOUBLE",
-                    f"log p_adapter - log p_sft of the {side} response, in nats",
-                )
-                for side in ("chosen", "rejected")
+                Column(f"{side}_log_ratio", "DOUBLE", f"log p_adapter - log p_sft of the {side} response, in nats")
+                for side in _SIDES
             ),
             *LINEAGE,
         ),
@@ -186,13 +139,13 @@ DECLARED = (
         ("experiment", "policy", "w", "prompt_id"),
         (
             EXPERIMENT,
-            Column("policy", "VARCHAR", _POLICY),
-            Column("w", "DOUBLE", _W),
-            Column("prompt_id", "VARCHAR", _PROMPT_ID),
+            _POLICY,
+            _W,
+            _PROMPT_ID,
             Column("prompt", "VARCHAR", "prompt, uncut"),
             Column("response", "VARCHAR", "generated response"),
-            Column("response_tokens", "INTEGER", _TOKENS),
-            Column("finish_reason", "VARCHAR", _FINISH),
+            _TOKENS,
+            _FINISH,
             Column("prompt_truncated", "BOOLEAN", "whether the prompt was cut"),
             *LINEAGE,
         ),
@@ -204,23 +157,19 @@ DECLARED = (
         ("experiment", "policy", "w", "prompt_id"),
         (
             EXPERIMENT,
-            Column("policy", "VARCHAR", _POLICY),
-            Column("w", "DOUBLE", _W),
-            Column("prompt_id", "VARCHAR", _PROMPT_ID),
+            _POLICY,
+            _W,
+            _PROMPT_ID,
             Column(
                 "margin_reward",
                 "DOUBLE",
                 "r_m, without the role's sign (docs/how-it-works.md)",
             ),
-            Column(
-                "margin_log_ratio",
-                "DOUBLE",
-                _MARGIN_LOG_RATIO,
-            ),
-            Column("log_ratio_to_sft", "DOUBLE", "log p_policy - log p_sft of the response, in nats"),
-            Column("response_tokens", "INTEGER", _TOKENS),
+            Column("margin_log_ratio", "DOUBLE", _MARGIN_LOG_RATIO),
+            Column("log_ratio_to_sft", "DOUBLE", _LOG_RATIO_TO_SFT),
+            _TOKENS,
             Column("response_words", "INTEGER", "words, separated by white space"),
-            Column("finish_reason", "VARCHAR", _FINISH),
+            _FINISH,
             *(
                 Column(name, "DOUBLE", f"{name} by the rater, on its scale; null without a rater")
                 for name in ATTRIBUTES
@@ -237,13 +186,13 @@ DECLARED = (
         (
             EXPERIMENT,
             Column("policy", "VARCHAR", "'modpo'"),
-            Column("w", "DOUBLE", _W),
-            Column("prompt_id", "VARCHAR", _PROMPT_ID),
+            _W,
+            _PROMPT_ID,
             Column("sample", "INTEGER", "sample of this prompt, from 0"),
-            Column("log_ratio", "DOUBLE", "log p_policy - log p_sft of the response, in nats"),
+            Column("log_ratio", "DOUBLE", _LOG_RATIO_TO_SFT),
             Column("response", "VARCHAR", "sampled response"),
-            Column("response_tokens", "INTEGER", _TOKENS),
-            Column("finish_reason", "VARCHAR", _FINISH),
+            _TOKENS,
+            _FINISH,
             *LINEAGE,
         ),
     ),
@@ -254,8 +203,8 @@ DECLARED = (
         ("experiment", "policy", "w", "measure"),
         (
             EXPERIMENT,
-            Column("policy", "VARCHAR", _POLICY),
-            Column("w", "DOUBLE", _W),
+            _POLICY,
+            _W,
             Column(
                 "measure",
                 "VARCHAR",

@@ -28,11 +28,9 @@ import duckdb
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.files.digests import file_sha256
 from helpsteer_assets.files.durable import checked_name, sync, write_atomically
-from helpsteer_assets.files.os_errors import readable_os_errors
 from helpsteer_assets.store.artifacts import ALL
 from helpsteer_assets.store.locks import exclusive_lock
 from helpsteer_assets.store.tables import (
-    DECLARED,
     MATERIALIZATIONS,
     TABLES,
     Table,
@@ -111,9 +109,6 @@ class Warehouse:
         `partition` is None (or `ALL`) for an unpartitioned asset, `path` the artifact's folder, `table` and `parquet`
         the published table and the file of its rows (None for an asset without a table).
         With `publish=False` the caller publishes later.
-
-        Raises HelpsteerError for a table that does not exist, and a Parquet file that is
-        missing, unreadable or lacks a column.
         """
         partition = None if partition == ALL else partition
         entry = {
@@ -130,10 +125,8 @@ class Warehouse:
             "parquet": None if parquet is None else self._portable(parquet),
         }
         file = self._entry_file(experiment, asset, ALL if partition is None else partition)
-        self._check(entry)
-        with readable_os_errors("write", file):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, json.dumps(entry, indent=2) + "\n")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(entry, indent=2) + "\n")
         if publish:
             self.publish()
 
@@ -146,8 +139,7 @@ class Warehouse:
         """
         for file in (self.registry / checked_name("experiment", experiment)).glob("*/*.json"):
             if (file.parent.name, file.stem) not in known and not file.name.startswith("."):
-                with readable_os_errors("remove", file):
-                    file.unlink(missing_ok=True)
+                file.unlink(missing_ok=True)
 
     def latest(self, experiment: str, asset: str, partition: str) -> dict[str, Any] | None:
         """The latest materialization that was recorded: fingerprint, run_id, ...; None where there is none.
@@ -155,11 +147,10 @@ class Warehouse:
         A damaged record is none. Raises HelpsteerError for one of a newer version of this package.
         """
         file = self._entry_file(experiment, asset, partition)
-        with readable_os_errors("read", file):
-            try:
-                return _read_entry(file.read_bytes(), file)
-            except (FileNotFoundError, *_DAMAGED):
-                return None
+        try:
+            return _read_entry(file.read_bytes(), file)
+        except (FileNotFoundError, *_DAMAGED):
+            return None
 
     def publish(self) -> Path:
         """Publishes the registry as it stands, unless that has been done; returns the database's path.
@@ -167,7 +158,7 @@ class Warehouse:
         Waits for other publishers only, never for a reader. An entry that cannot be read, or whose Parquet file
         cannot, is left out with a warning.
         """
-        with exclusive_lock(self.folder / "publish.lock"), readable_os_errors("publish", self.path):
+        with exclusive_lock(self.folder / "publish.lock"):
             entries, unreadable, state = self._read_registry()
             for problem in unreadable:
                 logger.warning("%s", problem)
@@ -208,14 +199,12 @@ class Warehouse:
         to. Raises HelpsteerError where nothing is published yet, where the database is damaged, and with DuckDB's
         message where the SQL is wrong.
         """
-        if not self.path.exists():
-            raise HelpsteerError(f"{self.path} does not exist: nothing materialized yet; run `helpsteer run`")
         try:
             sql.encode()
         except UnicodeEncodeError as error:
             raise HelpsteerError(f"the query is not valid Unicode: {error}") from error
-        with _temporary_folder() as folder:
-            return _run(self._connect(folder), sql, self.path)
+        with self._reader() as connection:
+            return _run(connection, sql, self.path)
 
     def read(self, table: str, experiment: str | None = None) -> "pa.Table":
         """A published table as Arrow, its rows in the order of their key; `experiment` None gives those of all.
@@ -225,35 +214,37 @@ class Warehouse:
         """
         if table not in TABLES:
             raise HelpsteerError(f"there is no table {table!r}; there are {', '.join(TABLES)}")
-        if not self.path.exists():
-            raise HelpsteerError(f"{self.path} does not exist: nothing materialized yet; run `helpsteer run`")
         chosen, values = ("", []) if experiment is None else ("WHERE experiment = ?", [experiment])
         key = ", ".join(identifier(column) for column in TABLES[table].key)
-        with _temporary_folder() as folder, closing(self._connect(folder)) as connection:
+        with self._reader() as connection:
             try:
                 sql = f"SELECT * FROM {identifier(table)} {chosen} ORDER BY {key}"
                 return connection.sql(sql, params=values).to_arrow_table()
             except duckdb.Error as error:
                 raise HelpsteerError(_explained(error, self.path)) from error
 
-    def _connect(self, folder: Path) -> duckdb.DuckDBPyConnection:
-        """The published database, ready for SQL from a person, with `folder` for temporary files."""
-        try:
-            return _open_reader(self.path, folder)
-        except duckdb.Error:
-            # Somebody has it open for writing, or left a write-ahead log that does not fit the file that was published
-            # since. A copy of the file under another name opens all the same.
-            with readable_os_errors("copy", self.path):
-                copy = shutil.copyfile(self.path, folder / self.path.name)
+    @contextmanager
+    def _reader(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        """The published database, ready for SQL from a person."""
+        if not self.path.exists():
+            raise HelpsteerError(f"{self.path} does not exist: nothing materialized yet; run `helpsteer run`")
+        with _temporary_folder() as folder:
             try:
-                return _open_reader(copy, folder)
-            except duckdb.Error as error:
-                raise HelpsteerError(_cannot_be_read(self.path, error)) from error
+                connection = _open_reader(self.path, folder)
+            except duckdb.Error:
+                # Somebody has it open for writing, or left a write-ahead log that does not fit the file that was
+                # published since. A copy of the file under another name opens all the same.
+                copy = shutil.copyfile(self.path, folder / self.path.name)
+                try:
+                    connection = _open_reader(copy, folder)
+                except duckdb.Error as error:
+                    raise HelpsteerError(_cannot_be_read(self.path, error)) from error
+            with closing(connection):
+                yield connection
 
     def entries(self) -> tuple[list[dict[str, Any]], list[str]]:
         """Every latest materialization that was recorded, with absolute paths; and why others cannot be read."""
-        with readable_os_errors("read", self.registry):
-            entries, unreadable, _ = self._read_registry()
+        entries, unreadable, _ = self._read_registry()
         return entries, unreadable
 
     def disagreements(self) -> list[str]:
@@ -262,7 +253,7 @@ class Warehouse:
         Every row is compared, so that all of the database is read. Changes nothing, and works in a home that cannot
         be written to. The column `path` is not compared: a home can be moved after it was published.
         """
-        with _temporary_folder() as folder, readable_os_errors("read", self.folder):
+        with _temporary_folder() as folder:
             entries, _, state = self._read_registry()
             if not self.path.exists():
                 return [f"{self.path} does not exist; the next `helpsteer run` publishes it"] if entries else []
@@ -293,24 +284,6 @@ class Warehouse:
             "path": str(self.home / entry["path"]),
             "parquet": None if parquet is None else str(self.home / parquet),
         }
-
-    def _check(self, entry: dict[str, Any]) -> None:
-        name = entry["table"]
-        publishable = ", ".join(table.name for table in DECLARED)
-        if (name is None) != (entry["parquet"] is None):
-            raise HelpsteerError(f"{entry['asset']}: a table needs a Parquet file, and a Parquet file a table")
-        if name is None:
-            return
-        if name not in TABLES or name == MATERIALIZATIONS.name:
-            raise HelpsteerError(f"{entry['asset']}: there is no table {name!r}; there are {publishable}")
-        resolved = self._resolved(entry)
-        with duckdb.connect() as connection:
-            try:
-                connection.execute(f"{_select(TABLES[name])} LIMIT 0", _parameters(resolved))
-            except duckdb.Error as error:
-                raise HelpsteerError(
-                    f"{resolved['parquet']} cannot become table {name}; materialize {entry['asset']} again: {error}"
-                ) from error
 
     def _read_registry(self) -> tuple[list[dict[str, Any]], list[str], str]:
         """All readable entries, with absolute paths; why others cannot be read; a digest of all that tables need."""
@@ -467,9 +440,7 @@ def _parameters(entry: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def _temporary_folder() -> Iterator[Path]:
     """A folder outside the home, which may be read-only or short of space; gone afterwards."""
-    with readable_os_errors("make a folder for temporary files (TMPDIR says where) in", Path("/tmp")):
-        temporary = tempfile.TemporaryDirectory(prefix="helpsteer-query-", ignore_cleanup_errors=True)
-    with temporary as folder:
+    with tempfile.TemporaryDirectory(prefix="helpsteer-query-", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
 
 
@@ -506,7 +477,6 @@ def _run(connection: duckdb.DuckDBPyConnection, sql: str, path: Path) -> tuple[l
     except KeyboardInterrupt:
         connection.interrupt()
         raise
-    connection.close()
     (result,) = outcome
     if isinstance(result, duckdb.Error):
         raise HelpsteerError(_explained(result, path)) from result

@@ -302,7 +302,10 @@ def test_listing_changes_nothing_and_works_in_a_read_only_home_which_cannot_be_c
     assert "artifacts/modpo_models/0.1" in seen.stdout and "can go: " in seen.stdout
     refused = run_read_only(home, *command, "--delete")
     assert refused.returncode == 2
-    assert refused.stderr.startswith("error: cannot lock ") and "Read-only file system" in refused.stderr
+    assert (
+        refused.stderr.startswith(f"error: cannot read or write {home}/locks")
+        and "Read-only file system" in refused.stderr
+    )
     find_garbage(Home(home), [MINE], older_than=0)
     assert contents(home) | {"cache/digests.json": ()} == before | {"cache/digests.json": ()}
 

@@ -24,19 +24,20 @@ def _make(home: Path) -> None:
     os._exit(0)
 
 
-def test_processes_that_open_a_fresh_home_at_once_make_its_databases_once(tmp_path: Path) -> None:
-    processes = [multiprocessing.get_context("fork").Process(target=_make, args=(tmp_path,)) for _ in range(4)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(300)
-    assert [process.exitcode for process in processes] == [0] * 4
-    assert not list((tmp_path / "dagster" / "demo").glob(".*"))
+def test_processes_that_open_a_fresh_or_a_half_made_home_at_once_make_its_databases_once(tmp_path: Path) -> None:
+    def open_at_once() -> None:
+        processes = [multiprocessing.get_context("fork").Process(target=_make, args=(tmp_path,)) for _ in range(4)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(300)
+        assert [process.exitcode for process in processes] == [0] * 4
 
-
-def test_databases_left_half_made_by_a_process_that_died_are_made_anew(tmp_path: Path) -> None:
-    folder = make_dagster_home(Home(tmp_path), "demo")
-    shutil.move(folder / "history", folder / ".new-left")  # as before the last of the renames
+    open_at_once()
+    folder = tmp_path / "dagster" / "demo"
+    assert not list(folder.glob(".*"))
+    shutil.move(folder / "history", folder / ".new-left")  # as one leaves it that died before the last of the renames
+    open_at_once()
     with dg.DagsterInstance.from_config(str(make_dagster_home(Home(tmp_path), "demo"))) as instance:
         assert instance.get_runs() == []
     assert not list(folder.glob(".new-*"))

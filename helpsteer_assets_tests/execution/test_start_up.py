@@ -60,7 +60,6 @@ defs = dg.Definitions(
         dg.define_asset_job(name, selection=selection)
         for name, selection in {
             "with_model": ["trained", "described", "killed_once"],
-            "without_model": ["described"],
             "waiting": ["endless"],
         }.items()
     ],
@@ -89,22 +88,11 @@ def start(job: str, reports: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, stdout=log, stderr=log)
 
 
-def execute(job: str, reports: Path) -> dict[str, dict[str, object]]:
-    """Run a job to its success; what its steps reported."""
-    assert start(job, reports).wait() == 0, (reports / "log").read_text()[-3000:]
-    names = [path for path in reports.iterdir() if path.name in ("trained", "described", "killed_once")]
-    return {path.name: json.loads(path.read_text(encoding="utf-8")) for path in names}
-
-
 def test_steps_are_forked_from_one_process_with_the_model_libraries_and_tried_again_when_killed(reports: Path) -> None:
-    found = execute("with_model", reports)
+    assert start("with_model", reports).wait() == 0, (reports / "log").read_text()[-3000:]
+    found = {name: json.loads((reports / name).read_text()) for name in ("trained", "described", "killed_once")}
     assert found["trained"]["modules"] == list(MODEL_MODULES)
     assert {step["forked_from"] for step in found.values()} == {found["trained"]["forked_from"]}
-    assert found.keys() == {"trained", "described", "killed_once"}
-
-
-def test_a_run_that_loads_no_model_imports_no_model_library(reports: Path) -> None:
-    assert execute("without_model", reports)["described"]["modules"] == []
 
 
 def test_a_run_that_is_terminated_ends_its_steps(reports: Path) -> None:

@@ -8,6 +8,7 @@ from helpsteer_assets.files.rows import ResumableRows
 
 def test_rows_come_back_in_order(tmp_path: Path):
     rows = ResumableRows(tmp_path / "folder" / "rows.jsonl")
+    assert list(rows.read()) == []
     rows.append([{"index": 1, "text": "a\nb"}])
     rows.append([{"index": 2, "text": "ä"}, {"index": 3, "value": 0.1 + 0.2}])
     assert list(rows.read()) == [
@@ -15,16 +16,9 @@ def test_rows_come_back_in_order(tmp_path: Path):
         {"index": 2, "text": "ä"},
         {"index": 3, "value": 0.30000000000000004},
     ]
-
-
-def test_there_are_none_before_the_first(tmp_path: Path):
-    assert list(ResumableRows(tmp_path / "rows.jsonl").read()) == []
-
-
-def test_without_a_file_nothing_is_kept():
-    rows = ResumableRows(None)
-    rows.append([{"index": 1}])
-    assert list(rows.read()) == []
+    nowhere = ResumableRows(None)
+    nowhere.append([{"index": 1}])
+    assert list(nowhere.read()) == []
 
 
 @settings(max_examples=30, deadline=None)

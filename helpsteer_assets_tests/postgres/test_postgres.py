@@ -1,18 +1,12 @@
 """Dagster's records in Postgres: a run, its death and what follows, as the manual's page says it."""
 
-import json
 import multiprocessing
 import os
 import re
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +26,6 @@ from helpsteer_assets.store.artifacts import ArtifactStore
 from helpsteer_assets.store.home import Home as FolderHome
 from helpsteer_assets_tests.finished import quick_experiment
 from helpsteer_assets_tests.postgres.conftest import Server
-from helpsteer_assets_tests.processes import descendants
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "how-to" / "postgres.md"
@@ -195,61 +188,6 @@ def test_a_server_that_goes_away_costs_nothing_and_of_two_runs_at_once_then_one_
     ] == "complete"
     assert "STARTED" not in home.statuses()
     assert not [line for line in home.run(select=TRAINING) if ": computing" in line]
-
-
-def test_a_run_that_the_ui_launches_is_recorded_there_too(home: Home, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    code = "from helpsteer_assets.cli import entry; entry()"
-    options = ["-e", str(home.folder / "quick.yaml"), "--home", str(home.path), "ui", "--port", str(port)]
-
-    def ask(query: str) -> Any:
-        body = json.dumps({"query": query}).encode()
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(f"http://127.0.0.1:{port}/graphql", body, headers)
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.load(answer)["data"]
-
-    def wait_for(done: Callable[[], object]) -> None:
-        while True:
-            assert process.poll() is None, log.read_text()
-            with suppress(OSError):
-                if done():
-                    return
-            time.sleep(0.2)
-
-    log = tmp_path / "log"
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, *options],
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            stdout=file,
-            stderr=file,
-            start_new_session=True,
-        )
-    try:
-        wait_for(lambda: ask("{ repositoriesOrError { ... on RepositoryConnection { nodes { name } } } }"))
-        before = home.statuses()
-        launched = ask(
-            """mutation { launchRun(executionParams: {mode: "default", selector: {
-                 repositoryLocationName: "helpsteer_assets.definitions", repositoryName: "__repository__",
-                 jobName: "__ASSET_JOB", assetSelection: [{path: ["helpsteer_ratings"]}]}})
-               { __typename ... on LaunchRunSuccess { run { runId } } ... on PythonError { message } } }"""
-        )["launchRun"]
-        assert launched["__typename"] == "LaunchRunSuccess", launched
-        shown = f'{{ runOrError(runId: "{launched["run"]["runId"]}") {{ ... on Run {{ status }} }} }}'
-        wait_for(lambda: ask(shown)["runOrError"]["status"] in ("SUCCESS", "FAILURE"))
-        assert home.statuses() == ["SUCCESS", *before]
-    finally:
-        below = descendants(process.pid)
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(20)
-        for pid in {process.pid, *below}:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.wait()
 
 
 def test_processes_that_open_a_fresh_database_at_once_make_its_tables_once(server: Server, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+import yaml
 from dagster._config import process_config, resolve_to_config_type
 from dagster._core.definitions.job_base import InMemoryJob
 from dagster._core.instance.ref import InstanceRef
@@ -34,11 +35,6 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(2400)]
 FIT = {"sees_home": True, "dagster": "/bin/dagster"}
 TWO = [Node("one", 8, 2, versions=_installed(), **FIT), Node("two", 8, 1, versions=_installed(), **FIT)]
 """Two nodes with three GPUs."""
-
-
-def limited(folder: Path, limit: int) -> Path:
-    (folder / "dagster.yaml").write_text(f"concurrency: {{pools: {{default_limit: {limit}}}}}\n", encoding="utf-8")
-    return folder
 
 
 def test_dagster_yaml_is_what_dagster_dagster_ray_and_dagster_postgres_read(
@@ -88,44 +84,38 @@ def test_resources_of_the_executor_are_refused_since_they_would_hide_those_of_th
     ("gpus", "limit", "problem", "warning"),
     [
         (1.0, 3, "", ""),
+        (1.0, None, "any number of steps with a model may run at once, and the cluster has room for 3", ""),
         (1.0, 4, "4 steps with a model may run at once, and the cluster has room for 3", ""),
         (1.0, 2, "", "2 steps with a model may run at once, and the cluster has room for 3"),
-        (2.0, 1, "", ""),
         (4.0, 1, "no node has the 4 GPU that a step with a model asks for", ""),
         (0.0, 16, "", ""),
     ],
 )
 def test_the_limit_of_the_pool_has_to_fit_the_cluster(
-    tmp_path: Path, gpus: float, limit: int, problem: str, warning: str
+    tmp_path: Path, gpus: float, limit: int | None, problem: str, warning: str
 ) -> None:
-    problems, warnings = judge(TWO, RunSettings(gpus=gpus), Home(tmp_path), limited(tmp_path, limit))
+    config = {} if limit is None else {"concurrency": {"pools": {"default_limit": limit}}}
+    (tmp_path / "dagster.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    problems, warnings = judge(TWO, RunSettings(gpus=gpus), Home(tmp_path), tmp_path)
     assert len(problems) == bool(problem) and all(text.startswith(problem) for text in problems)
     assert len(warnings) == bool(warning) and all(text.startswith(warning) for text in warnings)
 
 
-def test_a_pool_without_a_limit_is_a_problem(tmp_path: Path) -> None:
-    problems, _ = judge(TWO, RunSettings(), Home(tmp_path), tmp_path)
-    assert [problem.partition(",")[0] for problem in problems] == ["any number of steps with a model may run at once"]
-
-
-def test_other_versions_and_a_missing_dagster_are_problems(tmp_path: Path) -> None:
-    node = Node("odd", 1, 3, sees_home=True, versions=_installed() | {"torch": "1.0"})
-    problems, _ = judge([node], RunSettings(), Home(tmp_path), limited(tmp_path, 3))
-    assert len(problems) == 2
-    assert problems[0].startswith("node odd has no `dagster` on its PATH")
-    assert problems[1].startswith(f"node odd has torch 1.0, and this machine {_installed()['torch']}")
-
-
-def test_a_node_that_can_take_the_locks_of_others_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_with_other_versions_no_dagster_or_locks_that_do_not_reach_is_a_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HELPSTEER_HOME", str(tmp_path))
     with alive(Home(tmp_path)) as tags:
         monkeypatch.setenv(HOME_TOKEN, tags[PROCESS_TAG])
         fit = _describe_node()
         assert fit["sees_home"] and fit["locks_reach"]
     process_lock(tmp_path, tags[PROCESS_TAG]).touch()  # as from a machine that its locks do not reach
-    unfit = Node("odd", 1, 3, **_describe_node() | {"dagster": "dagster"})
-    problems, _ = judge([unfit], RunSettings(), Home(tmp_path), limited(tmp_path, 3))
-    assert len(problems) == 1 and problems[0].startswith("node odd can take a lock that this machine holds")
+    unfit = _describe_node() | {"dagster": None, "versions": _installed() | {"torch": "1.0"}}
+    problems, _ = judge([*TWO, Node("odd", 1, 0, **unfit)], RunSettings(), Home(tmp_path), DEPLOY)
+    locks, command, torch = (problem for problem in problems if problem.startswith("node odd"))
+    assert locks.startswith("node odd can take a lock that this machine holds")
+    assert command.startswith("node odd has no `dagster` on its PATH")
+    assert torch.startswith(f"node odd has torch 1.0, and this machine {_installed()['torch']}")
 
 
 @pytest.fixture(scope="module")

@@ -110,16 +110,6 @@ def test_the_lock_of_a_stopped_process_is_held_and_that_of_a_killed_one_is_free_
             assert free
 
 
-def test_a_forked_child_does_not_keep_the_lock(lock: Path) -> None:
-    with exclusive_lock(lock):
-        child = FORK.Process(target=time.sleep, args=(60,))
-        child.start()
-    with lock_if_free(lock) as free:
-        assert free
-    child.kill()
-    child.join()
-
-
 def test_a_lock_whose_file_was_removed_or_replaced_is_noticed(lock: Path) -> None:
     with exclusive_lock(lock) as held:
         held.check()
@@ -131,7 +121,7 @@ def test_a_lock_whose_file_was_removed_or_replaced_is_noticed(lock: Path) -> Non
                 held.check()
 
 
-@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
 def test_a_file_system_without_locks_is_refused_in_words(
     lock: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
@@ -153,10 +143,14 @@ def test_a_file_system_that_locks_a_file_twice_is_refused_in_words(lock: Path, m
         exclusive_lock(lock).__enter__()
 
 
-def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
-    (tmp_path / "home").write_text("")
-    with pytest.raises(HelpsteerError, match=rf"cannot lock {tmp_path / 'home'}"):
-        exclusive_lock(tmp_path / "home" / "locks" / "a.lock").__enter__()
+def test_a_forked_child_keeps_neither_the_lock_nor_the_home(lock: Path, tmp_path: Path) -> None:
+    with exclusive_lock(lock), home_in_use(tmp_path, "training"):
+        child = FORK.Process(target=time.sleep, args=(60,))
+        child.start()
+    with lock_if_free(lock) as free, home_alone(tmp_path):
+        assert free
+    child.kill()
+    child.join()
 
 
 # The lock of a home
@@ -194,18 +188,8 @@ def test_a_killed_process_uses_nothing_and_its_lock_is_removed_while_those_of_th
         pass
 
 
-def test_a_forked_child_does_not_keep_the_home_in_use(tmp_path: Path) -> None:
-    with home_in_use(tmp_path, "training"):
-        child = FORK.Process(target=time.sleep, args=(60,))
-        child.start()
-    with home_alone(tmp_path):
-        pass
-    child.kill()
-    child.join()
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", "\0"])
-def test_a_holder_whose_words_cannot_be_read_is_another_process(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize("content", ["", "[]"])
+def test_a_holder_that_does_not_say_who_it_is_is_another_process(tmp_path: Path, content: str) -> None:
     with home_in_use(tmp_path, "training") as name:
         process_lock(tmp_path, name).write_text(content)
         with pytest.raises(HelpsteerError, match=re.escape(f"{tmp_path} is in use: another process. ")):

@@ -65,28 +65,8 @@ def record_scores(warehouse: Warehouse, w: str | None, **changes: Any) -> None:
     warehouse.record(**{**arguments, **changes})
 
 
-def record_model(warehouse: Warehouse, **changes: Any) -> None:
-    arguments = {
-        "experiment": "demo",
-        "asset": "sft_model",
-        "partition": None,
-        "fingerprint": "f",
-        "path": warehouse.home / "artifacts" / "sft_model" / "all" / "f",
-        "run_id": "run-1",
-        "reused": False,
-        "table": None,
-        "parquet": None,
-    }
-    warehouse.record(**{**arguments, **changes})
-
-
 def counts(warehouse: Warehouse) -> dict[str, int]:
     return {table: warehouse.query(f"SELECT count(*) FROM {table}")[1][0][0] for table in TABLES}
-
-
-def test_nothing_published_yet_is_an_error_that_says_what_to_do(warehouse: Warehouse) -> None:
-    with pytest.raises(HelpsteerError, match=r"nothing materialized yet; run `helpsteer run`"):
-        warehouse.query("SELECT 1")
 
 
 def test_every_table_exists_with_its_columns_types_and_comments_before_it_has_rows(warehouse: Warehouse) -> None:
@@ -98,6 +78,8 @@ def test_every_table_exists_with_its_columns_types_and_comments_before_it_has_ro
     assert {column[:3]: column[3] for column in columns} == {
         (table.name, column.name, column.type): column.comment for table in TABLES.values() for column in table.columns
     }
+    _, versions = warehouse.query("SELECT tags['storage_version'] FROM duckdb_databases() WHERE NOT internal")
+    assert versions == [("v1.4.0+",)], "a DuckDB of that version can read it"
     _, comments = warehouse.query("SELECT table_name, comment FROM duckdb_tables()")
     assert dict(comments) == {table.name: table.comment for table in TABLES.values()}
 
@@ -110,45 +92,23 @@ def test_after_a_run_every_table_has_rows_that_agree_with_the_artifacts(finished
     assert policies == [("modpo", 0.1), ("modpo", 0.9), ("sft", None)]
 
 
-def test_a_duckdb_of_version_1_4_can_read_the_file(warehouse: Warehouse) -> None:
-    warehouse.publish()
-    _, rows = warehouse.query("SELECT tags['storage_version'] FROM duckdb_databases() WHERE NOT internal")
-    assert rows == [("v1.4.0+",)]
-
-
 def test_columns_are_matched_by_name_and_rows_lead_back_to_their_run(warehouse: Warehouse) -> None:
     record_scores(warehouse, "0.1")
 
     names, rows = warehouse.query("SELECT * FROM scores WHERE prompt_id = 'p2'")
 
     assert names == [column.name for column in TABLES["scores"].columns]
-    assert dict(zip(names, rows[0], strict=True)) == {
-        "experiment": "demo",
-        "policy": "modpo",
-        "w": 0.1,
-        "prompt_id": "p2",
-        "margin_reward": 1.0,
-        "margin_log_ratio": 2.0,
-        "log_ratio_to_sft": -1.5,
-        "response_tokens": 3,
-        "response_words": 7,
-        "finish_reason": "eos",
-        "helpfulness": 0.0,
-        "correctness": 1.0,
-        "coherence": 2.0,
-        "complexity": 3.0,
-        "verbosity": 4.0,
-        "fingerprint": "fingerprint-0.1",
-        "run_id": "run-1",
-    }
+    measured = [1.0, 2.0, -1.5, 3, 7, "eos", 0.0, 1.0, 2.0, 3.0, 4.0]
+    assert rows == [("demo", "modpo", 0.1, "p2", *measured, "fingerprint-0.1", "run-1")]
 
 
 def test_materializations_tell_the_latest_of_each_experiment_asset_and_partition(warehouse: Warehouse) -> None:
     before = datetime.now(UTC).replace(tzinfo=None)
-    record_model(warehouse)
-    record_model(warehouse, fingerprint="g", run_id="run-2", reused=True)
-    record_model(warehouse, experiment="other", partition="all")
-    record_model(warehouse, asset="modpo_models", partition="0.5")
+    model: dict[str, Any] = {"asset": "sft_model", "fingerprint": "f", "table": None, "parquet": None}
+    record_scores(warehouse, None, **model)
+    record_scores(warehouse, None, **model | {"fingerprint": "g", "run_id": "run-2", "reused": True})
+    record_scores(warehouse, "all", **model, experiment="other")
+    record_scores(warehouse, "0.5", **model | {"asset": "modpo_models"})
 
     _, rows = warehouse.query(
         "SELECT experiment, asset, partition, fingerprint, run_id, reused FROM materializations ORDER BY ALL"
@@ -165,7 +125,9 @@ def test_materializations_tell_the_latest_of_each_experiment_asset_and_partition
     assert warehouse.latest("demo", "sft_model", "0.1") is None
 
 
-def test_a_new_materialization_replaces_its_partition_s_rows_and_no_others(warehouse: Warehouse) -> None:
+def test_rows_are_those_of_the_latest_materialization_of_each_weight_in_the_grid(
+    warehouse: Warehouse,
+) -> None:
     for w in (None, "0.1", "0.5"):
         record_scores(warehouse, w)
     record_scores(warehouse, "0.1", experiment="other")
@@ -182,6 +144,10 @@ def test_a_new_materialization_replaces_its_partition_s_rows_and_no_others(wareh
         ("demo", None, "fingerprint-None", "run-1", 3),
         ("other", 0.1, "fingerprint-0.1", "run-1", 3),
     ]
+    warehouse.forget_others("demo", {("sft_scores", "all"), ("scores", "0.5")})
+    warehouse.publish()
+    _, rows = warehouse.query("SELECT DISTINCT experiment, w FROM scores ORDER BY ALL")
+    assert rows == [("demo", 0.5), ("demo", None), ("other", 0.1)]
 
 
 def test_signs_in_names_and_paths_are_only_text(tmp_path: Path) -> None:
@@ -200,31 +166,6 @@ def test_signs_in_names_and_paths_are_only_text(tmp_path: Path) -> None:
     assert warehouse.disagreements() == []
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"table": "score"}, "no table 'score'; there are preference_pairs, .*scores, kl_to_sft, score_summary$"),
-        ({"table": None}, "a table needs a Parquet file"),
-        ({"parquet": Path("/absent/scores.parquet")}, "/absent/scores.parquet cannot become table scores"),
-        ({"table": "margin_rewards"}, "cannot become table margin_rewards; .*response_id"),
-    ],
-)
-def test_a_record_that_fits_no_table_is_refused_and_not_kept(
-    warehouse: Warehouse, changes: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(HelpsteerError, match=message):
-        record_scores(warehouse, "0.1", **changes)
-    warehouse.publish()
-    assert set(counts(warehouse).values()) == {0}
-
-
-@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden"])
-def test_names_that_leave_the_registry_are_refused(warehouse: Warehouse, name: str) -> None:
-    for key in ("experiment", "asset", "partition"):
-        with pytest.raises(HelpsteerError, match=f"{key} .*cannot be a folder's name"):
-            record_model(warehouse, **{key: name})
-
-
 def test_only_a_database_that_is_lost_old_or_was_written_to_is_published_again(warehouse: Warehouse) -> None:
     record_scores(warehouse, "0.1")
     published = warehouse.path.stat().st_ino
@@ -241,41 +182,6 @@ def test_only_a_database_that_is_lost_old_or_was_written_to_is_published_again(w
     assert counts(warehouse)["scores"] == 0
     warehouse.publish()
     assert counts(warehouse)["scores"] == 3
-
-
-def test_a_home_can_be_moved(warehouse: Warehouse, tmp_path: Path) -> None:
-    record_scores(warehouse, "0.1")
-    warehouse.home.rename(tmp_path / "moved")
-    moved = Warehouse(tmp_path / "moved")
-    assert moved.disagreements() == []
-
-    moved.publish()
-
-    assert counts(moved)["scores"] == 3
-    assert moved.query("SELECT path FROM materializations")[1] == [(f"{tmp_path}/moved/artifacts/scores/0.1",)]
-
-
-@pytest.mark.parametrize(
-    ("sql", "message"),
-    [
-        ("DELETE FROM scores", "the warehouse is read-only"),
-        ("CREATE TABLE mine (a INT)", "the warehouse is read-only"),
-        ("SELECT * FROM read_text('/etc/passwd')", "tables only, no files"),
-        ("COPY scores TO '/tmp/scores.csv'", "tables only, no files"),
-        ("LOAD httpfs", "tables only, no files and no extensions"),
-        ("SET enable_external_access = true", "configuration has been locked"),
-        ("SELECT * FROM secret", "Table with name secret does not exist"),
-        ("SELEC 1", "syntax error"),
-        ("SELECT 'a'::INT", "Could not convert string 'a'"),
-        ("  ", "the query is empty"),
-    ],
-)
-def test_a_query_reads_the_tables_and_nothing_else(warehouse: Warehouse, sql: str, message: str) -> None:
-    warehouse.publish()
-    secret = duckdb.sql("SELECT 1")  # A Python variable is no table.
-    assert secret is not None
-    with pytest.raises(HelpsteerError, match=message):
-        warehouse.query(sql)
 
 
 # With other processes.
@@ -410,22 +316,6 @@ def test_a_publisher_that_was_killed_leaves_the_old_file_and_no_lock(warehouse: 
     assert not list(warehouse.folder.glob(".publish-*"))
 
 
-def test_a_folder_that_cannot_be_written_is_an_error_that_names_it(tmp_path: Path) -> None:
-    (tmp_path / "home").write_text("a file")
-    with pytest.raises(HelpsteerError, match=f"cannot write {tmp_path}/home.*HELPSTEER_HOME"):
-        record_model(Warehouse(tmp_path / "home"))
-
-
-def test_a_weight_that_left_the_grid_leaves_the_tables(warehouse: Warehouse) -> None:
-    for w in (None, "0.1", "0.5"):
-        record_scores(warehouse, w)
-    record_scores(warehouse, "0.1", experiment="other")
-    warehouse.forget_others("demo", {("sft_scores", "all"), ("scores", "0.5")})
-    warehouse.publish()
-    _, rows = warehouse.query("SELECT DISTINCT experiment, w FROM scores ORDER BY ALL")
-    assert rows == [("demo", 0.5), ("demo", None), ("other", 0.1)]
-
-
 # Damage, other versions, odd places.
 
 
@@ -449,12 +339,10 @@ def damage_entry(file: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda file, other: damage_entry(file, schema_version=None),
         lambda file, other: damage_entry(file, partition="0.5"),
         lambda file, other: damage_entry(file, table=["scores"]),
         lambda file, other: damage_entry(file, run_id="\ud800"),
         lambda file, other: damage_entry(file, materialized_at="yesterday"),
-        lambda file, other: file.write_bytes(b"\xff\xfe"),
         lambda file, other: file.write_bytes(b"[" * 100_000),
         lambda file, other: file.write_bytes(other.read_bytes()),
     ],
@@ -505,14 +393,7 @@ def flip(path: Path) -> None:
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        truncate,
-        flip,
-        lambda path: path.write_text("not a database"),
-    ],
-)
+@pytest.mark.parametrize("damage", [truncate, flip, lambda path: path.write_text("not a database")])
 def test_a_damaged_database_is_an_error_in_words_until_it_is_published_anew(warehouse: Warehouse, damage: Any) -> None:
     record_scores(warehouse, "0.1")
     damage(warehouse.path)
@@ -524,19 +405,10 @@ def test_a_damaged_database_is_an_error_in_words_until_it_is_published_anew(ware
     assert warehouse.disagreements() == []
 
 
-def test_a_folder_in_the_database_s_place_is_an_error_that_names_it(warehouse: Warehouse) -> None:
-    (warehouse.path / "mine").mkdir(parents=True)
-    for use in (warehouse.publish, lambda: warehouse.query("SELECT 1"), warehouse.disagreements):
-        with pytest.raises(HelpsteerError, match=r"helpsteer\.duckdb"):
-            use()
-    assert (warehouse.path / "mine").is_dir()
-
-
 def test_the_tables_agree_with_the_files_they_were_made_from(warehouse: Warehouse) -> None:
     assert warehouse.disagreements() == []
-    for w in (None, "0.1", "0.5"):
-        record_scores(warehouse, w)
-    record_scores(warehouse, "0.1", experiment="o'neill; DROP TABLE scores")
+    record_scores(warehouse, None)
+    record_scores(warehouse, "0.5")
     assert warehouse.disagreements() == []
     write_scores(warehouse.home / "artifacts" / "scores" / "0.5" / "scores.parquet", "0.5", rows=4)
     first, second = warehouse.disagreements()
@@ -544,10 +416,3 @@ def test_the_tables_agree_with_the_files_they_were_made_from(warehouse: Warehous
     assert "was published before the registry's last change, or the home was copied" in second
     warehouse.path.unlink()
     assert "does not exist; the next `helpsteer run` publishes it" in warehouse.disagreements()[0]
-
-
-def test_rows_that_are_there_twice_are_found_even_where_the_artifacts_say_so(warehouse: Warehouse) -> None:
-    file = write_scores(warehouse.home / "s.parquet", "0.1")
-    twice = write_parquet(warehouse.home / "t.parquet", f"FROM '{file}' UNION ALL FROM '{file}' LIMIT 4")
-    record_scores(warehouse, "0.1", parquet=twice)
-    assert warehouse.disagreements() == ["table scores: 1 rows are there twice, by experiment, policy, w, prompt_id"]

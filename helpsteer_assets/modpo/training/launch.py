@@ -203,12 +203,12 @@ def _run_agent(job: str, processes: str) -> int:
 
 
 def _run_rank(job: str) -> int:
-    from helpsteer_assets.files.os_errors import readable_library_errors
+    from helpsteer_assets.files.os_errors import readable_errors
 
     messages = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)  # libraries print to standard output, too, and messages must not mix with that
     try:
-        with readable_library_errors(Path(job).parents[1]):
+        with readable_errors(Path(job).parents[1]):
             _train(Path(job), messages)
     except HelpsteerError as error:
         messages.write(json.dumps({"error": str(error)}) + "\n")
