@@ -34,7 +34,7 @@ that differ. Unknown keys and wrong types are refused. Under *allowed*, `|` sepa
 _TABLES_INTRO = """\
 # Tables
 
-What `<home>/warehouse/helpsteer.duckdb` holds, generated from the code by `python -m tools.reference`.
+The tables of `<home>/warehouse/helpsteer.duckdb`, generated from the code by `python -m tools.reference`.
 The database holds the same comments: `SELECT table_name, column_name, comment FROM duckdb_columns()`.
 Per experiment and partition, a table holds the rows of the latest materialization.
 

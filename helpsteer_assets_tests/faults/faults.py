@@ -108,8 +108,10 @@ def damaged_work(trial: Trial) -> None:
     """A checkpoint, or finished rows: the work goes on from what comes before."""
     trial.choose(*RESUMABLE)
     trial.damages = True
-    trial.run(partial(act_at, trial.home, trial.moment(resumable=True), kill))
-    files = files_below(trial.partial / "checkpoints")
+    for _ in range(3):  # a few operations more than in the undisturbed run, and nothing is finished yet
+        trial.run(partial(act_at, trial.home, trial.moment(resumable=True), kill))
+        if files := files_below(trial.partial / "checkpoints"):
+            break
     assert files, "nothing was finished"
     trial.note += f", {harm(trial.random.choice(files), files, trial.random)}"
 
