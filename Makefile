@@ -41,7 +41,7 @@ bench: $(READY)
 
 # Hundreds of crashes, full disks, damaged files and second writers, each against a run that nothing happened to: hours.
 faults: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m helpsteer_assets_tests.faults --trials $(TRIALS)
+	OMP_NUM_THREADS=1 FAULT_TRIALS=$(TRIALS) $(BIN)/python -m pytest helpsteer_assets_tests/faults
 
 # The parts of docs/ that are generated from code.
 docs: $(READY)

@@ -9,7 +9,8 @@ import argparse
 import json
 import types
 import typing
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -26,23 +27,25 @@ _SETTINGS_INTRO = """\
 # Settings
 
 Every key of an experiment file, generated from the code by `python -m tools.reference`.
-An experiment is a YAML file; one that says `extends: <shipped experiment or path>` and has a `name` of its own states
-only what it changes. Unknown keys and wrong types are refused. Under *allowed*, `|` separates alternatives.
-`helpsteer check` says whether an experiment fits its source, its model and this machine."""
+An experiment is a YAML file. With `extends: <shipped experiment or path>` and its own `name`, it has only the keys
+that differ. Unknown keys and wrong types are refused. Under *allowed*, `|` separates alternatives.
+`helpsteer check` says whether an experiment suits its source, its model and this machine."""
 
 _TABLES_INTRO = """\
 # Tables
 
-What `<home>/warehouse/helpsteer.duckdb` holds, generated from the code by `python -m tools.reference`.
-The same comments stand in the database: `SELECT table_name, column_name, comment FROM duckdb_columns()`.
-Per experiment and partition, a table holds the rows of the latest materialization."""
+The tables of `<home>/warehouse/helpsteer.duckdb`, generated from the code by `python -m tools.reference`.
+The database holds the same comments: `SELECT table_name, column_name, comment FROM duckdb_columns()`.
+Per experiment and partition, a table holds the rows of the latest materialization.
+
+Columns that mean the same in several tables:"""
 
 _COMMANDS_INTRO = """\
 # Commands
 
 Every command of `helpsteer`, generated from the code by `python -m tools.reference`; `helpsteer COMMAND -h`
-prints the same. A command ends with 0, with 1 where it ran and found something amiss (a failed run, a damaged file),
-and with 2 where you have something to mend first, which it names."""
+prints the same. Exit codes: 0 is success, 1 means that it found a failed run or a damaged file, and 2 means that you
+must correct something first, which it names."""
 
 _SETTINGS_HEADER = ("key", "allowed", "default", "meaning")
 _TYPES = {
@@ -80,8 +83,10 @@ def settings_reference() -> str:
 
 
 def tables_reference() -> str:
-    """The tables of the warehouse as Markdown: columns, DuckDB types and comments."""
-    parts = [_TABLES_INTRO]
+    """The tables of the warehouse as Markdown: columns, DuckDB types and comments; those of several tables once."""
+    counts = Counter(column for table in TABLES.values() for column in table.columns)
+    shared = [column for column, count in counts.items() if count > 2]
+    parts = [_TABLES_INTRO, _columns(shared)]
     first: dict[tuple[Column, ...], str] = {}
     for table in TABLES.values():
         filled = f" From: {', '.join(f'`{asset}`' for asset in table.assets)}." if table.assets else ""
@@ -89,9 +94,13 @@ def tables_reference() -> str:
         if (same := first.setdefault(table.columns, table.name)) != table.name:
             parts.append(f"Columns: as in `{same}`.")
             continue
-        rows = [(f"`{c.name}`", c.type, c.comment) for c in table.columns]
-        parts.append(_markdown(("column", "type", "meaning"), rows))
+        also = ", ".join(f"`{column.name}`" for column in table.columns if column in shared)
+        parts += [f"Shared columns: {also}. Own columns:", _columns(c for c in table.columns if c not in shared)]
     return "\n\n".join(parts) + "\n"
+
+
+def _columns(columns: Iterable[Column]) -> str:
+    return _markdown(("column", "type", "meaning"), [(f"`{c.name}`", c.type, c.comment) for c in columns])
 
 
 def commands_reference() -> str:

@@ -1,16 +1,8 @@
 """One fault at a time on the real graph, the same command again, and a comparison with a run that nothing happened to.
 
-How to add a fault: write a function in faults.py.
-
-    @fault("a damaged manifest")
-    def damaged_manifest(trial: Trial) -> None:
-        trial.choose("scores")                             # one of its weights; what comes before it is there, finished
-        trial.run(partial(act_at, trial.home, trial.moment(), kill))  # the command, with harm done in its process
-        (trial.home / ...).write_bytes(b"")                # or harm of another kind
-        trial.note = "..."                                 # for the report of a failure
-
-Every random choice comes from `trial.random`, so that a seed repeats a trial. `judge` does the rest; a fault that has
-promises of its own asserts them.
+A fault is a function in faults.py. It chooses an artifact, does harm to the command that makes it or to files, and
+asserts the promises that are its own; `judge` does the rest. Every random choice comes from `trial.random`, so that a
+seed repeats a trial.
 """
 
 import hashlib
@@ -25,9 +17,9 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import dagster as dg
 import duckdb
@@ -89,15 +81,11 @@ class Command:
     def running(self) -> bool:
         return self._process.is_alive()
 
-    def send(self, number: int) -> None:
-        with suppress(ProcessLookupError):
-            os.kill(self.pid, number)
-
     def wait(self) -> int:
         """The exit code; the negative number of the signal that killed it."""
         self._process.join(DEADLINE)
         if self._process.exitcode is None:
-            self.send(signal.SIGKILL)
+            self._process.kill()
             raise AssertionError(f"it hung: {self.output[-2000:]}")
         return self._process.exitcode
 
@@ -107,11 +95,9 @@ def _helpsteer(arguments: list[str], log: Path, before: Hook | None) -> None:
     os.setsid()
     for number in (signal.SIGINT, signal.SIGHUP):  # ignored in the background of a script, and under nohup
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.stdout = os.fdopen(1, "w", buffering=1, encoding="utf-8", closefd=False)
-    sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8", closefd=False)
+    for stream in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), stream)
+    sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, encoding="utf-8", closefd=False) for n in (1, 2))
     sys.argv = ["helpsteer", *arguments]
     if before is not None:
         before()
@@ -120,47 +106,28 @@ def _helpsteer(arguments: list[str], log: Path, before: Hook | None) -> None:
     entry()
 
 
-@dataclass(frozen=True)
 class Undisturbed:
-    """A finished run that nothing happened to."""
+    """A finished run that nothing happened to, made in a folder."""
 
-    folder: Path
-
-    @classmethod
-    def make(cls, folder: Path) -> "Undisturbed":
+    def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        made = cls(folder)
-        made.experiment_file.write_text(yaml.safe_dump(EXPERIMENT), encoding="utf-8")
-        noted = partial(note_operations, made.home, folder / "operations")
-        command = Command(made.arguments(made.home, "run"), folder / "log", noted)
+        self.home = folder / "home"
+        self.experiment_file = folder / "faults.yaml"
+        self.experiment_file.write_text(yaml.safe_dump(EXPERIMENT), encoding="utf-8")
+        made = fingerprints(load_experiment(str(self.experiment_file)))
+        self.fingerprints: dict[Key, str] = {key: fingerprint.value for key, fingerprint in made.items()}
+        """In topological order."""
+        noted = partial(note_operations, self.home, folder / "operations")
+        command = Command(self.arguments(self.home, "run"), folder / "log", noted)
         assert command.wait() == 0, command.output
-        return made
-
-    @property
-    def home(self) -> Path:
-        return self.folder / "home"
-
-    @property
-    def experiment_file(self) -> Path:
-        return self.folder / "faults.yaml"
+        self.operations: dict[str, list[str]] = {}
+        """The paths of the run's file operations, by artifact."""
+        for line in (folder / "operations").read_text(encoding="utf-8").splitlines():
+            artifact, _, path = line.partition("\t")
+            self.operations.setdefault(artifact, []).append(path)
 
     def arguments(self, home: Path, *command: str) -> list[str]:
         return ["-e", str(self.experiment_file), "--home", str(home), *command]
-
-    @cached_property
-    def fingerprints(self) -> dict[Key, str]:
-        """In topological order."""
-        made = fingerprints(load_experiment(str(self.experiment_file)))
-        return {key: fingerprint.value for key, fingerprint in made.items()}
-
-    @cached_property
-    def operations(self) -> dict[str, list[str]]:
-        """The paths of the run's file operations, by artifact."""
-        by_artifact: dict[str, list[str]] = {}
-        for line in (self.folder / "operations").read_text(encoding="utf-8").splitlines():
-            artifact, _, path = line.partition("\t")
-            by_artifact.setdefault(artifact, []).append(path)
-        return by_artifact
 
 
 @dataclass
@@ -198,29 +165,26 @@ class Trial:
             self.command = ("run", "--select", asset, *(() if partition == ALL else ("--weights", partition)))
         self.note = f"{asset} {partition} by {' '.join(self.command)}"
 
-    def moment(self, part: Literal["all", "making", "resumable"] = "all") -> Moment:
-        """A random moment: in the making of the artifact or now and then before it; or only while it is being made; or
-        only when some of it can be resumed.
-        """
-        artifact = BEFORE_ALL if part == "all" and self.random.random() < 0.15 else " ".join(self.key)
+    def moment(self, *, resumable: bool = False) -> Moment:
+        """A random moment in the making of the artifact, now and then before it; or one when some can be resumed."""
+        artifact = BEFORE_ALL if not resumable and self.random.random() < 0.15 else " ".join(self.key)
         paths = self.undisturbed.operations[artifact]
         delay = self.random.choice((0, 0, self.random.uniform(0, 0.5)))
         numbers = range(len(paths))
-        if part != "all":
-            kept = (n for n, path in enumerate(paths) if path.endswith(("complete.json", ".jsonl")))
-            first = next(kept) + 1 if part == "resumable" else 0
+        if resumable:
+            first = next(n for n, path in enumerate(paths) if path.endswith(("complete.json", ".jsonl"))) + 1
             numbers, delay = range(first, next(n for n, path in enumerate(paths) if "manifest.json" in path)), 0
         moment = Moment(artifact, self.random.choice(numbers), delay)
         self.note += f", {moment}"
         return moment
 
-    def start(self, before: Hook | None = None, *, command: tuple[str, ...] | None = None) -> Command:
+    def start(self, before: Hook | None = None, *, command: tuple[str, ...] = ()) -> Command:
         """Start the command, or another one; `before` is called in its process first."""
         arguments = self.undisturbed.arguments(self.home, *(command or self.command))
         self.commands.append(Command(arguments, self.folder / f"log-{len(self.commands) + 1}", before))
         return self.commands[-1]
 
-    def run(self, before: Hook | None = None, *, command: tuple[str, ...] | None = None) -> Command:
+    def run(self, before: Hook | None = None, *, command: tuple[str, ...] = ()) -> Command:
         """Run it to its end."""
         started = self.start(before, command=command)
         started.wait()
@@ -335,28 +299,16 @@ def _still_taken(home: Path) -> list[str]:
         return problems + [f"a slot is taken: {s}" for s in slots if s.claimed_slots or s.pending_steps]
 
 
-Fault = Callable[[Trial], None]
-FAULTS: dict[str, Fault] = {}
-
-
-def fault(name: str) -> Callable[[Fault], Fault]:
-    """Register a fault."""
-
-    def register(function: Fault) -> Fault:
-        FAULTS[name] = function
-        return function
-
-    return register
-
-
-def try_fault(name: str, seed: int, undisturbed: Undisturbed, folder: Path) -> tuple[str, list[str]]:
+def try_fault(
+    fault: Callable[[Trial], None], seed: str, undisturbed: Undisturbed, folder: Path
+) -> tuple[str, list[str]]:
     """What happened in one trial, and its problems: none if the run survived the fault."""
-    trial = Trial(undisturbed, folder, folder / "home", random.Random(f"{name} {seed}"))
+    trial = Trial(undisturbed, folder, folder / "home", random.Random(seed))
     folder.mkdir(parents=True)
     with ExitStack() as stack:
         stack.callback(trial.close)
         try:
-            FAULTS[name](trial)
+            fault(trial)
             problems = judge(trial)
         except (AssertionError, OSError, ValueError, LookupError, duckdb.Error) as error:
             problems = [f"{type(error).__name__}: {error}"]

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
@@ -18,8 +18,8 @@ from pathlib import Path
 from helpsteer_assets.execution.dagster_home import make_dagster_home
 from helpsteer_assets.modpo.training.checkpoints import checkpoint_progress
 from helpsteer_assets.store.home import Home
-from helpsteer_assets_tests.faults.campaign import NAME, Trial, ends_in_words, fault
-from helpsteer_assets_tests.faults.moments import act_at, cut_power_at, kill
+from helpsteer_assets_tests.faults.campaign import NAME, Trial, ends_in_words
+from helpsteer_assets_tests.faults.moments import Moment, act_at, cut_power_at, kill
 from helpsteer_assets_tests.processes import descendants
 
 TRAININGS = ("sft_model", "margin_adapter", "modpo_models")
@@ -29,26 +29,22 @@ PAGE = 4096
 # The process dies or is told to end.
 
 
-@fault("killed")
 def killed(trial: Trial) -> None:
     trial.choose()
     trial.run(partial(act_at, trial.home, trial.moment(), kill))
 
 
-@fault("killed three times in one training")
 def killed_three_times(trial: Trial) -> None:
     trial.choose(*TRAININGS)
     for _ in range(3):
         trial.run(partial(act_at, trial.home, trial.moment(), kill))
 
 
-@fault("power cut")
 def power_cut(trial: Trial) -> None:
     trial.choose()
     trial.run(partial(cut_power_at, trial.home, trial.moment(), trial.random.getrandbits(32)))
 
 
-@fault("told to end")
 def told_to_end(trial: Trial) -> None:
     """By Ctrl-C, `kill` or the closed terminal, to which nothing can be said any more."""
     trial.choose()
@@ -72,17 +68,15 @@ def tell_to_end(number: int) -> None:
 
 def harm(file: Path, others: Iterable[Path], chance: random.Random) -> str:
     """Damage a file, and say how."""
-    content = file.read_bytes()
+    content, times = file.read_bytes(), file.stat()
     swappable = [other for other in others if other.suffix == file.suffix and other.read_bytes() != content]
     kind = chance.choice(("cut short", "a bit flipped", "removed", *(("swapped",) if swappable else ())))
     if kind == "cut short":
         os.truncate(file, chance.randrange(len(content)))
     elif kind == "a bit flipped":  # the file's times stay as they were, as where a disk rots: only its content tells
-        times = file.stat()
-        position = chance.randrange(len(content))
-        file.write_bytes(
-            content[:position] + bytes([content[position] ^ 1 << chance.randrange(8)]) + content[position + 1 :]
-        )
+        flipped = bytearray(content)
+        flipped[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        file.write_bytes(flipped)
         os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     elif kind == "removed":
         file.unlink()
@@ -90,7 +84,7 @@ def harm(file: Path, others: Iterable[Path], chance: random.Random) -> str:
         other = chance.choice(swappable)
         file.write_bytes(other.read_bytes())
         other.write_bytes(content)
-        return f"{file} and {other} swapped"
+        kind += f" with {other}"
     return f"{file}: {kind}"
 
 
@@ -98,7 +92,6 @@ def files_below(*folders: Path) -> list[Path]:
     return sorted(path for folder in folders for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
 
 
-@fault("a damaged artifact")
 def damaged_artifact(trial: Trial) -> None:
     """It is set aside and made again."""
     trial.choose(finished=True)
@@ -111,18 +104,18 @@ def damaged_artifact(trial: Trial) -> None:
     assert folder.with_name(f"{folder.name}.damaged-1").is_dir()
 
 
-@fault("damaged unfinished work")
 def damaged_work(trial: Trial) -> None:
     """A checkpoint, or finished rows: the work goes on from what comes before."""
     trial.choose(*RESUMABLE)
     trial.damages = True
-    trial.run(partial(act_at, trial.home, trial.moment("resumable"), kill))
-    files = files_below(trial.partial / "checkpoints")
+    for _ in range(3):  # a few operations more than in the undisturbed run, and nothing is finished yet
+        trial.run(partial(act_at, trial.home, trial.moment(resumable=True), kill))
+        if files := files_below(trial.partial / "checkpoints"):
+            break
     assert files, "nothing was finished"
     trial.note += f", {harm(trial.random.choice(files), files, trial.random)}"
 
 
-@fault("damaged records")
 def damaged_records(trial: Trial) -> None:
     """Of the warehouse, digests, locks: reading goes on, or says why not."""
     trial.choose(finished=True)
@@ -191,12 +184,6 @@ def read_only_disk(trial: Trial) -> None:
     subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
 
 
-if can_mount():
-    fault("a full disk")(full_disk)
-    fault("a read-only disk")(read_only_disk)
-
-
-@fault("a limit on the size of files")
 def file_size_limit(trial: Trial) -> None:
     """As with a quota, the smaller files can be written and the larger cannot."""
     trial.choose()
@@ -206,54 +193,36 @@ def file_size_limit(trial: Trial) -> None:
     ends_in_words(trial.run(partial(act_at, trial.home, trial.moment(), limited)), *TOO_LARGE)
 
 
-@fault("permissions lost")
 def permissions_lost(trial: Trial) -> None:
     """Of a folder of the home, or of a file."""
     trial.choose()
     seed = trial.random.getrandbits(32)
-    modes = trial.folder / "modes"
-    command = trial.run(partial(lose_permissions_at, trial.home, trial.moment(), seed, modes))
-    ends_in_words(command, *DENIED)
-    if modes.exists():
-        path, mode = modes.read_text(encoding="utf-8").splitlines()
-        trial.note += f", {path}"
-        with suppress(FileNotFoundError):
-            Path(path).chmod(int(mode))
+    ends_in_words(trial.run(partial(lose_permissions_at, trial.home, trial.moment(), seed)), *DENIED)
+    if trial.home.exists():
+        subprocess.run(["chmod", "-R", "u+rwX", trial.home], check=True)
 
 
-def lose_permissions_at(home: Path, moment: object, seed: int, noted: Path) -> None:
-    obey_permissions()
-    act_at(home, moment, partial(lose_permissions, home, random.Random(seed), noted))
+def lose_permissions_at(home: Path, moment: Moment, seed: int) -> None:
+    chance = random.Random(seed)
 
+    def lose_permissions() -> None:
+        folders = [home, *(path for path in home.rglob("*") if path.is_dir())]
+        path = chance.choice(sorted(folders if chance.random() < 0.8 else files_below(home) or folders))
+        path.chmod(chance.choice((0o555 if path.is_dir() else 0o444, 0o000)))
 
-def lose_permissions(home: Path, chance: random.Random, noted: Path) -> None:
-    folders = [home, *(path for path in home.rglob("*") if path.is_dir())]
-    path = chance.choice(sorted(folders if chance.random() < 0.8 else files_below(home) or folders))
-    noted.write_text(f"{path}\n{path.stat().st_mode & 0o777}\n", encoding="utf-8")
-    path.chmod(chance.choice((0o555 if path.is_dir() else 0o444, 0o000)))
-
-
-def obey_permissions() -> None:
-    """Make permission bits count for this process, were it root's."""
-
-    class Header(ctypes.Structure):
-        _fields_ = (("version", ctypes.c_uint32), ("process", ctypes.c_int))
-
-    class Capabilities(ctypes.Structure):
-        _fields_ = (("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32))
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    header, capabilities = Header(0x20080522, 0), (Capabilities * 2)()
-    assert libc.capget(ctypes.byref(header), capabilities) == 0, os.strerror(ctypes.get_errno())
-    capabilities[0].effective &= ~0b1111  # CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH and CAP_FOWNER
-    capabilities[0].permitted &= ~0b1111
-    assert libc.capset(ctypes.byref(header), capabilities) == 0, os.strerror(ctypes.get_errno())
+    # Permission bits count for root too, once it gives up CAP_CHOWN, CAP_DAC_* and CAP_FOWNER.
+    header, capabilities = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    libc = ctypes.CDLL(None)
+    assert libc.capget(header, capabilities) == 0
+    capabilities[0] &= ~0b1111  # effective
+    capabilities[1] &= ~0b1111  # permitted
+    assert libc.capset(header, capabilities) == 0
+    act_at(home, moment, lose_permissions)
 
 
 # Several processes at once.
 
 
-@fault("commands at once")
 def commands_at_once(trial: Trial) -> None:
     """One makes each artifact, the others wait and reuse it."""
     trial.choose()
@@ -268,36 +237,6 @@ def commands_at_once(trial: Trial) -> None:
     assert computed == 1, f"{computed} processes computed it"
 
 
-@fault("the maker of what others wait for is slow, or killed")
-def slow_maker(trial: Trial) -> None:
-    """A living process's work is never taken from it, however long it is silent; that of a dead one is, at once."""
-    trial.choose()
-    trial.command = ("run", "--select", trial.key[0])
-    place = trial.folder
-    maker = trial.start(partial(act_at, trial.home, trial.moment("making"), partial(stand_still, place)))
-    trial.wait_for(lambda: (place / "stands").exists() or not maker.running, "the maker to stand still")
-    waiting = trial.start()
-    trial.wait_for(lambda: "waiting for" in waiting.output or not waiting.running, "the second to wait")
-    time.sleep(2)
-    assert maker.running and waiting.running, f"{maker.output}\n{waiting.output}"
-    dies = trial.random.random() < 0.5
-    trial.note += f", {'killed' if dies else 'slow'}"
-    if dies:
-        maker.send(signal.SIGKILL)
-    (place / "go").touch()
-    assert dies or maker.wait() == 0, maker.output
-    assert waiting.wait() == 0, waiting.output
-    assert dies or ": reused" in waiting.output, waiting.output
-
-
-def stand_still(place: Path) -> None:
-    """Keep the thread where it is until it may go. (A process stopped by SIGSTOP could hold a lock of SQLite's.)"""
-    (place / "stands").touch()
-    while not (place / "go").exists():
-        time.sleep(0.05)
-
-
-@fault("a job of the UI dies in a training")
 def job_dies(trial: Trial) -> None:
     """The process that Dagster runs a job in, and with it, or not, that of the step: the next command ends the run's
     record, waits for what still trains, and goes on from the checkpoint of what does not."""
@@ -335,27 +274,9 @@ def start_job(trial: Trial) -> subprocess.Popen[bytes]:
 
 # The home lies elsewhere.
 
-NAMES = (
-    "a home",
-    "[x]*",
-    "w=1",
-    "a,b",
-    "{a}",
-    "$HOME",
-    "a#b",
-    "-home",
-    "~",
-    "a;b",
-    "a:b",
-    "a&b",
-    "it's",
-    'a"b',
-    "ü☃",
-    "line\nbreak",
-)
+NAMES = ("a home", "[x]*", "w=1", "a,b", "{a}", "$HOME", "a#b", "-home", "~", "a;b", "it's", 'a"b', "ü☃", "line\nbreak")
 
 
-@fault("a home of an odd name, moved after a death")
 def odd_home(trial: Trial) -> None:
     trial.home = trial.folder / "before"
     trial.choose()
@@ -365,3 +286,22 @@ def odd_home(trial: Trial) -> None:
     if trial.home.exists():
         trial.home.rename(moved)
     trial.home = moved
+
+
+FAULTS: dict[str, tuple[Callable[[Trial], None], tuple[int, ...]]] = {
+    "killed": (killed, (1, 2, 5)),
+    "killed three times in one training": (killed_three_times, (2,)),
+    "power cut": (power_cut, (0, 1)),
+    "told to end": (told_to_end, (0, 1, 5)),
+    "a damaged artifact": (damaged_artifact, (2,)),
+    "damaged unfinished work": (damaged_work, (3, 11)),
+    "damaged records": (damaged_records, (0,)),
+    "a full disk": (full_disk, (1, 5)),
+    "a read-only disk": (read_only_disk, (0,)),
+    "a limit on the size of files": (file_size_limit, (3,)),
+    "permissions lost": (permissions_lost, (0,)),
+    "commands at once": (commands_at_once, (4,)),
+    "a job of the UI dies in a training": (job_dies, (1,)),
+    "a home of an odd name, moved after a death": (odd_home, (1,)),
+}
+"""Each with the seeds that every run of the tests tries."""

@@ -1,5 +1,6 @@
 """What the tests of hostile input share: texts, how many examples a property is tried on, and what must always hold."""
 
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -17,16 +18,13 @@ from helpsteer_assets.modpo.data.readers import COLUMNS
 LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
 
 TEXTS = (
-    "שלום עולם, مرحبا بالعالم",
-    "\u202eright to left\u202c and \u200fmarks",
-    "Z\u0351\u036b\u0343\u036a\u0302a\u0336\u0347l\u0316\u034fg\u0330\u0353o\u0300\u0301",
-    "e\u0301 is not é; \u1e9b\u0323 ﷽ ẛ̣",
+    "שלום עולם, مرحبا \u202eright to left\u202c and \u200fmarks",
+    "Z\u0351\u036b\u0343\u036a e\u0301 is not é; \u1e9b\u0323 ﷽ ẛ̣",
     "👩\u200d👩\u200d👧\u200d👦 🏳️\u200d🌈 \U0001f3f4\U000e0067\U000e0062",
     "NUL \x00 in the middle\x00",
     "\x1b[2J\x1b]0;title\x07\x08\x7f\x9b31m",
-    "\u2028line\u2029paragraph\x85next\x0bvertical\x0cform\x1e",
+    "\u2028line\u2029paragraph\x85next\x0bvertical\x0cform\x1e a\r\nb\rc\nd\n\r",
     "\ufeffmark \ufffe\uffff\U0010ffff noncharacters",
-    "a\r\nb\rc\nd\n\r",
     "<script>alert('x')</script><img src=x onerror=alert(1)>",
     "'; DROP TABLE scores; -- \" OR 1=1; ATTACH 'x.db'",
     "$parquet ? :name %s {0} {{ 7*7 }} {% raw %} ${HOME} `id` $(id)",
@@ -35,11 +33,9 @@ TEXTS = (
     '=HYPERLINK("http://x","y"),"quoted ""twice"" ,\n',
     "../../../etc/passwd C:\\con\\nul file:///dev/zero",
     '{"prompt": "nested", "helpfulness": 4}',
-    "\u00a0\u2003.\u3000",
-    "\uff46\uff55\uff4c\uff4c \uff57\uff49\uff44\uff54\uff48 ٠١٢٣ Ⅷ ½",
+    "\u00a0\u2003.\u3000 \uff46\uff55\uff4c\uff4c ٠١٢٣ Ⅷ ½",
 )
-"""Every one is text that UTF-8 can hold and that is more than white space: they must pass unchanged."""
-
+"""Each can be held by UTF-8 and is more than white space: it must pass unchanged."""
 
 any_text = st.text(st.characters(exclude_categories=()), max_size=12)
 
@@ -60,12 +56,16 @@ def row(prompt: Any = "How?", response: Any = "So.", *ratings: Any, **changes: A
     return dict(zip(COLUMNS, (prompt, response, *(ratings or (1, 2, 3, 4, 0))), strict=True)) | changes
 
 
-def read(source: Path, **options: Any) -> tuple[pa.Table, dict[str, Any]]:
+def jsonl(rows: list[dict[str, Any]]) -> bytes:
+    return b"".join(json.dumps(r).encode() + b"\n" for r in rows)
+
+
+def read(source: Path, on_bad_rows: str = "drop") -> tuple[pa.Table, dict[str, Any]]:
     """The ratings of a source with what was reported; what must hold of all ratings is asserted."""
-    given = {"on_bad_rows": "drop", "validation_share": 1e-9, "max_train_prompts": None, "max_validation_prompts": None}
+    limits = {"validation_share": 1e-9, "max_train_prompts": None, "max_validation_prompts": None}
     with tempfile.TemporaryDirectory() as folder:
         try:
-            report = read_ratings(source, Path(folder) / "ratings.parquet", **given | options)
+            report = read_ratings(source, Path(folder) / "ratings.parquet", on_bad_rows=on_bad_rows, **limits)
         finally:
             left = {file.name for file in Path(folder).iterdir()}
             assert left <= {"ratings.parquet"}, "temporary files are left"

@@ -1,17 +1,14 @@
 """The whole graph on hostile texts, a model with code of its own, and paths with odd names."""
 
-import json
 from pathlib import Path
 
 import pytest
 
-from helpsteer_assets.assets.graph import fingerprints
 from helpsteer_assets.assets.status import status
-from helpsteer_assets.store.artifacts import ArtifactStore
 from helpsteer_assets.store.home import Home
 from helpsteer_assets.store.warehouse import Warehouse
 from helpsteer_assets_tests.finished import Finished, quick_experiment
-from helpsteer_assets_tests.hostile.inputs import TEXTS, row
+from helpsteer_assets_tests.hostile.inputs import TEXTS, jsonl, row
 from helpsteer_assets_tests.hostile.planted import Planted
 
 PROMPTS = [f"{text} {number}" for text in TEXTS for number in range(3)] + ["long " * 200_000 + TEXTS[0]]
@@ -22,33 +19,19 @@ ROWS = [
 ]
 
 
-def everything_but(folder: Path, home: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of change of all that lies in a folder, the home left out."""
-    return {
-        str(path): (path.lstat().st_size, path.lstat().st_mtime_ns)
-        for path in sorted(folder.rglob("*"))
-        if not path.is_relative_to(home)
-    }
-
-
 class Hostile(Finished):
-    """A finished run, and whether it changed anything outside its home."""
+    """A finished run on them, whose base model has code of its own."""
 
     def __init__(self, folder: Path) -> None:
         self.planted = Planted(folder)
-        home = folder / "ho[m]e *"
         (folder / "da[t]a").mkdir()
-        (folder / "da[t]a" / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in ROWS), encoding="utf-8")
+        (folder / "da[t]a" / "train.jsonl").write_bytes(jsonl(ROWS))
         (folder / "source").symlink_to(folder / "da[t]a")
+        data = {"source": str(folder / "source"), "max_train_prompts": None, "max_validation_prompts": None}
         experiment = quick_experiment(
             folder,
-            description=TEXTS[11],
-            data={
-                "source": str(folder / "source"),
-                "validation_share": 0.3,
-                "max_train_prompts": None,
-                "max_validation_prompts": None,
-            },
+            description=TEXTS[7],
+            data=data | {"validation_share": 0.3},
             model={"base": str(self.planted.with_code(self.planted.model("base")))},
             objective={"weights": [0.5]},
             sft={"steps": 2},
@@ -57,10 +40,14 @@ class Hostile(Finished):
             generation={"max_new_tokens": 16},
             evaluation={"rater": "none", "prompts": 12},
         )
-        super().__init__(experiment, home)
-        before = everything_but(folder, home)
+        super().__init__(experiment, folder / "ho[m]e *")
+        before = self.outside(folder)
         assert self.run(), self.announced
-        self.unchanged = everything_but(folder, home) == before
+        self.unchanged = self.outside(folder) == before
+
+    def outside(self, folder: Path) -> dict[Path, int]:
+        """When each file outside the home was changed last."""
+        return {p: p.lstat().st_mtime_ns for p in folder.rglob("*") if not p.is_relative_to(self.home)}
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +58,6 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Hostile:
 def test_every_stage_finishes_runs_no_code_of_the_model_and_writes_nothing_beside_the_home(hostile: Hostile) -> None:
     assert {state.state for state in status(hostile.experiment, Home(hostile.home))} == {"complete"}
     assert hostile.unchanged and not hostile.planted.trace.exists()
-    store = ArtifactStore(hostile.home)
-    for (asset, partition), fingerprint in fingerprints(hostile.experiment).items():
-        artifact = store.find(asset, partition, fingerprint.value)
-        assert artifact is not None and store.verify(artifact) == []
 
 
 def test_published_texts_are_those_that_were_given(hostile: Hostile) -> None:
@@ -85,8 +68,3 @@ def test_published_texts_are_those_that_were_given(hostile: Hostile) -> None:
     assert published == {(r["prompt"], r["response"], r["helpfulness"]) for r in ROWS}
     asked = {prompt for (prompt,) in query("SELECT DISTINCT prompt FROM generations")[1]}
     assert len(asked) == 12 and asked <= set(PROMPTS)
-    # A text in a query is a value: it finds its own rows and runs nothing.
-    for text in TEXTS:
-        quoted = text.replace("'", "''")
-        if "\x00" not in text:
-            assert query(f"SELECT count(*) FROM preference_pairs WHERE prompt = '{quoted} 0'")[1] == [(3,)]

@@ -73,7 +73,8 @@ def test_every_column_of_every_table_is_there() -> None:
             assert "Columns: as in `preference_pairs`." in section
             continue
         for column in table.columns:
-            assert f"| `{column.name}` | {column.type} | {escaped(column.comment)} |" in section
+            row = f"| `{column.name}` | {column.type} | {escaped(column.comment)} |"
+            assert row in section or row in text.split("\n## ")[0]
 
 
 def test_every_option_of_every_command_is_there() -> None:
