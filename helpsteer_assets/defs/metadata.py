@@ -234,9 +234,8 @@ def _describe_scores(artifact: Artifact, inputs: Inputs, experiment: Experiment)
 
 def _describe_kl(artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
     table, metrics = pq.read_table(artifact.file("kl.parquet")), artifact.manifest["metrics"]
-    capped = [reason == "length" for reason in table["finish_reason"].to_pylist()]
-    estimates = kl_by_prompt(table["prompt_id"].to_pylist(), table["log_ratio"].to_numpy(), capped)
-    kl = bootstrap_interval(estimates.kl, experiment.evaluation.bootstrap_samples, experiment.seed)
+    estimates = kl_by_prompt(table["prompt_id"].to_pylist(), table["log_ratio"].to_numpy())
+    kl = bootstrap_interval(list(estimates.values()), experiment.evaluation.bootstrap_samples, experiment.seed)
     return {
         "kl_in_words": f"{kl.mean:.3g} [{kl.low:.3g}, {kl.high:.3g}] nats per response (95% interval over prompts)",
         **metrics,
