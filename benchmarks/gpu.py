@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -50,6 +49,7 @@ from helpsteer_assets.modpo.scoring.log_probs import (
     score_sequences,
 )
 from helpsteer_assets.modpo.scoring.tree_attention import require_varlen
+from helpsteer_assets.modpo.settings import Lora, Training
 from helpsteer_assets.modpo.training.preference import PairCollator, PairDataset, PreferencePair, train_preference
 
 HELPSTEER = LengthMix(100, 0.3, 55, 0.5)
@@ -109,7 +109,7 @@ def training_step(place: Place) -> dict[str, Any]:
     """An optimizer step of eight pairs; useful FLOPs are 4 per weight and token, recomputation does not count."""
     model = place.model()
     policy = _lora(model, dropout=0.05)
-    pairs = _preference_pairs(place.text(model).pairs(8))
+    pairs = [PreferencePair(*_sequences(pair), -100.0, -100.0) for pair in place.text(model).pairs(8)]
     collate = PairCollator(ours.micro_batch_tokens(place.device))
     batches = [inputs["trees"] for inputs in collate(pairs)["micro_batches"]]
     tokens, predicted = sum(batch.tokens for batch in batches), sum(len(batch.targets) for batch in batches)
@@ -205,7 +205,7 @@ def noise(place: Place) -> dict[str, Any]:
         log_ratios.append((trained[inputs["rows"]] - inputs["reference"]).numpy())
     chosen, rejected = np.concatenate(log_ratios, axis=1)
     results |= {"log_ratio": _rms(np.stack([chosen, rejected])), "log_ratio_of_a_pair": _rms(chosen - rejected)}
-    return results | (_rounded_logits(model) if place.device.type == "cuda" else {})
+    return results
 
 
 def decoding(place: Place) -> dict[str, Any]:
@@ -300,20 +300,7 @@ def training(place: Place) -> dict[str, Any]:
     def dataset(numbers: range) -> PairDataset:
         return PairDataset([(f"{number}c", f"{number}r") for number in numbers], sequences, reference)
 
-    settings: Any = SimpleNamespace(
-        steps=steps,
-        epochs=None,
-        batch_size=4 if place.tiny else 8,
-        accumulation=1,
-        learning_rate=1e-4,
-        schedule="cosine",
-        warmup_share=0.1,
-        weight_decay=0.05,
-        max_grad_norm=1.0,
-        gradient_checkpointing=False,
-        evaluate_every=steps // 2,
-        early_stopping=None,
-    )
+    settings = Training(1e-4, steps, batch_size=4 if place.tiny else 8, schedule="cosine", evaluate_every=steps // 2)
     begun = time.perf_counter()
     with TemporaryDirectory() as folder:
         result = train_preference(
@@ -392,8 +379,7 @@ def main(arguments: Items[str]) -> None:
 
 
 def _lora(model: PreTrainedModel, dropout: float = 0.0, std_of_b: float = 0.0) -> PeftModel:
-    lora: Any = SimpleNamespace(r=16, alpha=32, dropout=dropout, target_modules=list(ATTENTION))
-    policy = attach_lora(model, lora, seed=0)
+    policy = attach_lora(model, Lora(dropout=dropout, target_modules=list(ATTENTION)), seed=0)
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
             if "lora_B" in name:
@@ -402,14 +388,7 @@ def _lora(model: PreTrainedModel, dropout: float = 0.0, std_of_b: float = 0.0) -
 
 
 def _sequences(pair: Pair) -> tuple[Sequence, Sequence]:
-    prompt, chosen, rejected = (
-        np.array(ids, dtype=np.int32) for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
-    )
-    return Sequence(prompt, chosen), Sequence(prompt, rejected)
-
-
-def _preference_pairs(pairs: list[Pair]) -> list[PreferencePair]:
-    return [PreferencePair(*_sequences(pair), reference_chosen=-100.0, reference_rejected=-100.0) for pair in pairs]
+    return ours.sequence_of(pair.prompt_ids, pair.chosen_ids), ours.sequence_of(pair.prompt_ids, pair.rejected_ids)
 
 
 def _ids(model: PreTrainedModel, count: int) -> np.ndarray:
@@ -422,16 +401,6 @@ def _scores(model: PreTrainedModel, sequences: list[Sequence], batch_tokens: int
 
 def _rms(differences: np.ndarray) -> float:
     return float(np.sqrt(np.mean(differences**2)))
-
-
-def _rounded_logits(model: PreTrainedModel) -> dict[str, Any]:
-    """What rounding the logits to bf16 before the softmax adds to a token's log-probability, nats rms."""
-    weight = model.lm_head.weight
-    hidden = torch.randn(1024, weight.shape[1], device=weight.device, dtype=weight.dtype)
-    targets = torch.randint(0, len(weight), (1024, 1), device=weight.device)
-    rounded, exact = (hidden @ weight.t()).float(), torch.mm(hidden, weight.t(), out_dtype=torch.float32)
-    differences = (rounded.log_softmax(-1) - exact.log_softmax(-1)).gather(1, targets)
-    return {"rounded_logits_of_a_token": differences.square().mean().sqrt().item()}
 
 
 def _synchronisations(step: Callable[[], object]) -> list[str]:
