@@ -39,10 +39,8 @@ from helpsteer_assets.modpo.generation.decoding import Decoding, decode
 from helpsteer_assets.modpo.models.lending import Snapshot, merged
 from helpsteer_assets.modpo.models.loading import attach_lora, in_words, load_adapters
 from helpsteer_assets.modpo.models.tokenization import Sequence
-from helpsteer_assets.modpo.scoring import log_probs
 from helpsteer_assets.modpo.scoring.log_probs import (
     BASE,
-    Method,
     attention_for,
     method_for,
     response_log_probs,
@@ -123,7 +121,7 @@ def training_step(place: Place) -> dict[str, Any]:
             ours.training_step(policy, pairs, w=W, beta=BETA)
         optimizer.step()
 
-    def measure(name: str, *, checkpointing: bool, dropout: float, method: Method | None = None) -> dict[str, Any]:
+    def measure(*, checkpointing: bool, dropout: float) -> dict[str, Any]:
         place.clean()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -132,25 +130,20 @@ def training_step(place: Place) -> dict[str, Any]:
         for module in policy.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = dropout
-        chosen = method_for(model)
-        log_probs._methods[model] = method or chosen
         try:
             seconds = place.seconds(step)
             begun = time.perf_counter()
             step()
-            launched = time.perf_counter() - begun
-            return {
-                "step": name,
+            numbers = {
                 "seconds": seconds,
-                "seconds_to_launch": launched,
+                "seconds_to_launch": time.perf_counter() - begun,
                 "tokens_per_second": tokens / seconds,
                 "useful_tflops": useful / seconds / 1e12,
                 "peak_mib": peak_memory(step, place.device),
             }
         except torch.OutOfMemoryError as error:
-            return {"step": name, "failed": in_words(error)}
-        finally:
-            log_probs._methods[model] = chosen
+            numbers = {"failed": in_words(error)}
+        return {"checkpointing": checkpointing, "dropout": dropout, **numbers}
 
     return {
         "method": str(method_for(model)),
@@ -158,11 +151,8 @@ def training_step(place: Place) -> dict[str, Any]:
         "micro_batches": len(batches),
         "seconds_to_collate": seconds_of(lambda: collate(pairs), torch.device("cpu")),
         "rows": [
-            measure("checkpointing, dropout", checkpointing=True, dropout=0.05),
-            measure("dropout", checkpointing=False, dropout=0.05),
-            measure("neither", checkpointing=False, dropout=0.0),
-            measure("checkpointing", checkpointing=True, dropout=0.0),
-            measure("checkpointing, split", checkpointing=True, dropout=0.0, method=Method("split", fused=True)),
+            measure(checkpointing=checkpointing, dropout=dropout)
+            for checkpointing, dropout in ((True, 0.05), (False, 0.05), (False, 0.0))
         ],
         "synchronisations": _synchronisations(step) if place.device.type == "cuda" else None,
     }
@@ -204,8 +194,7 @@ def noise(place: Place) -> dict[str, Any]:
             trained = response_log_probs(policy, inputs["trees"].to(place.device)).cpu()
         log_ratios.append((trained[inputs["rows"]] - inputs["reference"]).numpy())
     chosen, rejected = np.concatenate(log_ratios, axis=1)
-    results |= {"log_ratio": _rms(np.stack([chosen, rejected])), "log_ratio_of_a_pair": _rms(chosen - rejected)}
-    return results
+    return results | {"log_ratio": _rms(np.stack([chosen, rejected])), "log_ratio_of_a_pair": _rms(chosen - rejected)}
 
 
 def decoding(place: Place) -> dict[str, Any]:
@@ -338,8 +327,7 @@ PARTS: dict[Callable[[Place], dict[str, Any]], float] = {
 """The parts, the most important first, and the seconds each of them may need."""
 
 
-def parse(arguments: Items[str]) -> argparse.Namespace:
-    """The options of the command line behind `gpu`."""
+def _parse(arguments: Items[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description="The parts that matter on a GPU.")
     parser.add_argument("--budget", type=float, default=540, metavar="SECONDS", help="skip what would take longer")
     parser.add_argument("--part", action="append", choices=[part.__name__ for part in PARTS], help="may be repeated")
@@ -350,7 +338,7 @@ def parse(arguments: Items[str]) -> argparse.Namespace:
 
 def main(arguments: Items[str]) -> None:
     """Run the parts one after another; raises HelpsteerError where there is no GPU or a part failed."""
-    options = parse(arguments)
+    options = _parse(arguments)
     if not options.tiny and not torch.cuda.is_available():
         raise HelpsteerError("torch sees no CUDA device here; --tiny rehearses on a CPU")
     place = Place(torch.device("cpu" if options.tiny else "cuda"), options.tiny)
