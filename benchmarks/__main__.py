@@ -21,11 +21,7 @@ from benchmarks.report import as_text, describe_machine, write_json
 from benchmarks.setting import Setting
 from helpsteer_assets.errors import HelpsteerError
 
-ON_DEVICE = ("training_step", "grid", "scoring", "trl_dpo")
-"""Cases that a `Setting` says how to run."""
-OF_THE_MACHINE = ("generation", "data_at_size", "start_up")
-"""Cases that have nothing to choose but the form."""
-CASES = (*ON_DEVICE, *OF_THE_MACHINE)
+CASES = ("training_step", "grid", "scoring", "trl_dpo", "generation", "data_at_size", "start_up")
 NEEDS = {"trl_dpo": "trl", "data_at_size": "duckdb", "start_up": "dagster"}
 """Packages without which a case is left out, so that the rest runs on a machine that has but torch and transformers."""
 
@@ -88,8 +84,7 @@ def _setting(options: argparse.Namespace) -> Setting:
 def _run(case: str, setting: Setting) -> dict[str, Any]:
     if case in NEEDS and importlib.util.find_spec(NEEDS[case]) is None:
         return {"skipped": f"{NEEDS[case]} is not installed"}
-    module = importlib.import_module(f"benchmarks.{case}")
-    return module.run(setting) if case in ON_DEVICE else module.run(setting.long)
+    return importlib.import_module(f"benchmarks.{case}").run(setting)
 
 
 if __name__ == "__main__":

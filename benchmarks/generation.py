@@ -17,7 +17,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import GenerationConfig, PreTrainedModel
 
 from benchmarks.models import SMOLLM2, draw_lora, load_base, smollm2_folder
-from benchmarks.timing import interleave, ratio
+from benchmarks.setting import Setting
+from benchmarks.timing import compared, interleave
 from helpsteer_assets.modpo.generation.decoding import Decoding, decode
 from helpsteer_assets.modpo.models.lending import merged
 
@@ -48,11 +49,11 @@ CASES = {
 }
 
 
-def run(long: bool) -> dict[str, Any]:
+def run(setting: Setting) -> dict[str, Any]:
     """The cases, on the random model of eight layers; the long form has more of them, more prompts, and SmolLM2."""
-    prompts, rounds = (96, 3) if long else (16, 1)
-    cases = {name: case for name, case in CASES.items() if long or case.ending}
-    models = ["body8", *([SMOLLM2] if long and smollm2_folder() is not None else [])]
+    prompts, rounds = (96, 3) if setting.long else (16, 1)
+    cases = {name: case for name, case in CASES.items() if setting.long or case.ending}
+    models = ["body8", *([SMOLLM2] if setting.long and smollm2_folder() is not None else [])]
     return {
         "rows": [
             {"model": model, "case": name} | compare(model, case, prompts // (2 if model == SMOLLM2 else 1), rounds)
@@ -63,14 +64,7 @@ def run(long: bool) -> dict[str, Any]:
 
 
 def compare(name: str, case: Case, count: int, rounds: int) -> dict[str, Any]:
-    """Both on the same prompts and adapter, in turns.
-
-    Args:
-        name: of the model.
-        case: lengths.
-        count: prompts.
-        rounds: how often.
-    """
+    """Both on the same `count` prompts and adapter, in turns; seconds are those of a prompt."""
     base, attached = load_base(name, CPU, "fp32"), load_base(name, CPU, "fp32")
     if name != SMOLLM2:
         for model in (base, attached):
@@ -101,9 +95,7 @@ def compare(name: str, case: Case, count: int, rounds: int) -> dict[str, Any]:
         "longest_response_of_a_batch": statistics.mean(
             max(lengths[start : start + BATCH]) for start in range(0, count, BATCH)
         ),
-        "reference_seconds_per_prompt": statistics.median(timed["reference"]) / count,
-        "our_seconds_per_prompt": statistics.median(timed["ours"]) / count,
-        "ratio": ratio(timed["reference"], timed["ours"]),
+        **compared(timed, count),
         "identical_responses": sum(found["ours"][index] == found["reference"][index] for index in prompts),
     }
 

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -40,16 +39,15 @@ from helpsteer_assets.modpo.generation.decoding import Decoding, decode
 from helpsteer_assets.modpo.models.lending import Snapshot, merged
 from helpsteer_assets.modpo.models.loading import attach_lora, in_words, load_adapters
 from helpsteer_assets.modpo.models.tokenization import Sequence
-from helpsteer_assets.modpo.scoring import log_probs
 from helpsteer_assets.modpo.scoring.log_probs import (
     BASE,
-    Method,
     attention_for,
     method_for,
     response_log_probs,
     score_sequences,
 )
 from helpsteer_assets.modpo.scoring.tree_attention import require_varlen
+from helpsteer_assets.modpo.settings import Lora, Training
 from helpsteer_assets.modpo.training.preference import PairCollator, PairDataset, PreferencePair, train_preference
 
 HELPSTEER = LengthMix(100, 0.3, 55, 0.5)
@@ -109,7 +107,7 @@ def training_step(place: Place) -> dict[str, Any]:
     """An optimizer step of eight pairs; useful FLOPs are 4 per weight and token, recomputation does not count."""
     model = place.model()
     policy = _lora(model, dropout=0.05)
-    pairs = _preference_pairs(place.text(model).pairs(8))
+    pairs = [PreferencePair(*_sequences(pair), -100.0, -100.0) for pair in place.text(model).pairs(8)]
     collate = PairCollator(ours.micro_batch_tokens(place.device))
     batches = [inputs["trees"] for inputs in collate(pairs)["micro_batches"]]
     tokens, predicted = sum(batch.tokens for batch in batches), sum(len(batch.targets) for batch in batches)
@@ -123,7 +121,7 @@ def training_step(place: Place) -> dict[str, Any]:
             ours.training_step(policy, pairs, w=W, beta=BETA)
         optimizer.step()
 
-    def measure(name: str, *, checkpointing: bool, dropout: float, method: Method | None = None) -> dict[str, Any]:
+    def measure(*, checkpointing: bool, dropout: float) -> dict[str, Any]:
         place.clean()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -132,25 +130,20 @@ def training_step(place: Place) -> dict[str, Any]:
         for module in policy.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = dropout
-        chosen = method_for(model)
-        log_probs._methods[model] = method or chosen
         try:
             seconds = place.seconds(step)
             begun = time.perf_counter()
             step()
-            launched = time.perf_counter() - begun
-            return {
-                "step": name,
+            numbers = {
                 "seconds": seconds,
-                "seconds_to_launch": launched,
+                "seconds_to_launch": time.perf_counter() - begun,
                 "tokens_per_second": tokens / seconds,
                 "useful_tflops": useful / seconds / 1e12,
                 "peak_mib": peak_memory(step, place.device),
             }
         except torch.OutOfMemoryError as error:
-            return {"step": name, "failed": in_words(error)}
-        finally:
-            log_probs._methods[model] = chosen
+            numbers = {"failed": in_words(error)}
+        return {"checkpointing": checkpointing, "dropout": dropout, **numbers}
 
     return {
         "method": str(method_for(model)),
@@ -158,11 +151,8 @@ def training_step(place: Place) -> dict[str, Any]:
         "micro_batches": len(batches),
         "seconds_to_collate": seconds_of(lambda: collate(pairs), torch.device("cpu")),
         "rows": [
-            measure("checkpointing, dropout", checkpointing=True, dropout=0.05),
-            measure("dropout", checkpointing=False, dropout=0.05),
-            measure("neither", checkpointing=False, dropout=0.0),
-            measure("checkpointing", checkpointing=True, dropout=0.0),
-            measure("checkpointing, split", checkpointing=True, dropout=0.0, method=Method("split", fused=True)),
+            measure(checkpointing=checkpointing, dropout=dropout)
+            for checkpointing, dropout in ((True, 0.05), (False, 0.05), (False, 0.0))
         ],
         "synchronisations": _synchronisations(step) if place.device.type == "cuda" else None,
     }
@@ -204,8 +194,7 @@ def noise(place: Place) -> dict[str, Any]:
             trained = response_log_probs(policy, inputs["trees"].to(place.device)).cpu()
         log_ratios.append((trained[inputs["rows"]] - inputs["reference"]).numpy())
     chosen, rejected = np.concatenate(log_ratios, axis=1)
-    results |= {"log_ratio": _rms(np.stack([chosen, rejected])), "log_ratio_of_a_pair": _rms(chosen - rejected)}
-    return results | (_rounded_logits(model) if place.device.type == "cuda" else {})
+    return results | {"log_ratio": _rms(np.stack([chosen, rejected])), "log_ratio_of_a_pair": _rms(chosen - rejected)}
 
 
 def decoding(place: Place) -> dict[str, Any]:
@@ -300,20 +289,7 @@ def training(place: Place) -> dict[str, Any]:
     def dataset(numbers: range) -> PairDataset:
         return PairDataset([(f"{number}c", f"{number}r") for number in numbers], sequences, reference)
 
-    settings: Any = SimpleNamespace(
-        steps=steps,
-        epochs=None,
-        batch_size=4 if place.tiny else 8,
-        accumulation=1,
-        learning_rate=1e-4,
-        schedule="cosine",
-        warmup_share=0.1,
-        weight_decay=0.05,
-        max_grad_norm=1.0,
-        gradient_checkpointing=False,
-        evaluate_every=steps // 2,
-        early_stopping=None,
-    )
+    settings = Training(1e-4, steps, batch_size=4 if place.tiny else 8, schedule="cosine", evaluate_every=steps // 2)
     begun = time.perf_counter()
     with TemporaryDirectory() as folder:
         result = train_preference(
@@ -351,8 +327,7 @@ PARTS: dict[Callable[[Place], dict[str, Any]], float] = {
 """The parts, the most important first, and the seconds each of them may need."""
 
 
-def parse(arguments: Items[str]) -> argparse.Namespace:
-    """The options of the command line behind `gpu`."""
+def _parse(arguments: Items[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description="The parts that matter on a GPU.")
     parser.add_argument("--budget", type=float, default=540, metavar="SECONDS", help="skip what would take longer")
     parser.add_argument("--part", action="append", choices=[part.__name__ for part in PARTS], help="may be repeated")
@@ -363,7 +338,7 @@ def parse(arguments: Items[str]) -> argparse.Namespace:
 
 def main(arguments: Items[str]) -> None:
     """Run the parts one after another; raises HelpsteerError where there is no GPU or a part failed."""
-    options = parse(arguments)
+    options = _parse(arguments)
     if not options.tiny and not torch.cuda.is_available():
         raise HelpsteerError("torch sees no CUDA device here; --tiny rehearses on a CPU")
     place = Place(torch.device("cpu" if options.tiny else "cuda"), options.tiny)
@@ -392,8 +367,7 @@ def main(arguments: Items[str]) -> None:
 
 
 def _lora(model: PreTrainedModel, dropout: float = 0.0, std_of_b: float = 0.0) -> PeftModel:
-    lora: Any = SimpleNamespace(r=16, alpha=32, dropout=dropout, target_modules=list(ATTENTION))
-    policy = attach_lora(model, lora, seed=0)
+    policy = attach_lora(model, Lora(dropout=dropout, target_modules=list(ATTENTION)), seed=0)
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
             if "lora_B" in name:
@@ -402,14 +376,7 @@ def _lora(model: PreTrainedModel, dropout: float = 0.0, std_of_b: float = 0.0) -
 
 
 def _sequences(pair: Pair) -> tuple[Sequence, Sequence]:
-    prompt, chosen, rejected = (
-        np.array(ids, dtype=np.int32) for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
-    )
-    return Sequence(prompt, chosen), Sequence(prompt, rejected)
-
-
-def _preference_pairs(pairs: list[Pair]) -> list[PreferencePair]:
-    return [PreferencePair(*_sequences(pair), reference_chosen=-100.0, reference_rejected=-100.0) for pair in pairs]
+    return ours.sequence_of(pair.prompt_ids, pair.chosen_ids), ours.sequence_of(pair.prompt_ids, pair.rejected_ids)
 
 
 def _ids(model: PreTrainedModel, count: int) -> np.ndarray:
@@ -422,16 +389,6 @@ def _scores(model: PreTrainedModel, sequences: list[Sequence], batch_tokens: int
 
 def _rms(differences: np.ndarray) -> float:
     return float(np.sqrt(np.mean(differences**2)))
-
-
-def _rounded_logits(model: PreTrainedModel) -> dict[str, Any]:
-    """What rounding the logits to bf16 before the softmax adds to a token's log-probability, nats rms."""
-    weight = model.lm_head.weight
-    hidden = torch.randn(1024, weight.shape[1], device=weight.device, dtype=weight.dtype)
-    targets = torch.randint(0, len(weight), (1024, 1), device=weight.device)
-    rounded, exact = (hidden @ weight.t()).float(), torch.mm(hidden, weight.t(), out_dtype=torch.float32)
-    differences = (rounded.log_softmax(-1) - exact.log_softmax(-1)).gather(1, targets)
-    return {"rounded_logits_of_a_token": differences.square().mean().sqrt().item()}
 
 
 def _synchronisations(step: Callable[[], object]) -> list[str]:

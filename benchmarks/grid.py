@@ -35,15 +35,7 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Train the largest of the grids with both, weight by weight in turns; a smaller grid is its first weights.
 
-    Args:
-        models: what is trained.
-        pairs: one pass over them per policy.
-        grids: how many weights, ascending.
-        pairs_per_step: pairs of an optimizer step.
-        device: where.
-
-    Returns:
-        a row per grid.
+    `pairs` are passed once per policy; `grids` are numbers of weights, ascending. Returns a row per grid.
     """
     weights = [(place + 1) / grids[-1] for place in range(grids[-1])]
     table: list[Any] = []

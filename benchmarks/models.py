@@ -24,40 +24,13 @@ SMOLLM2_VARIABLE = "HELPSTEER_BENCH_SMOLLM2"
 SMOLLM2_FOLDER = Path("models/smollm2-135m-instruct")
 """Where `python -m tools.prepare_smollm2` puts it."""
 
-_SHAPES: dict[str, dict[str, int]] = {
-    "tiny": dict(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    ),
-    "body8": dict(
-        vocab_size=32000,
-        hidden_size=512,
-        intermediate_size=1536,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-    ),
-    "llama7b": dict(
-        vocab_size=32000,
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-    ),
-    "llama1b": dict(
-        vocab_size=128256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-    ),
+_SHAPES = {
+    "tiny": (300, 32, 64, 2, 4, 2),
+    "body8": (32000, 512, 1536, 8, 8, 4),
+    "llama7b": (32000, 4096, 11008, 32, 32, 32),
+    "llama1b": (128256, 2048, 8192, 16, 32, 8),
 }
+"""Vocabulary, hidden size, intermediate size, layers, heads, key-value heads."""
 MODELS = (*_SHAPES, SMOLLM2)
 """`tiny` is for tests, `body8` for CPUs, `llama1b` and `llama7b` for GPUs, with random weights; `smollm2` is real."""
 
@@ -79,8 +52,17 @@ def load_base(name: str, device: torch.device, precision: str) -> PreTrainedMode
             )
         return load_model(folder, precision=precision, device=device)
     torch.manual_seed(0)
+    vocabulary, hidden, intermediate, layers, heads, key_value_heads = _SHAPES[name]
     config = LlamaConfig(
-        **_SHAPES[name], max_position_embeddings=4096, tie_word_embeddings=False, attn_implementation="sdpa"
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        attn_implementation="sdpa",
     )
     with device:
         model = LlamaForCausalLM(config)

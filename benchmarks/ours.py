@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,26 +15,22 @@ from benchmarks.reference_procedure import MARGIN, MARGIN_BETA
 from helpsteer_assets.modpo.models.loading import attach_lora, batch_tokens, load_adapters, scoring_batch_tokens
 from helpsteer_assets.modpo.models.tokenization import Sequence
 from helpsteer_assets.modpo.scoring.log_probs import BASE, score_sequences
+from helpsteer_assets.modpo.settings import Compute, Lora
 from helpsteer_assets.modpo.training.preference import PairCollator, PreferencePair, pair_losses
-
-_DEFAULT_RUN: Any = SimpleNamespace(batch_tokens=None)
-"""An experiment's `run` that leaves batch sizes to the library."""
 
 _Key = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def micro_batch_tokens(device: torch.device) -> int:
     """Tokens that go through the model at once in training."""
-    return batch_tokens(_DEFAULT_RUN, device)
+    return batch_tokens(Compute(), device)
 
 
 def load_policy(base: PreTrainedModel, adapter: Path) -> PeftModel:
     """The policy as training starts from it, with the weights of an adapter."""
     config = LoraConfig.from_pretrained(adapter)
-    lora = SimpleNamespace(
-        r=config.r, alpha=config.lora_alpha, dropout=config.lora_dropout, target_modules=sorted(config.target_modules)
-    )
-    model: Any = attach_lora(base, lora, seed=0)
+    lora = Lora(config.r, config.lora_alpha, config.lora_dropout, sorted(config.target_modules))
+    model = attach_lora(base, lora, seed=0)
     set_peft_model_state_dict(model, load_peft_weights(str(adapter), device=str(base.device)))
     return model
 
@@ -47,7 +42,7 @@ def load_scorer(base: PreTrainedModel, adapter: Path) -> PeftModel:
 
 def make_table(scorer: PeftModel, pairs: Items[Pair]) -> list[PreferencePair]:
     """Pairs as training gets them: every unique (prompt, response) scored once by both models."""
-    unique = {key: _sequence(*key) for pair in pairs for key in _keys(pair)}
+    unique = {key: sequence_of(*key) for pair in pairs for key in _keys(pair)}
     scored = _score(scorer, list(unique.values()))
     reference = dict(zip(unique, scored[BASE], strict=True))
     margins = {key: MARGIN_BETA * (margin - reference[key]) for key, margin in zip(unique, scored[MARGIN], strict=True)}
@@ -87,12 +82,12 @@ def validation(model: PeftModel, pairs: list[PreferencePair], *, w: float, beta:
 
 def margin_log_ratios(scorer: PeftModel, records: Items[tuple[list[int], list[int]]]) -> torch.Tensor:
     """log p_margin - log p_sft of (prompt, response) records: [records], nats."""
-    scored = _score(scorer, [_sequence(prompt, response) for prompt, response in records])
+    scored = _score(scorer, [sequence_of(prompt, response) for prompt, response in records])
     return torch.tensor(scored[MARGIN], dtype=torch.float64) - torch.tensor(scored[BASE], dtype=torch.float64)
 
 
 def _score(scorer: PeftModel, sequences: list[Sequence]) -> dict[str, list[float]]:
-    tokens = scoring_batch_tokens(_DEFAULT_RUN, scorer.device)
+    tokens = scoring_batch_tokens(Compute(), scorer.device)
     return score_sequences(scorer, sequences, adapters=(BASE, MARGIN), batch_tokens=tokens)
 
 
@@ -106,5 +101,6 @@ def _keys(pair: Pair) -> tuple[_Key, _Key]:
     return (prompt, tuple(pair.chosen_ids)), (prompt, tuple(pair.rejected_ids))
 
 
-def _sequence(prompt: Items[int], response: Items[int]) -> Sequence:
+def sequence_of(prompt: Items[int], response: Items[int]) -> Sequence:
+    """Token ids as the library holds them."""
     return Sequence(np.array(prompt, dtype=np.int32), np.array(response, dtype=np.int32))

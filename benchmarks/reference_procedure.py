@@ -17,8 +17,6 @@ from peft import PeftModel
 
 from benchmarks.pairs import END_OF_TEXT, Pair
 
-ACCUMULATION = 8
-"""Pairs, each a micro-batch of its own, that make an optimizer step."""
 POLICY = "default"
 """Name of the adapter that is trained."""
 MARGIN = "margin"

@@ -1,7 +1,6 @@
 """Log-probabilities without gradients: the table that training reads, and the scores of generated responses."""
 
 import random
-import statistics
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from benchmarks import ours, reference_procedure
 from benchmarks.models import Contenders, contenders
 from benchmarks.pairs import MIXES, Pair, RandomText
 from benchmarks.setting import Setting
-from benchmarks.timing import interleave, ratio
+from benchmarks.timing import compared, interleave, ratio
 
 Record = tuple[list[int], list[int]]
 """Prompt and response."""
@@ -49,9 +48,7 @@ def compare_tables(models: Contenders, pairs: list[Pair], rounds: int, device: t
     return {
         "pairs": len(pairs),
         "unique_responses": len({(*p.prompt_ids, *r) for p in pairs for r in (p.chosen_ids, p.rejected_ids)}),
-        "reference_seconds": statistics.median(timed["reference"]),
-        "our_seconds": statistics.median(timed["ours"]),
-        "ratio": ratio(timed["reference"], timed["ours"]),
+        **compared(timed),
         "log_prob_difference": _largest_difference(found),
     }
 
@@ -77,9 +74,7 @@ def compare_scores(
     return {
         "policies": len(by_policy),
         "prompts": len(by_policy[0]),
-        "reference_seconds": statistics.median(timed["reference"]),
-        "our_seconds": statistics.median(timed["ours"]),
-        "ratio": ratio(timed["reference"], timed["ours"]),
+        **compared(timed),
         "ratio_policy_by_policy": ratio(timed["reference"], timed["policy by policy"]),
         "log_ratio_difference": _largest_difference(found),
     }

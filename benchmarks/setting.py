@@ -1,10 +1,13 @@
 """What a run of the benchmarks is asked for."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-from benchmarks.reference_procedure import ACCUMULATION
+ACCUMULATION = 8
+"""Micro-batches of one pair that make an optimizer step of the reference procedure."""
 
 
 @dataclass(frozen=True)
@@ -13,7 +16,7 @@ class Setting:
 
     long: bool
     """The long form: every length mix and comparison, more rounds. The short form halves texts and steps."""
-    device: torch.device
+    device: "torch.device"
     precision: str
     """fp32 or bf16: precision of the base weights and of what is computed with them."""
     models: tuple[str, ...]

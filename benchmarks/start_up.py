@@ -10,14 +10,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
-from helpsteer_assets.defs.lab import GPU_POOL
-from helpsteer_assets.execution.executor import MODEL_MODULES, step_executor
+from benchmarks.setting import Setting
+from benchmarks.timing import ratio
+from helpsteer_assets.execution.executor import GPU_POOL, MODEL_MODULES, step_executor
 from helpsteer_assets.store.artifacts import ALL
 from helpsteer_assets.store.warehouse import Warehouse
 
@@ -51,7 +51,7 @@ defs = dg.Definitions(
 """What Dagster loads in each step: a job for each start method."""
 
 
-def run(long: bool) -> dict[str, Any]:
+def run(setting: Setting) -> dict[str, Any]:
     """Measure commands and steps; the long form takes more rounds.
 
     Returns
@@ -59,33 +59,22 @@ def run(long: bool) -> dict[str, Any]:
         steps: of each start method the means of `first_step_wall_s` (for a fork server its imports are in it),
             `further_step_wall_s` (from the end of one step to the end of the next) and `further_step_cpu_s` (of the
             step's process);
-        spawn_over_forkserver_wall, spawn_over_forkserver_cpu: how many times dearer a further step is when spawned.
+        spawn_over_forkserver_wall: how many times dearer a further step is when spawned.
     """
-    from benchmarks.timing import ratio  # it imports torch, which the steps shall import by themselves
-
-    rounds = 3 if long else 1
+    rounds = 3 if setting.long else 1
     with tempfile.TemporaryDirectory() as temporary:
         home = Path(temporary)
         commands = _commands(home, 5 * rounds)
         steps = {method: [_steps(home / f"{method}_{r}", method) for r in range(rounds)] for method in START_METHODS}
-
-    def all_of(method: str, quantity: str) -> list[float]:
-        return [seconds for found in steps[method] for seconds in found[quantity]]
-
-    quantities = ("first_step_wall_s", "further_step_wall_s", "further_step_cpu_s")
     return {
         "commands": commands,
         "steps": [
-            {"start_method": method}
-            | {name: sum(all_of(method, name)) / len(all_of(method, name)) for name in quantities}
-            for method in START_METHODS
+            {"start_method": method, **{name: sum(run[name] for run in runs) / rounds for name in runs[0]}}
+            for method, runs in steps.items()
         ],
-        **{
-            f"spawn_over_forkserver_{kind}": ratio(
-                *(all_of(method, f"further_step_{kind}_s") for method in ("spawn", "forkserver"))
-            )
-            for kind in ("wall", "cpu")
-        },
+        "spawn_over_forkserver_wall": ratio(
+            *([run["further_step_wall_s"] for run in steps[method]] for method in ("spawn", "forkserver"))
+        ),
     }
 
 
@@ -101,7 +90,6 @@ def _commands(home: Path, rounds: int) -> list[dict[str, Any]]:
         reused=False,
         table=None,
         parquet=None,
-        constants={},
     )
     measured = []
     for name, arguments in COMMANDS.items():
@@ -126,8 +114,8 @@ def _seconds(command: list[str]) -> tuple[float, float]:
     return wall, usage.ru_utime + usage.ru_stime
 
 
-def _steps(dagster_home: Path, start_method: str) -> dict[str, list[float]]:
-    """Seconds of the first and of the further steps of a run."""
+def _steps(dagster_home: Path, start_method: str) -> dict[str, float]:
+    """Seconds of the first and of the second step of a run."""
     dagster_home.mkdir()
     (dagster_home / "dagster.yaml").write_text("telemetry: {enabled: false}\n", encoding="utf-8")
     command = [sys.executable, "-m", "dagster", "job", "execute", "-m", __name__, "-j", start_method]
@@ -144,7 +132,7 @@ def _steps(dagster_home: Path, start_method: str) -> dict[str, list[float]]:
     ended = times(dg.DagsterEventType.STEP_SUCCESS)
     cpu = [e.asset_materialization.metadata["cpu_s"].value for e in events if e.asset_materialization]
     return {
-        "first_step_wall_s": [ended[0] - started[0]],
-        "further_step_wall_s": [later - earlier for earlier, later in pairwise(ended)],
-        "further_step_cpu_s": cpu[1:],
+        "first_step_wall_s": ended[0] - started[0],
+        "further_step_wall_s": ended[1] - ended[0],
+        "further_step_cpu_s": cpu[1],
     }

@@ -13,7 +13,7 @@ from benchmarks.models import ALL_LINEAR, ATTENTION, SMOLLM2, Contenders, conten
 from benchmarks.optimizer import Optimizer, take_gradient, weights_put_back
 from benchmarks.pairs import MIXES, Pair, RandomText
 from benchmarks.setting import Setting
-from benchmarks.timing import interleave, peak_memory, ratio
+from benchmarks.timing import compared, interleave, peak_memory, ratio
 
 W, BETA = 0.5, 0.1
 
@@ -68,7 +68,7 @@ def compare_with_fp64(models: Contenders, pairs: list[Pair]) -> dict[str, float]
 def _time_steps(models: Contenders, steps: list[list[Pair]], device: torch.device) -> dict[str, Any]:
     tables = [ours.make_table(models.scorer, pairs) for pairs in steps]
     tokens = statistics.mean(count_tokens(pairs)[0] for pairs in steps)
-    floor = GemmFloor(models.reference.get_base_model(), min(round(tokens), ours.micro_batch_tokens(device)))
+    floor = GemmFloor(models.reference.get_base_model())
     of_reference, of_ours = Optimizer(models.reference), Optimizer(models.policy)
     losses: dict[str, list[torch.Tensor]] = {"reference": [], "ours": []}
 
@@ -94,13 +94,10 @@ def _time_steps(models: Contenders, steps: list[list[Pair]], device: torch.devic
     differences = torch.cat(losses["reference"]).double() - torch.cat(losses["ours"]).double()
     return {
         "tokens_per_pair": tokens / len(steps[0]),
-        "reference_seconds_per_pair": statistics.median(timed["reference"]) / len(steps[0]),
-        "our_seconds_per_pair": statistics.median(timed["ours"]) / len(steps[0]),
-        "step_ratio": ratio(timed["reference"], timed["ours"]),
+        **compared(timed, len(steps[0])),
         "validation_ratio": ratio(validated["reference"], validated["ours"]),
-        "peak_gflops": floor.peak_rate / 1e9,
-        "share_of_floor_at_peak_rate": ratio([floor.at_peak_rate(pairs) for pairs in steps], timed["ours"]),
-        "share_of_floor_at_own_rates": ratio([floor.at_own_rates(pairs) for pairs in steps], timed["ours"]),
+        "floor_gflops": floor.rate / 1e9,
+        "share_of_floor": ratio([floor.flops(pairs) / floor.rate for pairs in steps], timed["ours"]),
         "loss_difference": differences.abs().max().item(),
     }
 

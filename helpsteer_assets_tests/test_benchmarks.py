@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, grid, scoring, training_step
+from benchmarks import data_at_size, generation, gpu, grid, scoring, start_up, training_step
 from benchmarks.__main__ import main
 from benchmarks.gemm_floor import GemmFloor, count_tokens
 from benchmarks.models import Contenders, contenders, in_fp64
 from benchmarks.optimizer import take_gradient
 from benchmarks.pairs import END_OF_TEXT, MIXES, Pair, RandomText
 from benchmarks.reference_procedure import exact_step
-from benchmarks.report import as_text
 from benchmarks.timing import interleave, peak_memory, ratio
 from helpsteer_assets.errors import HelpsteerError
 
@@ -33,11 +32,22 @@ def text(models: Contenders) -> RandomText:
     return RandomText(models.vocabulary, MIXES["mid prompts"], max_tokens=48)
 
 
-def test_training_steps_of_both_give_the_same_losses_and_gradients(models: Contenders, text: RandomText) -> None:
+def test_training_steps_of_both_give_the_same_losses_and_gradients_and_leave_the_weights(
+    models: Contenders, text: RandomText
+) -> None:
+    before = {name: tensor.clone() for name, tensor in models.policy.state_dict().items()}
     found = training_step.compare(models, [text.pairs(4) for _ in range(3)], CPU)
 
     assert found["loss_difference"] < 3e-5
     assert found["gradient_difference"] < 2e-5
+    assert all(torch.equal(tensor, before[name]) for name, tensor in models.policy.state_dict().items())
+
+
+def test_generated_responses_of_both_are_the_same() -> None:
+    found = generation.compare("tiny", generation.Case((2, 20), 12, True), count=10, rounds=1)
+
+    assert found["identical_responses"] == found["prompts"] == 10
+    assert 1 < found["tokens_per_response"] < found["longest_response_of_a_batch"] <= 12
 
 
 def test_both_are_close_to_fp64_and_so_is_fp64_to_itself(models: Contenders, text: RandomText) -> None:
@@ -56,13 +66,6 @@ def test_both_are_close_to_fp64_and_so_is_fp64_to_itself(models: Contenders, tex
     assert losses.dtype == torch.float64
     assert torch.allclose(torch.cat(by_one), losses, rtol=1e-13)
     assert torch.allclose(gradient_by_one, gradient, rtol=1e-9, atol=1e-13)
-
-
-def test_a_comparison_leaves_the_weights_as_they_were(models: Contenders, text: RandomText) -> None:
-    before = {name: tensor.clone() for name, tensor in models.policy.state_dict().items()}
-    training_step.compare(models, [text.pairs(2) for _ in range(2)], CPU)
-
-    assert all(torch.equal(tensor, before[name]) for name, tensor in models.policy.state_dict().items())
 
 
 def test_a_grid_of_both_gives_the_same_losses_for_every_weight(models: Contenders, text: RandomText) -> None:
@@ -112,26 +115,28 @@ def test_helpsteer_like_steps_have_each_prompt_once() -> None:
 
 def test_the_floor_counts_each_prompt_token_once(models: Contenders) -> None:
     pair = Pair([10] * 5, [11] * 2, [12] * 3)
-    floor = GemmFloor(models.reference.get_base_model(), rows=16)
-    floor.measure()
     # Llama of 2 layers, d = 32: q and o 32 x 32, k and v 16 x 32, three of 64 x 32; vocabulary 300.
     body, head = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32), 32 * 300
 
     assert count_tokens([pair]) == (10, 5)
-    assert floor.at_peak_rate([pair]) * floor.peak_rate == pytest.approx(4 * (body * 10 + head * 5))
-    assert floor.at_own_rates([pair, pair]) == pytest.approx(2 * floor.at_own_rates([pair]))
+    assert GemmFloor(models.reference.get_base_model()).flops([pair]) == 4 * (body * 10 + head * 5)
 
 
-def test_contenders_take_turns() -> None:
+def test_contenders_take_turns_and_a_ratio_is_taken_round_by_round() -> None:
     order: list[str] = []
     measured = interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3, CPU)
 
     assert order == ["a", "b", "b", "a", "a", "b"]
     assert [len(seconds) for seconds in measured.values()] == [3, 3]
-
-
-def test_a_ratio_is_taken_round_by_round() -> None:
     assert ratio([4.0, 9.0, 20.0], [2.0, 3.0, 2.0]) == {"median": 3.0, "low": 2.0, "high": 10.0}
+
+
+def test_the_cases_of_data_and_start_up_run(tmp_path: Path) -> None:
+    *_, tokenization = data_at_size.measure(rows=40)
+    commands = start_up._commands(tmp_path, rounds=1)
+
+    assert 20 < tokenization["kept"] <= 40 and tokenization["peak_mib"] >= tokenization["start_mib"]
+    assert all(command["wall_s"] > 0 for command in commands)
 
 
 def test_peak_memory_sees_what_was_freed_again() -> None:
@@ -150,20 +155,6 @@ def test_report_and_json_come_out(tmp_path: Path, capsys: pytest.CaptureFixture[
     (row,) = results["cases"]["scoring"]["log_prob_table"]
     assert {"median", "low", "high"} == set(row["ratio"])
     assert f"{row['ratio']['median']:.2f} ({row['ratio']['low']:.2f} to" in printed
-
-
-def test_a_report_has_a_column_per_row() -> None:
-    rows = [{"model": "a", "ratio": {"median": 2.0, "low": 1.5, "high": 2.5}}, {"model": "b", "loss_error": 1.23e-6}]
-
-    assert as_text("case", {"rows": rows, "wall_seconds": 3.0}).splitlines() == [
-        "case",
-        "====",
-        "",
-        "model                         a        b",
-        "ratio       2.00 (1.50 to 2.50)        -",
-        "loss error                    -  1.2e-06",
-        "wall seconds: 3",
-    ]
 
 
 def test_the_parts_for_a_gpu_run_on_a_cpu_with_a_tiny_model(tmp_path: Path) -> None:

@@ -98,10 +98,8 @@ def _measured(
 
 def policy_kl(kl_to_sft: Artifact) -> dict[str, float]:
     """KL divergence to SFT by prompt, nats."""
-    table = kl_to_sft.table("kl.parquet", columns=["prompt_id", "log_ratio", "finish_reason"])
-    capped = [reason == "length" for reason in table["finish_reason"].to_pylist()]
-    by_prompt = kl_by_prompt(table["prompt_id"].to_pylist(), table["log_ratio"].to_numpy(), capped)
-    return dict(zip(by_prompt.prompt_ids, by_prompt.kl, strict=True))
+    table = kl_to_sft.table("kl.parquet", columns=["prompt_id", "log_ratio"])
+    return kl_by_prompt(table["prompt_id"].to_pylist(), table["log_ratio"].to_numpy())
 
 
 def read_measures(summary: Artifact) -> list[PolicyScores]:

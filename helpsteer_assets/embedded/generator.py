@@ -337,18 +337,13 @@ def build_rows(train_prompts: int = 800, validation_prompts: int = 120, seed: in
     Determined by the arguments alone. A larger size only adds rows at the end, and the answers to a prompt depend on
     the prompt and the seed. Validation prompts are spread over as many held-out combinations as possible.
     """
-    prompts = {
-        "train": _prompts(held_out=False, seed=seed),
-        "validation": _prompts(held_out=True, seed=seed),
-    }
-    sizes = {"train": train_prompts, "validation": validation_prompts}
-    for split, size in sizes.items():
-        if not 0 <= size <= len(prompts[split]):
-            raise ValueError(f"{split}_prompts must be between 0 and {len(prompts[split])}, not {size}")
-    return {
-        split: [row for key in prompts[split][:size] for row in _rated_answers(*key, seed=seed)]
-        for split, size in sizes.items()
-    }
+    rows = {}
+    for split, size in (("train", train_prompts), ("validation", validation_prompts)):
+        prompts = _prompts(held_out=split == "validation", seed=seed)
+        if not 0 <= size <= len(prompts):
+            raise ValueError(f"{split}_prompts must be between 0 and {len(prompts)}, not {size}")
+        rows[split] = [row for prompt in prompts[:size] for row in _rated_answers(*prompt, seed=seed)]
+    return rows
 
 
 def _prompts(*, held_out: bool, seed: int) -> list[tuple[str, str, int]]:
@@ -381,33 +376,30 @@ def _draw_kinds(rng: random.Random) -> list[str]:
     weights = dict(KIND_WEIGHTS)
     kinds: list[str] = []
     while len(kinds) < RESPONSES_PER_PROMPT:
-        kind = rng.choices(list(weights), list(weights.values()))[0]
-        del weights[kind]
-        kinds.append(kind)
+        kinds += rng.choices(list(weights), list(weights.values()))
+        del weights[kinds[-1]]
     return kinds
 
 
 def _compose(kind: str, task: str, object_name: str, rng: random.Random) -> tuple[list[str], Contents]:
     """The sentences of one answer of this kind, and what they hold."""
     vague, lead, details = useful_sentences(task, object_name)
-    told: dict[str, Any] = {"vague": False, "lead": False, "details": 0, "padding": 0, "evasive": False}
+    told: dict[str, Any]
     if kind in _DETAILS_OF_KIND:
         count = _DETAILS_OF_KIND[kind]
         sentences = [lead, *details[:count]]
-        told |= {"lead": True, "details": count}
+        told = {"lead": True, "details": count}
     elif kind == "vague":
-        sentences = [vague]
-        told |= {"vague": True}
+        sentences, told = [vague], {"vague": True}
     elif kind == "evasive":
-        sentences = [rng.choice(EVASIONS)]
-        told |= {"evasive": True}
+        sentences, told = [rng.choice(EVASIONS)], {"evasive": True}
     elif kind == "padded":
         count = rng.choice(PADDED_DETAILS)
         padding = [*rng.sample(FILLERS, rng.choice((1, 2))), rng.choice(CLOSERS)]
         sentences = [lead, *details[:count], *padding]
-        told |= {"lead": True, "details": count, "padding": len(padding)}
+        told = {"lead": True, "details": count, "padding": len(padding)}
     else:
         sentences = [rng.choice(OPENERS), *rng.sample(FILLERS, rng.choice((1, 2, 3))), rng.choice(CLOSERS)]
-        told |= {"padding": len(sentences)}
+        told = {"padding": len(sentences)}
     words = sum(len(sentence.split()) for sentence in sentences)
     return sentences, Contents(words=words, difficulty=TASKS[task].difficulty, **told)

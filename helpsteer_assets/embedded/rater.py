@@ -12,10 +12,8 @@ from helpsteer_assets.embedded.generator import (
     EVASIONS,
     OBJECTS,
     PADDING,
-    PHRASINGS,
     TASKS,
     Contents,
-    prompt_of,
     rate_contents,
     useful_sentences,
 )
@@ -33,7 +31,7 @@ def rate(prompt: str, response: str) -> dict[str, float | None]:
     complexity are None, and the other two are rated.
     """
     subject = subject_of(prompt)
-    ratings: dict[str, float | None] = dict(rate_contents(read_response(subject, response)))
+    ratings: dict[str, float | None] = {**rate_contents(read_response(subject, response))}
     if subject is None:
         ratings |= {"helpfulness": None, "correctness": None, "complexity": None}
     return ratings
@@ -52,9 +50,6 @@ def rate_all(prompts: list[str], responses: list[str], progress: Progress = sile
 
 def subject_of(prompt: str) -> tuple[str, str] | None:
     """The (task, object) that a prompt asks about, None where it names not exactly one of each."""
-    known = _subjects().get(prompt)
-    if known is not None:
-        return known
     words = set(_WORD.findall(prompt.lower()))
     tasks = [task for task in TASKS if task in words]
     objects = [name for name in OBJECTS if name in words]
@@ -66,8 +61,7 @@ def read_response(subject: tuple[str, str] | None, response: str) -> Contents:
 
     Sentences end at a full stop, a question mark or an exclamation mark; white space between words does not matter.
     """
-    sentences = [" ".join(match.split()) for match in _SENTENCE.findall(response)]
-    sentences = [sentence for sentence in sentences if sentence]
+    sentences = [" ".join(match.split()) for match in _SENTENCE.findall(response) if match.strip()]
     vague, lead, details = useful_sentences(*subject) if subject else ("", "", ())
     unique = set(sentences)
     own = {vague, lead, *details}
@@ -88,22 +82,7 @@ def read_response(subject: tuple[str, str] | None, response: str) -> Contents:
 
 
 @cache
-def _subjects() -> dict[str, tuple[str, str]]:
-    """The (task, object) of every prompt that the generator knows."""
-    return {
-        prompt_of(task, name, phrasing): (task, name)
-        for task in TASKS
-        for name in OBJECTS
-        for phrasing in range(len(PHRASINGS))
-    }
-
-
-@cache
 def _all_useful_sentences() -> frozenset[str]:
     """Every useful sentence about any task and object."""
-    sentences: set[str] = set()
-    for task in TASKS:
-        for name in OBJECTS:
-            vague, lead, details = useful_sentences(task, name)
-            sentences.update((vague, lead, *details))
-    return frozenset(sentences)
+    of_all = (useful_sentences(task, name) for task in TASKS for name in OBJECTS)
+    return frozenset(sentence for vague, lead, details in of_all for sentence in (vague, lead, *details))

@@ -6,15 +6,13 @@ so responses must be sampled without any setting that alters p.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.modpo.comparison.bootstrap import Floats
 from helpsteer_assets.modpo.progress import Progress, silent
 from helpsteer_assets.modpo.settings import Sampling
 
@@ -59,25 +57,20 @@ def sample_responses(
         checkpoints: a folder for finished responses, from which a killed sampling resumes.
     """
     unaltered = replace(settings, **UNALTERED)
-    return [
-        answer(
+
+    def draw(number: int) -> "list[Generation]":
+        def report(done: int, total: int, **numbers: float) -> None:
+            progress(number * total + done, samples * total, **numbers)
+
+        return answer(
             prompts,
             unaltered,
             seed=seed + (number + 1) * _SEEDS,
-            progress=_part(progress, number, samples),
+            progress=report,
             checkpoint=None if checkpoints is None else checkpoints / f"sample_{number}.jsonl",
         )
-        for number in range(samples)
-    ]
 
-
-def _part(progress: Progress, number: int, parts: int) -> Progress:
-    """The progress of part `number` of `parts` equal ones."""
-
-    def report(done: int, total: int, **numbers: float) -> None:
-        progress(number * total + done, parts * total, **numbers)
-
-    return report
+    return [draw(number) for number in range(samples)]
 
 
 def kl_estimate(log_ratios: ArrayLike) -> tuple[float, float | None]:
@@ -94,39 +87,14 @@ def kl_estimate(log_ratios: ArrayLike) -> tuple[float, float | None]:
     return float(means.mean()), error
 
 
-@dataclass(frozen=True)
-class KlByPrompt:
-    """Estimates per prompt, by sorted prompt id: `kl` [N] in nats, `capped` [N] the share of its cut samples."""
+def kl_by_prompt(prompt_ids: Sequence[str], log_ratios: ArrayLike) -> dict[str, float]:
+    """KL(policy || SFT) in nats by sorted prompt id, from samples of the policy. Arguments have one entry per sample.
 
-    prompt_ids: list[str]
-    kl: Floats
-    capped: Floats
-
-
-def kl_by_prompt(prompt_ids: Sequence[str], log_ratios: ArrayLike, capped: Sequence[bool]) -> KlByPrompt:
-    """KL(policy || SFT) of each prompt's responses, from samples of the policy. Arguments have one entry per sample.
-
-    `log_ratios` are log p_policy(y|x) - log p_sft(y|x) in nats, of responses y drawn from the policy itself, at
-    temperature 1 with nothing altered; `capped` marks those that were cut at the length limit. The estimate is their
-    plain mean: k1 of Schulman, "Approximating KL Divergence", 2020. It is unbiased and may by chance be negative. A
-    sample cut after T tokens has the log-ratio of these T tokens, so capped samples give the KL of the responses' first
-    T tokens. That is never more than the KL of whole responses (data-processing inequality; Cover and Thomas, "Elements
-    of Information Theory", 2006, section 2.8): with capped samples, a lower bound is estimated.
-
-    Raises HelpsteerError where a log-ratio is NaN or infinite.
+    `log_ratios` are log p_policy(y|x) - log p_sft(y|x) in nats. A sample that was cut after T tokens has the log-ratio
+    of these T tokens, so capped samples give the KL of the responses' first T tokens. That is never more than the KL of
+    whole responses (data-processing inequality; Cover and Thomas, "Elements of Information Theory", 2006, section 2.8):
+    with capped samples, a lower bound is estimated.
     """
-    values = np.asarray(log_ratios, dtype=np.float64)
-    if not len(prompt_ids) == len(values) == len(capped):
-        raise ValueError("kl_by_prompt wants one prompt id, log-ratio and mark of being capped per sample")
-    bad = int((~np.isfinite(values)).sum())
-    if bad:
-        raise HelpsteerError(
-            f"the log-ratio of {bad} of {len(values)} samples is NaN or infinite: the policy is broken; train it "
-            "with a lower modpo.learning_rate, or in fp32"
-        )
-    if not len(values):
-        return KlByPrompt([], np.zeros(0), np.zeros(0))
     names, member = np.unique(np.array(prompt_ids, dtype=str), return_inverse=True)
-    sizes = np.bincount(member)
-    cut = np.asarray(capped, dtype=np.float64)
-    return KlByPrompt(names.tolist(), np.bincount(member, values) / sizes, np.bincount(member, cut) / sizes)
+    means = np.bincount(member, np.asarray(log_ratios, dtype=np.float64)) / np.bincount(member)
+    return dict(zip(names.tolist(), means.tolist(), strict=True))

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,13 +15,6 @@ from helpsteer_assets.modpo.models.tokenization import encode_prompt
 from helpsteer_assets.modpo.settings import Sampling
 
 
-def decoding_of(new: int, end: int, room: int, **rules: Any) -> Decoding:
-    return Decoding(max_new_tokens=new, end_id=end, max_batch_tokens=room, **rules)
-
-
-HOW = decoding_of(12, 2, 10**6, repetition_penalty=1.2, seed=7)
-
-
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
 def test_without_the_package_the_message_names_the_extra(tiny_model_path: Path) -> None:
     with pytest.raises(HelpsteerError, match=r"pip install 'helpsteer_assets\[vllm\]'"):
@@ -32,26 +24,24 @@ def test_without_the_package_the_message_names_the_extra(tiny_model_path: Path) 
 def test_a_rule_that_vllm_does_not_have_is_refused() -> None:
     with pytest.raises(ValueError, match="no_repeat_ngram_size: 3 with `engine: vllm`"):
         GenerationSettings(engine="vllm", no_repeat_ngram_size=3)
-    assert GenerationSettings(engine="vllm", repetition_penalty=1.3).engine == "vllm"
 
 
-def test_greedy_requests_state_every_rule() -> None:
-    assert sampling_arguments(HOW, 0) == {
-        "temperature": 0.0,
+def test_requests_state_every_rule_and_sampling_ones_a_seed_of_their_own() -> None:
+    how = Decoding(max_new_tokens=12, end_id=2, repetition_penalty=1.2, seed=2**32 - 1)
+    always = {
         "max_tokens": 12,
         "ignore_eos": True,
         "stop_token_ids": [2],
         "repetition_penalty": 1.2,
         "detokenize": False,
     }
-
-
-def test_sampling_requests_have_a_seed_of_their_own() -> None:
-    how = decoding_of(12, 2, 10**6, do_sample=True, temperature=0.7, top_p=0.9, seed=2**32 - 1)
-    first, second = sampling_arguments(how, 0), sampling_arguments(how, 1)
-    assert (first["temperature"], first["top_p"]) == (0.7, 0.9)
+    assert sampling_arguments(how, 0) == {"temperature": 0.0, **always}
+    sampled = Decoding(**(vars(how) | {"do_sample": True, "temperature": 0.7, "top_p": 0.9}))
+    first, second = sampling_arguments(sampled, 0), sampling_arguments(sampled, 1)
+    assert (
+        first == {"temperature": 0.7, "top_p": 0.9, "seed": first["seed"], **always} == sampling_arguments(sampled, 0)
+    )
     assert first["seed"] != second["seed"]
-    assert first == sampling_arguments(how, 0)
 
 
 def test_a_response_holds_the_token_that_ended_it_however_it_is_reported() -> None:
@@ -61,9 +51,8 @@ def test_a_response_holds_the_token_that_ended_it_however_it_is_reported() -> No
     assert response_ids([5, 6], "length", 2) == [5, 6]
 
 
-def test_records_are_made_as_for_the_other_engine(tokenizer, tmp_path: Path) -> None:
+def test_records_are_made_as_for_the_other_engine(tokenizer) -> None:
     prompts = ["fold a shirt", "clean " * 40]
-    settings = Sampling(max_prompt_length=60, max_new_tokens=4)
     seen: list[dict[int, list[int]]] = []
 
     def engine(encoded: dict[int, list[int]], how: Decoding) -> Iterator[list[tuple[int, list[int]]]]:
@@ -71,13 +60,9 @@ def test_records_are_made_as_for_the_other_engine(tokenizer, tmp_path: Path) -> 
         yield [(index, [40 + index] * 3 + [how.end_id] if index else [50] * how.max_new_tokens) for index in encoded]
 
     made = generate_by(
-        engine, tokenizer, prompts, settings, seed=0, exact=False, checkpoint=tmp_path / "generations.jsonl"
+        engine, tokenizer, prompts, Sampling(max_prompt_length=60, max_new_tokens=4), seed=0, exact=False
     )
     assert seen == [{i: encode_prompt(tokenizer, prompt, 60)[0].tolist() for i, prompt in enumerate(prompts)}]
     assert [(g.finish_reason, g.prompt_truncated) for g in made] == [("length", False), ("eos", True)]
     assert made[1].token_ids == [41, 41, 41, tokenizer.eos_token_id]
     assert made[1].response == tokenizer.decode([41, 41, 41])
-    again = generate_by(
-        engine, tokenizer, prompts, settings, seed=0, exact=False, checkpoint=tmp_path / "generations.jsonl"
-    )
-    assert again == made and len(seen) == 1

@@ -1,4 +1,3 @@
-from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,14 @@ from helpsteer_assets.modpo.settings import Lora
 from helpsteer_assets_tests.conftest import make_model
 
 IDS = torch.randint(3, 290, (3, 7), generator=torch.Generator().manual_seed(0))
-TOLERANCES = [(torch.float64, 1e-11), (torch.float32, 1e-5)]
+LAYERS = 14
+"""Linear layers below the head of the tiny model."""
 
 
-def with_lora(model: PreTrainedModel, *, adapters: tuple[str, ...] = ("default",), **changes: Any) -> PeftModel:
-    """A model with peft's LoRA as in the midst of training."""
+def both(
+    model: PreTrainedModel, *, adapters: tuple[str, ...] = ("default",), **changes: Any
+) -> tuple[PeftModel, PeftModel]:
+    """The same model with LoRA as in the midst of training, fused and as peft has it."""
     config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | changes)
     peft_model = get_peft_model(model, config, adapter_name=adapters[0], autocast_adapter_dtype=False)
     for name in adapters[1:]:
@@ -30,17 +32,25 @@ def with_lora(model: PreTrainedModel, *, adapters: tuple[str, ...] = ("default",
         for name, parameter in peft_model.named_parameters():
             if "lora_B" in name or "lora_magnitude" in name:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    return peft_model.eval()
-
-
-def both(model: PreTrainedModel, **how: Any) -> tuple[PeftModel, PeftModel]:
-    """The same LoRA model, fused and as peft has it."""
-    peft_model = with_lora(model, **how)
+    peft_model.eval()
     return fuse_lora(deepcopy(peft_model)), peft_model
+
+
+def with_biases() -> PreTrainedModel:
+    model = make_model(300, attention_bias=True, mlp_bias=True)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    return model
 
 
 def layers(model: PeftModel) -> list[Linear]:
     return [module for module in model.modules() if isinstance(module, Linear)]
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
 
 
 def run(model: PeftModel) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -53,7 +63,7 @@ def run(model: PeftModel) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     return logits.detach(), {name: parameter.grad.clone() for name, parameter in trained.items()}
 
 
-def assert_same(fused: PeftModel, peft_model: PeftModel, tolerance: float) -> None:
+def assert_same(fused: PeftModel, peft_model: PeftModel, tolerance: float = 1e-11) -> None:
     (logits, gradients), (expected, expected_gradients) = run(fused), run(peft_model)
     torch.testing.assert_close(logits, expected, atol=tolerance, rtol=tolerance)
     assert gradients.keys() == expected_gradients.keys() != set()
@@ -77,27 +87,12 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     return calls
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("biases", [False, True])
 def test_logits_and_gradients_are_those_of_peft(dtype, tolerance, biases, fused_calls):
-    model = make_model(300, attention_bias=biases, mlp_bias=biases).to(dtype)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter)
-    fused, peft_model = both(model)
+    fused, peft_model = both((with_biases() if biases else make_model(300)).to(dtype))
     assert_same(fused, peft_model, tolerance)
-    assert len(fused_calls) == len(layers(fused)) == 14
-
-
-def test_gradients_equal_finite_differences():
-    torch.manual_seed(0)
-    x, weight, a, b = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 3, 5), (4, 5), (2, 5), (4, 2)))
-    bias = torch.randn(4, dtype=torch.float64)
-    trained = [tensor.requires_grad_() for tensor in (x, a, b)]
-    for some_bias in (None, bias):
-        assert torch.autograd.gradcheck(
-            lambda x, a, b, bias=some_bias: fused_lora._LoraLinear.apply(x, weight, bias, a, b, 0.7), trained
-        )
+    assert len(fused_calls) == len(layers(fused)) == LAYERS
 
 
 @pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
@@ -109,7 +104,7 @@ def test_a_bf16_model_has_pefts_results_up_to_its_rounding(model, adapter_dtype,
                 parameter.data = parameter.data.to(adapter_dtype)
     accurate = deepcopy(peft_model).double()
     (_, found), (_, expected), (_, truth) = run(fused), run(peft_model), run(accurate)
-    assert len(fused_calls) == 14
+    assert len(fused_calls) == LAYERS
     assert all(gradient.dtype == adapter_dtype for gradient in found.values())
 
     def error(gradients: dict[str, torch.Tensor]) -> float:
@@ -122,26 +117,16 @@ def test_a_bf16_model_has_pefts_results_up_to_its_rounding(model, adapter_dtype,
 
 def test_inputs_of_any_shape_and_layout():
     fused, peft_model = both(make_model(300).double())
-    ours, theirs = layers(fused)[0], layers(peft_model)[0]
     torch.manual_seed(0)
     drawn = torch.randn(3, 32, 5, dtype=torch.float64)
     for x in (drawn.mT, drawn.mT[0], drawn.mT[0, 0], drawn.mT[:, ::2], drawn.mT[:, None]):
         results = []
-        for layer in (ours, theirs):
+        for layer in (layers(fused)[0], layers(peft_model)[0]):
             given = x.detach().requires_grad_()
             y = layer(given)
-            (gradient,) = torch.autograd.grad(y.square().sum(), given)
-            results.append((y, gradient))
+            results.append((y, *torch.autograd.grad(y.square().sum(), given)))
         for our, their in zip(*results, strict=True):
             torch.testing.assert_close(our, their, atol=1e-12, rtol=1e-12)
-
-
-def test_the_first_layers_inputs_need_no_gradient(model):
-    fused = layers(both(model)[0])[0]
-    x = torch.randn(2, 32)
-    fused(x).sum().backward()
-    assert x.grad is None
-    assert fused.lora_B["default"].weight.grad is not None
 
 
 class TestWhatIsActive:
@@ -149,134 +134,84 @@ class TestWhatIsActive:
     def pair(self, model) -> tuple[PeftModel, PeftModel]:
         return both(model.double(), adapters=("one", "two"))
 
-    def switched(self, pair: tuple[PeftModel, PeftModel], act: Callable[[PeftModel], Any]) -> None:
-        for lora_model in pair:
-            act(lora_model)
-
-    def logits(self, lora_model: PeftModel) -> torch.Tensor:
-        with torch.no_grad():
-            return lora_model(input_ids=IDS).logits
-
     def test_the_adapter_that_is_set(self, pair, fused_calls):
         found = []
         for name in ("two", "one", "two"):
-            self.switched(pair, lambda lora_model, name=name: lora_model.set_adapter(name))
-            assert_same(*pair, 1e-11)
-            found.append(self.logits(pair[0]))
+            for lora_model in pair:
+                lora_model.set_adapter(name)
+            assert_same(*pair)
+            found.append(logits(pair[0]))
         assert torch.equal(found[0], found[2])
         assert (found[0] - found[1]).abs().max() > 0.1
-        assert len(fused_calls) == 3 * 14 * 2
+        assert len(fused_calls) == 3 * LAYERS * 2
 
-    def test_none(self, pair, model, fused_calls):
-        with pair[0].disable_adapter():
-            without = self.logits(pair[0])
+    def test_none_and_two_at_once_are_pefts_matter(self, pair, fused_calls):
+        with pair[0].disable_adapter(), pair[1].disable_adapter():
+            without = logits(pair[0])
+            assert torch.equal(without, logits(pair[1]))
+        for lora_model in pair:
+            lora_model.base_model.set_adapter(["one", "two"])
+        assert torch.equal(logits(pair[0]), logits(pair[1]))
         assert fused_calls == []
-        assert torch.equal(without, make_like(model, pair[0]))
-        assert (self.logits(pair[0]) - without).abs().max() > 0.1
+        assert (logits(pair[0]) - without).abs().max() > 0.1
 
-    def test_two_at_once_are_pefts_matter(self, pair, fused_calls):
-        self.switched(pair, lambda lora_model: lora_model.base_model.set_adapter(["one", "two"]))
-        assert torch.equal(self.logits(pair[0]), self.logits(pair[1]))
-        assert fused_calls == []
-
-    def test_merged_and_unmerged(self, pair, fused_calls):
-        before = self.logits(pair[0])
-        fused_calls.clear()
-        pair[0].merge_adapter()
-        torch.testing.assert_close(self.logits(pair[0]), before, atol=1e-10, rtol=0)
-        assert fused_calls == []
-        pair[0].unmerge_adapter()
-        torch.testing.assert_close(self.logits(pair[0]), before, atol=1e-10, rtol=0)
-        assert len(fused_calls) == 14
-
-    def test_merged_for_good(self, pair):
-        before = self.logits(pair[0])
-        merged = pair[0].merge_and_unload()
+    def test_merged_and_unmerged(self, pair):
+        fused = pair[0]
+        before = logits(fused)
+        fused.merge_adapter()
+        torch.testing.assert_close(logits(fused), before, atol=1e-10, rtol=0)
+        fused.unmerge_adapter()
+        torch.testing.assert_close(logits(fused), before, atol=1e-10, rtol=0)
+        merged = fused.merge_and_unload()
         assert layers(merged) == []
-        torch.testing.assert_close(self.logits(merged), before, atol=1e-10, rtol=0)
-
-
-def make_like(model: PreTrainedModel, of: PeftModel) -> torch.Tensor:
-    """Logits of a fresh copy of the model below a LoRA."""
-    plain = make_model(model.config.vocab_size).double()
-    weights = {name.replace("base_layer.", ""): value for name, value in of.get_base_model().state_dict().items()}
-    plain.load_state_dict({name: weights[name] for name in plain.state_dict()})
-    with torch.no_grad():
-        return plain(input_ids=IDS).logits
+        torch.testing.assert_close(logits(merged), before, atol=1e-10, rtol=0)
 
 
 class TestFallsBack:
     def test_to_peft_where_dropout_draws(self, model, fused_calls):
-        fused, peft_model = both(model, lora_dropout=0.3)
         results = []
-        for lora_model in (fused, peft_model):
+        for lora_model in both(model, lora_dropout=0.3):
             torch.manual_seed(11)
             results.append(run(lora_model.train()))
         assert fused_calls == []
         assert torch.equal(results[0][0], results[1][0])
         assert all(torch.equal(results[0][1][name], gradient) for name, gradient in results[1][1].items())
 
-    def test_not_where_dropout_is_off(self, model, fused_calls):
-        fused, peft_model = both(model.double(), lora_dropout=0.3)
-        assert_same(fused.eval(), peft_model.eval(), 1e-11)
-        assert len(fused_calls) == 14
-
-    def test_not_in_training_without_dropout(self, model, fused_calls):
-        fused, peft_model = both(model.double())
-        assert_same(fused.train(), peft_model.train(), 1e-11)
-        assert len(fused_calls) == 14
+    @pytest.mark.parametrize(("dropout", "training"), [(0.3, False), (0.0, True)])
+    def test_not_where_dropout_draws_nothing(self, model, fused_calls, dropout, training):
+        fused, peft_model = both(model.double(), lora_dropout=dropout)
+        assert_same(fused.train(training), peft_model.train(training))
+        assert len(fused_calls) == LAYERS
 
     @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
-    @pytest.mark.parametrize("how", [{"use_dora": True}, {"lora_bias": True}], ids=["DoRA", "bias of B"])
-    def test_to_peft_where_the_adapter_is_more_than_a_b(self, model, fused_calls, how):
-        fused, peft_model = both(model.double(), **how)
-        assert_same(fused, peft_model, 1e-11)
-        assert fused_calls == []
-
-    @pytest.mark.parametrize("bias", ["all", "lora_only"])
-    def test_where_the_layers_own_bias_is_trained(self, bias):
-        model = make_model(300, attention_bias=True).double()
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                torch.nn.init.normal_(parameter)
-        fused, peft_model = both(model, bias=bias, target_modules=["q_proj", "v_proj"])
-        assert any(name.endswith("bias") for name in run(peft_model)[1])
-        assert_same(fused, peft_model, 1e-11)
+    @pytest.mark.parametrize(
+        ("how", "fused_layers"),
+        [({"use_dora": True}, 0), ({"lora_bias": True}, 0), ({"bias": "all"}, 0), ({"use_rslora": True}, LAYERS)],
+        ids=["DoRA", "bias of B", "bias of the layer", "another scaling"],
+    )
+    def test_to_peft_where_the_adapter_is_more_than_a_b(self, fused_calls, how, fused_layers):
+        fused, peft_model = both(with_biases().double(), **how)
+        assert_same(fused, peft_model)
+        assert len(fused_calls) == fused_layers
 
     def test_where_the_layers_own_weight_is_trained(self, model, fused_calls):
         fused, peft_model = both(model.double())
         for lora_model in (fused, peft_model):
             layers(lora_model)[3].base_layer.weight.requires_grad_(True)
-        assert_same(fused, peft_model, 1e-11)
-        assert len(fused_calls) == 13
-
-    def test_rank_stabilised_scaling_is_fused_and_right(self, model, fused_calls):
-        fused, peft_model = both(model.double(), use_rslora=True)
-        assert_same(fused, peft_model, 1e-11)
-        assert len(fused_calls) == 14
+        assert_same(fused, peft_model)
+        assert len(fused_calls) == LAYERS - 1
 
 
-class TestOnDisk:
-    def test_the_adapter_saves_and_loads_to_the_same(self, tiny_model_path: Path, tmp_path: Path):
-        fused = attach_lora(load_model(tiny_model_path, precision="fp32"), Lora(r=4, alpha=8), 0)
-        with torch.no_grad():
-            for name, parameter in fused.named_parameters():
-                if "lora_B" in name:
-                    parameter.normal_(std=0.1)
-        fused.save_pretrained(tmp_path / "adapter")
-        expected = fused.eval()(input_ids=IDS).logits
-        loaded = load_adapters(load_model(tiny_model_path, precision="fp32"), {"policy": tmp_path / "adapter"})
-        plain = PeftModel.from_pretrained(load_model(tiny_model_path, precision="fp32"), tmp_path / "adapter")
-        assert (
-            {type(layer) for layer in layers(loaded)} == {type(layer) for layer in layers(fused)} == {FusedLoraLinear}
-        )
-        assert {type(layer) for layer in layers(plain)} == {Linear}
-        assert torch.equal(loaded(input_ids=IDS).logits, expected)
-        torch.testing.assert_close(plain(input_ids=IDS).logits, expected, atol=1e-5, rtol=1e-5)
-
-    def test_an_adapter_added_to_fused_layers_is_fused_too(self, model, fused_calls):
-        fused, _ = both(model.double(), adapters=("one",))
-        fused.add_adapter("later", fused.peft_config["one"])
-        fused.set_adapter("later")
-        run(fused)
-        assert len(fused_calls) == 14
+def test_the_adapter_saves_and_loads_to_the_same(tiny_model_path: Path, tmp_path: Path):
+    fused = attach_lora(load_model(tiny_model_path, precision="fp32"), Lora(r=4, alpha=8), 0)
+    with torch.no_grad():
+        for name, parameter in fused.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    fused.save_pretrained(tmp_path)
+    loaded = load_adapters(load_model(tiny_model_path, precision="fp32"), {"policy": tmp_path})
+    plain = PeftModel.from_pretrained(load_model(tiny_model_path, precision="fp32"), tmp_path)
+    assert {type(layer) for layer in (*layers(loaded), *layers(fused))} == {FusedLoraLinear}
+    assert {type(layer) for layer in layers(plain)} == {Linear}
+    assert torch.equal(logits(loaded), logits(fused.eval()))
+    torch.testing.assert_close(logits(plain), logits(fused), atol=1e-5, rtol=1e-5)
