@@ -98,7 +98,12 @@ def _prompt(number: int, levels: list[float], words: int, source: random.Random)
         own = [word if source.random() > level / 2 else source.choice(WORDS) for word in base]
         text = " ".join(own[: max(1, int(words * (0.4 + 0.6 * level)))]) + "."
         capped = number == 3 and level == levels[-1]
-        scores = {"helpfulness": 2 + level, "margin": -level / 3, "response_tokens": float(len(own)), "kl_to_sft": None}
+        scores = {
+            "helpfulness": 2 + level,
+            "margin": round(-level / 3, 5),
+            "response_tokens": float(len(own)),
+            "kl_to_sft": None,
+        }
         responses.append(
             {
                 "text": text,
@@ -113,28 +118,20 @@ def _prompt(number: int, levels: list[float], words: int, source: random.Random)
 
 
 def hostile_data() -> dict[str, Any]:
-    """A report whose every text is hostile, with numbers that are missing or NaN."""
+    """A report in which every text is hostile, with numbers that are missing."""
     data = report_data(prompts=1)
-    nan = float("nan")
     text = SCRIPT + HOSTILE["surrogate"] + HOSTILE["nul"]
     data |= {"title": text, "experiment": text, "description": text, "facts": [[text, text]], "headlines": [text]}
-    data |= {"notes": [text], "tables": [{"title": text, "caption": text, "columns": [text], "rows": [[text], [nan]]}]}
+    data |= {"notes": [text], "tables": [{"title": text, "caption": text, "columns": [text], "rows": [[text], [None]]}]}
     for policy in data["policies"]:
-        policy |= {"statements": [text], "front_probability": nan}
+        policy |= {"statements": [text]}
     for plot in data["plots"]:
         plot |= {"title": text, "caption": text}
-    del data["summary"]["kl_to_sft"], data["summary"]["margin"]["w=0.5"]
-    data["summary"]["helpfulness"]["w=0.1"] = dict.fromkeys(data["summary"]["helpfulness"]["w=0.1"], None)
-    data["summary"]["helpfulness"]["w=0.9"]["mean"] = nan
     first = data["prompts"][0]
     data["prompts"] = [
         first
         | {"id": name, "prompt": value}
-        | {
-            "responses": [
-                r | {"text": value, "scores": {"margin": nan, "helpfulness": None}} for r in first["responses"]
-            ]
-        }
+        | {"responses": [r | {"text": value, "scores": {"margin": None}} for r in first["responses"]]}
         for name, value in HOSTILE.items()
     ]
     return data

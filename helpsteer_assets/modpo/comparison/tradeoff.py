@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from helpsteer_assets.modpo.comparison.differences import Measure, differences_to_sft, headlines, statements
+from helpsteer_assets.modpo.comparison.bootstrap import bootstrap_interval
+from helpsteer_assets.modpo.comparison.differences import Measure, differences_to_sft, headlines, percent, statements
 from helpsteer_assets.modpo.comparison.fronts import front_with_uncertainty, margin_follows_weight, monotonicity
 from helpsteer_assets.modpo.comparison.length import at_equal_length, length_caveats
-from helpsteer_assets.modpo.comparison.scores import PolicyScores, paired_difference, score_table, summarize
+from helpsteer_assets.modpo.comparison.scores import PolicyScores, score_table, summarize
 from helpsteer_assets.modpo.comparison.text import REPETITION_LIMIT
 from helpsteer_assets.modpo.data.attributes import ATTRIBUTES, OVERALL
 
@@ -53,13 +54,11 @@ def measures_of(settings: TradeoffSettings, names: Sequence[str]) -> dict[str, M
         margin, reward = f"margin (for {wanted} {attribute})", "margin reward"
     unwanted = attribute if settings.margin_sign < 0 else None
     rated = dict.fromkeys(name for name in (settings.preference, attribute, *ATTRIBUTES, OVERALL) if name)
+    units = {OVERALL: ""}
     known = [
         *(
             Measure(
-                name,
-                f"rated {name}",
-                "" if name == OVERALL else settings.rating_unit,
-                "lower" if name == unwanted else "higher",
+                name, f"rated {name}", units.get(name, settings.rating_unit), "lower" if name == unwanted else "higher"
             )
             for name in rated
         ),
@@ -93,15 +92,17 @@ def analyse(settings: TradeoffSettings, policies: Sequence[PolicyScores]) -> dic
     measures = measures_of(settings, list(policies[0].measures))
     measured = preference in measures
     x = preference if measured else "kl_to_sft" if "kl_to_sft" in measures else "log_ratio_to_sft"
-    table = score_table(policies, [x, "margin"])
-    front = front_with_uncertainty(table[:, :, 0], table[:, :, 1], 0, (measured, True), samples, seed)
+    goodness = score_table(policies, [x, "margin"]) * np.array([1 if measured else -1, 1])
+    front = front_with_uncertainty(goodness, samples, seed)
     rows = summarize(policies, samples, seed)
-    weighted = [scores for scores in policies if scores.w is not None]
+    weighted = policies[1:]
     differences = differences_to_sft(policies, list(measures), samples, seed)
     moving = [name for name in dict.fromkeys((x, "margin_reward", "response_tokens", "kl_to_sft")) if name in measures]
     flaws = ("capped", "repetition", "empty")
     shown = [name for name in flaws if any(own[name].verdict != "undecided" for own in differences.values())]
-    ends = paired_difference(weighted[-1], weighted[0], "margin_reward", samples, seed)
+    rewards = score_table(weighted, ["margin_reward"])[:, :, 0]
+    ends = bootstrap_interval(rewards[:, -1] - rewards[:, 0], samples, seed)
+    mean_rewards = {row["w"]: row["mean"] for row in rows if row["measure"] == "margin_reward" and row["w"]}
     # A length penalty depends on the length alone: at equal length it cannot differ.
     rewarded = () if settings.margin_attribute is None else ("margin_reward", settings.margin_attribute)
     equal_length = [
@@ -128,7 +129,7 @@ def analyse(settings: TradeoffSettings, policies: Sequence[PolicyScores]) -> dic
             for i, scores in enumerate(policies)
         ],
         "hypervolume_above_sft": asdict(front.hypervolume),
-        "direction": _finite(margin_follows_weight(rows, ends, settings.margin_sign)),
+        "direction": _finite(margin_follows_weight(mean_rewards, len(rewards), ends, settings.margin_sign)),
         "movement": _movement(weighted, moving, samples, seed),
         "differences": {w: {m: vars(difference) for m, difference in own.items()} for w, own in differences.items()},
         "headlines": headlines(
@@ -136,7 +137,7 @@ def analyse(settings: TradeoffSettings, policies: Sequence[PolicyScores]) -> dic
             measures[x] if measured else None,
             measures["margin"],
             [measures["response_tokens"], *([] if measured else [measures[x]])],
-            front if measured else None,
+            front,
         ),
         "statements": statements(differences, [measures[name] for name in (*moving, *shown)]),
         "equal_length": [asdict(answer) for answer in equal_length],
@@ -161,8 +162,7 @@ def caveats(settings: TradeoffSettings, policies: Sequence[PolicyScores]) -> lis
         shares = {scores.label: float((scores.measures[measure] > above).mean()) for scores in policies}
         worst = max(shares, key=lambda label: shares[label])
         if shares[worst] > most:
-            share = "below 1%" if shares[worst] < 0.01 else f"{shares[worst]:.0%}"
-            sentences.append(sentence.format(share=share, policy=worst))
+            sentences.append(sentence.format(share=percent(shares[worst]), policy=worst))
 
     check(
         "capped",
