@@ -146,8 +146,6 @@ def analyse(settings: TradeoffSettings, policies: Sequence[PolicyScores]) -> dic
 
 FEW_PROMPTS = 50
 """With fewer prompts, bootstrap intervals are noticeably too narrow (see `simultaneous_interval`)."""
-_MANY = 0.05
-"""A larger share of cut responses or prompts is worth a caveat."""
 
 
 def caveats(settings: TradeoffSettings, policies: Sequence[PolicyScores]) -> list[str]:
@@ -157,32 +155,26 @@ def caveats(settings: TradeoffSettings, policies: Sequence[PolicyScores]) -> lis
     if prompts < FEW_PROMPTS:
         sentences.append(f"{prompts} prompts are few: intervals are too narrow for so few. Raise evaluation.prompts.")
 
-    def check(measure: str, most: float, sentence: str, above: float = 0.0) -> None:
-        """Add the sentence if the measure exceeds `above` in more than a share `most` of a policy's responses."""
-        shares = {scores.label: float((scores.measures[measure] > above).mean()) for scores in policies}
-        worst = max(shares, key=lambda label: shares[label])
-        if shares[worst] > most:
-            sentences.append(sentence.format(share=percent(shares[worst]), policy=worst))
-
-    check(
-        "capped",
-        _MANY,
+    capped = (
         f"Up to {{share}} of the responses ({{policy}}) are cut at {settings.max_new_tokens} tokens: lengths differ by "
-        "more than is seen, and what is rated or rewarded is unfinished text. Raise generation.max_new_tokens.",
+        "more than is seen, and what is rated or rewarded is unfinished text. Raise generation.max_new_tokens."
     )
-    check(
-        "prompt_truncated",
-        _MANY,
+    truncated = (
         f"{{share}} of the prompts are cut to their last {settings.max_prompt_length} tokens. Raise "
-        "generation.max_prompt_length.",
+        "generation.max_prompt_length."
     )
-    check("empty", 0.0, "Up to {share} of the responses ({policy}) are empty.")
-    check(
-        "repetition",
-        0.01,
-        "Up to {share} of the responses ({policy}) mostly repeat themselves. Read some in the response browser.",
-        above=REPETITION_LIMIT,
+    repeated = "Up to {share} of the responses ({policy}) mostly repeat themselves. Read some in the response browser."
+    flaws = (
+        ("capped", 0, 0.05, capped),
+        ("prompt_truncated", 0, 0.05, truncated),
+        ("empty", 0, 0.0, "Up to {share} of the responses ({policy}) are empty."),
+        ("repetition", REPETITION_LIMIT, 0.01, repeated),
     )
+    for measure, limit, tolerated, sentence in flaws:
+        shares = {scores.label: float((scores.measures[measure] > limit).mean()) for scores in policies}
+        worst = max(shares, key=lambda label: shares[label])
+        if shares[worst] > tolerated:
+            sentences.append(sentence.format(share=percent(shares[worst]), policy=worst))
     return sentences
 
 
