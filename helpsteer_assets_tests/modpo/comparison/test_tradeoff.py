@@ -1,4 +1,4 @@
-"""The trade-off as numbers and sentences: what is known to be there is found, what is not is not claimed."""
+"""The trade-off as numbers and sentences: what is known to be there is made, what is not is not claimed."""
 
 import json
 import re
@@ -10,7 +10,6 @@ import pytest
 
 from helpsteer_assets.modpo.comparison.scores import PolicyScores
 from helpsteer_assets.modpo.comparison.tradeoff import (
-    FEW_PROMPTS,
     TradeoffSettings,
     analyse,
     axis_label,
@@ -19,6 +18,7 @@ from helpsteer_assets.modpo.comparison.tradeoff import (
     measures_of,
     points_on,
 )
+from helpsteer_assets_tests.modpo.comparison.policies import policy, shuffled
 
 PROMPTS = 80
 SETTINGS = TradeoffSettings(
@@ -50,16 +50,15 @@ def policies(rated: bool = True, **shifts: dict[str, float]) -> list[PolicyScore
     }
     if rated:
         base |= {"helpfulness": rng.normal(2.5, 0.8, PROMPTS), "verbosity": rng.normal(2, 0.8, PROMPTS)}
-    ids = [f"p{i:02}" for i in range(PROMPTS)]
-    found = []
+    made = []
     for w in (None, "0.1", "0.5", "0.9"):
         moved = {
             name: values + shifts.get(name, {}).get(w or "", 0.0) + (0 if w is None else rng.normal(0, 0.05, PROMPTS))
             for name, values in base.items()
         }
         moved["margin"] = -moved["margin_reward"]
-        found.append(PolicyScores("sft" if w is None else "modpo", w, ids, moved))
-    return found
+        made.append(policy(w, **moved))
+    return made
 
 
 TRADE = {
@@ -108,12 +107,12 @@ def test_a_policy_that_is_better_on_both_axes_has_an_area_above_sft() -> None:
 
 def test_a_gain_that_is_length_alone_is_gone_at_equal_length() -> None:
     rng = np.random.default_rng(1)
-    found = policies()
-    for scores in found[1:]:
+    made = policies()
+    for scores in made[1:]:
         longer = rng.normal(3, 6, PROMPTS)
-        scores.measures["response_tokens"] = found[0].measures["response_tokens"] + longer
-        scores.measures["helpfulness"] = found[0].measures["helpfulness"] + 0.05 * longer
-    result = analyse(SETTINGS, found)
+        scores.measures["response_tokens"] = made[0].measures["response_tokens"] + longer
+        scores.measures["helpfulness"] = made[0].measures["helpfulness"] + 0.05 * longer
+    result = analyse(SETTINGS, made)
     assert result["differences"]["0.5"]["helpfulness"]["verdict"] == "higher"
     at_equal = next(e for e in result["equal_length"] if e["measure"] == "helpfulness" and e["w"] == "0.5")
     assert at_equal["verdict"] == "undecided"
@@ -122,9 +121,8 @@ def test_a_gain_that_is_length_alone_is_gone_at_equal_length() -> None:
         "At equal length no difference to SFT in rated helpfulness is shown at w=0.1, w=0.5 and w=0.9: what differs "
         "there may be length alone."
     )
-    at_equal_length = analyse(SETTINGS, policies(helpfulness={"0.9": 0.4}))
-    assert at_equal_length["differences"]["0.9"]["helpfulness"]["verdict"] == "higher"
-    assert not any("At equal length" in caveat for caveat in at_equal_length["caveats"])
+    gained = analyse(SETTINGS, policies(helpfulness={"0.9": 0.4}))
+    assert not any("At equal length" in caveat for caveat in gained["caveats"])
 
 
 def test_without_a_rater_the_axis_is_the_distance_from_sft_and_that_is_said() -> None:
@@ -140,33 +138,29 @@ def test_a_length_penalty_is_not_compared_at_equal_length() -> None:
 
 
 def test_the_result_is_json_and_the_same_whatever_the_order_of_prompts() -> None:
-    found = policies(**TRADE)
-    shuffled = []
-    for seed, scores in enumerate(found):
-        order = np.random.default_rng(seed).permutation(PROMPTS)
-        measures = {name: values[order] for name, values in scores.measures.items()}
-        shuffled.append(PolicyScores(scores.policy, scores.w, [scores.prompt_ids[i] for i in order], measures))
-    expected = json.dumps(analyse(SETTINGS, found), allow_nan=False)
-    assert json.dumps(analyse(SETTINGS, shuffled), allow_nan=False) == expected
+    given = policies(**TRADE)
+    expected = json.dumps(analyse(SETTINGS, given), allow_nan=False)
+    turned = [shuffled(scores, seed) for seed, scores in enumerate(given)]
+    assert json.dumps(analyse(SETTINGS, turned), allow_nan=False) == expected
 
 
 def test_points_of_plots_are_the_means_with_their_intervals() -> None:
-    found = policies(**TRADE)
-    for point, scores in zip(points_on(found, "kl_to_sft", "helpfulness", 300, 0), found, strict=True):
+    given = policies(**TRADE)
+    points = zip(points_on(given, "kl_to_sft", "helpfulness", 300, 0), length_points(given, 300, 0), given, strict=True)
+    for point, lengths, scores in points:
         assert point["x"] == pytest.approx(scores.measures["kl_to_sft"].mean())
         assert point["y_low"] <= point["y"] <= point["y_high"]
-    for point, scores in zip(length_points(found, 300, 0), found, strict=True):
-        assert point["quartiles"] == pytest.approx(np.quantile(scores.measures["response_tokens"], [0.25, 0.5, 0.75]))
+        assert lengths["quartiles"] == pytest.approx(np.quantile(scores.measures["response_tokens"], [0.25, 0.5, 0.75]))
 
 
 def flawed(**flaws: float) -> list[PolicyScores]:
     """Policies of which w=0.9 has a measure at 1 in this share of the responses."""
-    found = policies()
-    for scores in found:
+    made = policies()
+    for scores in made:
         for name in ("capped", "prompt_truncated", "empty", "repetition"):
             share = flaws.get(name, 0.0) if scores.w == "0.9" else 0.0
             scores.measures[name] = (np.arange(PROMPTS) < share * PROMPTS).astype(float)
-    return found
+    return made
 
 
 @pytest.mark.parametrize(
@@ -185,11 +179,7 @@ def test_flaws_of_the_responses_are_said_with_what_to_do(flaw: str, share: float
 
 
 def test_few_prompts_are_said_to_be_few() -> None:
-    few = [
-        PolicyScores(s.policy, s.w, s.prompt_ids[:10], {name: values[:10] for name, values in s.measures.items()})
-        for s in flawed()
-    ]
-    assert FEW_PROMPTS > 10
+    few = [policy(s.w, **{name: values[:10] for name, values in s.measures.items()}) for s in flawed()]
     (sentence,) = caveats(SETTINGS, few)
     assert "10 prompts are few" in sentence and "evaluation.prompts" in sentence
 
@@ -197,10 +187,8 @@ def test_few_prompts_are_said_to_be_few() -> None:
 def test_measures_say_which_way_is_better_in_the_sense_of_the_role() -> None:
     names = ["margin_reward", "margin", "helpfulness", "verbosity", "response_tokens"]
     cost, reward = measures_of(SETTINGS, names), measures_of(replace(SETTINGS, margin_sign=1), names)
-    assert (cost["margin_reward"].better, cost["verbosity"].better, cost["helpfulness"].better) == (
-        "lower",
-        "lower",
-        "higher",
+    assert (
+        cost["margin_reward"].better == cost["verbosity"].better == "lower" and cost["helpfulness"].better == "higher"
     )
     assert reward["margin_reward"].better == reward["verbosity"].better == "higher"
     assert axis_label(cost["margin"]) == "margin (for less verbosity; more is better)"
