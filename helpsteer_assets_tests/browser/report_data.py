@@ -1,6 +1,8 @@
 """Made-up input of the report: any number of prompts and policies, and text that tries to break the page."""
 
+import itertools
 import random
+from functools import cache
 from typing import Any
 
 from helpsteer_assets.modpo.comparison import plots
@@ -41,24 +43,16 @@ def report_data(prompts: int = 12, weights: tuple[str, ...] = ("0.1", "0.5", "0.
     random_words = random.Random(7)
     labels = ["SFT", *(f"w={w}" for w in weights)]
     levels = [0.0, *(float(w) for w in weights)]
-    summary: dict[str, Any] = {}
-    for measure in MEASURES:
-        entries = {}
-        for label, level in zip(labels, levels, strict=True):
-            mean, change = 2.0 + level, level - 0.3
-            compared = label != "SFT"
-            entries[label] = {
-                "mean": mean if measure["unit"] != "share" else level / 10,
-                "low": mean - 0.1,
-                "high": mean + 0.1,
-                "delta": change if compared else None,
-                "delta_low": change - 0.1 if compared else None,
-                "delta_high": change + 0.1 if compared else None,
-                "verdict": ("undecided" if abs(change) < 0.1 else "higher" if change > 0 else "lower")
-                if compared
-                else None,
-            }
-        summary[measure["name"]] = entries
+    summary: dict[str, Any] = {measure["name"]: {} for measure in MEASURES}
+    for measure, (label, level) in itertools.product(MEASURES, zip(labels, levels, strict=True)):
+        mean, change = 2.0 + level, level - 0.3
+        entry: dict[str, Any] = {"mean": mean if measure["unit"] != "share" else level / 10}
+        entry |= {"low": mean - 0.1, "high": mean + 0.1}
+        entry |= dict.fromkeys(("delta", "delta_low", "delta_high", "verdict"))
+        if level:
+            entry |= {"delta": change, "delta_low": change - 0.1, "delta_high": change + 0.1}
+            entry["verdict"] = "higher" if change > 0.1 else "lower" if change < -0.1 else "undecided"
+        summary[measure["name"]][label] = entry
     return {
         "title": "Trade-off of made-up policies",
         "experiment": "made-up",
@@ -78,7 +72,10 @@ def report_data(prompts: int = 12, weights: tuple[str, ...] = ("0.1", "0.5", "0.
         ],
         "measures": MEASURES,
         "summary": summary,
-        "plots": [_plot("front", labels, levels), _plot("kl", labels, levels)],
+        "plots": [
+            {"id": name, "title": f"Figure {name}", "caption": f"What {name} shows.", "svg": _svg(tuple(levels))}
+            for name in ("front", "kl")
+        ],
         "tables": [
             {
                 "title": "Quality of the margin adapter",
@@ -137,23 +134,14 @@ def hostile_data() -> dict[str, Any]:
     return data
 
 
-def _plot(name: str, labels: list[str], levels: list[float]) -> dict[str, str]:
+@cache
+def _svg(levels: tuple[float, ...]) -> str:
     points = [
-        {
-            "label": label,
-            "w": label[2:] if label != "SFT" else None,
-            "x": 2 + level,
-            "x_low": 1.9 + level,
-            "x_high": 2.1 + level,
-            "y": -level / 3,
-            "y_low": -level / 3 - 0.1,
-            "y_high": -level / 3 + 0.1,
-            "on_front": label != "SFT",
-            "front_probability": level,
-            "is_sft": label == "SFT",
-        }
-        for label, level in zip(labels, levels, strict=True)
+        {"label": f"w={level:g}" if level else "SFT", "w": f"{level:g}" if level else None, "is_sft": not level}
+        | {"x": 2 + level, "x_low": 1.9 + level, "x_high": 2.1 + level}
+        | {"y": -level / 3, "y_low": -level / 3 - 0.1, "y_high": -level / 3 + 0.1}
+        | {"on_front": level > 0, "front_probability": level}
+        for level in levels
     ]
     figure = plots.tradeoff_plot(points, "rated helpfulness", "margin", "A title of its own", "A note. " * 16)
-    svg = plots.svg_bytes(figure).decode("utf-8")
-    return {"id": name, "title": f"Figure {name}", "caption": f"What {name} shows.", "svg": svg}
+    return plots.svg_bytes(figure).decode("utf-8")
