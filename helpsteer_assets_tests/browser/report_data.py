@@ -61,13 +61,8 @@ def report_data(prompts: int = 12, weights: tuple[str, ...] = ("0.1", "0.5", "0.
         "headlines": ["w=0.5 is longer than SFT by 12 tokens [8, 16].", "Every w but one is on the front."],
         "notes": ["No rater was used."],
         "policies": [
-            {
-                "label": label,
-                "w": label[2:] if label != "SFT" else None,
-                "on_front": label != "SFT",
-                "front_probability": level,
-                "statements": [f"{label} is what it is."] if label != "SFT" else [],
-            }
+            {"label": label, "w": label[2:] if level else None, "on_front": level > 0, "front_probability": level}
+            | {"statements": [f"{label} is what it is."] if level else []}
             for label, level in zip(labels, levels, strict=True)
         ],
         "measures": MEASURES,
@@ -94,22 +89,10 @@ def _prompt(number: int, levels: list[float], words: int, source: random.Random)
     for level in levels:
         own = [word if source.random() > level / 2 else source.choice(WORDS) for word in base]
         text = " ".join(own[: max(1, int(words * (0.4 + 0.6 * level)))]) + "."
-        capped = number == 3 and level == levels[-1]
-        scores = {
-            "helpfulness": 2 + level,
-            "margin": round(-level / 3, 5),
-            "response_tokens": float(len(own)),
-            "kl_to_sft": None,
-        }
+        scores = {"helpfulness": 2 + level, "margin": round(-level / 3, 5), "response_tokens": float(words)}
         responses.append(
-            {
-                "text": text,
-                "finish": "length" if capped else "eos",
-                "tokens": len(own),
-                "words": len(text.split()),
-                "scores": scores,
-                "disagreement": level if number % 5 == 0 else 0.0,
-            }
+            {"text": text, "finish": "length" if number == 3 and level == levels[-1] else "eos", "tokens": words}
+            | {"words": len(text.split()), "scores": scores, "disagreement": 0.0 if number % 5 else level}
         )
     return {"id": f"p{number}", "prompt": f"Question {number}: how?", "truncated": number == 1, "responses": responses}
 
@@ -124,7 +107,7 @@ def hostile_data() -> dict[str, Any]:
         policy |= {"statements": [text]}
     for plot in data["plots"]:
         plot |= {"title": text, "caption": text}
-    first = data["prompts"][0]
+    (first,) = data["prompts"]
     data["prompts"] = [
         first
         | {"id": name, "prompt": value}

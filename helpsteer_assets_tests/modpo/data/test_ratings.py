@@ -1,8 +1,8 @@
 import csv
 import gzip
 import json
+import re
 import tempfile
-from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -53,12 +53,9 @@ def write_jsonl(path: Path, rows: list[Row]) -> None:
     path.write_bytes(b"".join(json.dumps(r).encode() + b"\n" for r in rows))
 
 
-def write_gzip(write: Callable[[Path, list[Row]], None]) -> Callable[[Path, list[Row]], None]:
-    def write_compressed(path: Path, rows: list[Row]) -> None:
-        write(path, rows)
-        path.write_bytes(gzip.compress(path.read_bytes(), mtime=0))
-
-    return write_compressed
+def write_gzip(path: Path, rows: list[Row]) -> None:
+    write_jsonl(path, rows)
+    path.write_bytes(gzip.compress(path.read_bytes(), mtime=0))
 
 
 def write_json_array(path: Path, rows: list[Row]) -> None:
@@ -79,16 +76,12 @@ def write_parquet(path: Path, rows: list[Row]) -> None:
 
 FORMATS = {
     "rows.jsonl": write_jsonl,
-    "rows.jsonl.gz": write_gzip(write_jsonl),
+    "rows.jsonl.gz": write_gzip,
     "rows.json": write_json_array,
     "lines.json": write_jsonl,
-    "rows.json.gz": write_gzip(write_json_array),
     "rows.csv": write_csv,
-    "rows.csv.gz": write_gzip(write_csv),
     "rows.parquet": write_parquet,
 }
-
-
 ODD = ("zero\x00byte", "\u2028line\u2029", "e\u0301", "é", "👩\u200d👩", "\u00a0nbsp\u00a0", "\ufeffbom", "tab\tcr\r")
 LONG = "longer than the csv module allows " * 5000
 
@@ -108,8 +101,8 @@ class TestFormats:
         assert report["files"] == [{"file": name, "split": None, "rows": len(rows)}]
 
     def test_the_hub_repository_of_helpsteer(self, tmp_path: Path) -> None:
-        write_gzip(write_jsonl)(tmp_path / "train.jsonl.gz", many_rows(20))
-        write_gzip(write_jsonl)(tmp_path / "validation.jsonl.gz", many_rows(4, tag="held out "))
+        write_gzip(tmp_path / "train.jsonl.gz", many_rows(20))
+        write_gzip(tmp_path / "validation.jsonl.gz", many_rows(4, tag="held out "))
         (tmp_path / "README.md").write_text("# HelpSteer")
         (tmp_path / ".gitattributes").write_text("*.gz filter=lfs")
         table, report = read(tmp_path)
@@ -136,7 +129,6 @@ class TestFormats:
         for shard in (2, 0, 1):
             write_parquet(tmp_path / f"data/train-0000{shard}-of-00003.parquet", rows[6 * shard : 6 * shard + 6])
         write_parquet(tmp_path / "data/validation-00000-of-00001-0123456789abcdef.parquet", many_rows(2, tag="other "))
-        write_jsonl(tmp_path / "preference/train.jsonl", rows)
         table, _ = read(tmp_path)
         assert table["response"].to_pylist()[:18] == [r["response"] for r in rows]
         assert table["file"].to_pylist()[::6] == [
@@ -145,13 +137,6 @@ class TestFormats:
             "data/train-00002-of-00003.parquet",
             "data/validation-00000-of-00001-0123456789abcdef.parquet",
         ]
-
-    def test_blank_lines_count_as_lines_and_are_no_rows(self, tmp_path: Path) -> None:
-        path = tmp_path / "rows.jsonl"
-        path.write_text("\n" + json.dumps(row("a")) + "\n  \n" + json.dumps(row("b")), encoding="utf-8")
-        table, report = read(path, validation_share=1e-9)
-        assert table["row"].to_pylist() == [2, 4]
-        assert report["files"][0]["rows"] == 2
 
     def test_integers_may_be_spelled_as_floats_and_in_csv_as_text(self, tmp_path: Path) -> None:
         write_jsonl(tmp_path / "rows.jsonl", [row("a", "b", 0, 1.0, 2, 3.0, 4)])
@@ -221,7 +206,6 @@ class TestSplits:
 
 BAD_ROWS = [
     (row(prompt=None), "prompt is null"),
-    (row(helpfulness=5), "helpfulness is 5, not an integer 0 to 4"),
     (row(coherence=2.5), "coherence is 2.5, not an integer 0 to 4"),
     (row(coherence=10**400), "coherence is 1000"),
     (row(complexity="3"), "complexity is the text '3', not an integer 0 to 4"),
@@ -230,12 +214,11 @@ BAD_ROWS = [
     (row(prompt=[{"role": "user", "content": "hi"}]), "prompt is [{'role': 'user', 'content': 'hi'}], not text"),
     (row(response="\ud800"), "response is not valid UTF-8"),
     (row(prompt="", verbosity=9), "prompt is empty; verbosity is 9, not an integer 0 to 4"),
-    ({k: v for k, v in row().items() if k != "coherence"}, "column coherence is missing"),
+    ({"prompt": "a"}, "column response, helpfulness, correctness, coherence, complexity, verbosity is missing"),
 ]
-
 BAD_LINES = [
-    (b'{"prompt": "a", ', "not valid JSON: Expecting property name enclosed in double quotes at character 16"),
-    (b'{"prompt": "\xff"}', "not valid UTF-8 at byte 13"),
+    (b'{"prompt": "a", ', "not valid JSON"),
+    (b'{"prompt": "\xff"}', "not valid UTF-8"),
     (b"[1, 2]", "a JSON array, not an object"),
     (b"[" * 100_000, "JSON nested too deeply"),
     (b"1" * 5000, "limit"),
@@ -243,24 +226,20 @@ BAD_LINES = [
 
 
 class TestBadRows:
-    @pytest.mark.parametrize(("bad", "reason"), BAD_ROWS, ids=[reason[:30] for _, reason in BAD_ROWS])
-    def test_a_bad_row_stops_with_its_file_row_and_reason(self, tmp_path: Path, bad: Row, reason: str) -> None:
-        write_jsonl(tmp_path / "train.jsonl", [row("a"), bad, row("b")])
-        with pytest.raises(HelpsteerError) as caught:
-            read(tmp_path)
-        assert f"{tmp_path}: 1 of 3 rows are bad:\n  train.jsonl, row 2: {reason}" in str(caught.value)
-        assert "`data.on_bad_rows: drop`" in str(caught.value)
-
-    @pytest.mark.parametrize(("line", "reason"), BAD_LINES, ids=[reason[:30] for _, reason in BAD_LINES])
-    def test_an_undecodable_line_is_a_bad_row(self, tmp_path: Path, line: bytes, reason: str) -> None:
+    @pytest.mark.parametrize(
+        ("line", "reason"), [*((json.dumps(bad).encode(), reason) for bad, reason in BAD_ROWS), *BAD_LINES]
+    )
+    def test_a_bad_row_stops_with_its_file_row_and_reason_or_is_dropped(
+        self, tmp_path: Path, line: bytes, reason: str
+    ) -> None:
         path = tmp_path / "rows.jsonl"
-        path.write_bytes(b"\n".join([json.dumps(row("a")).encode(), line, json.dumps(row("b")).encode()]))
-        with pytest.raises(HelpsteerError) as caught:
+        path.write_bytes(b"\n".join([json.dumps(row("a")).encode(), line, b"", json.dumps(row("b")).encode()]))
+        with pytest.raises(HelpsteerError, match=r"data.on_bad_rows: drop") as caught:
             read(path)
-        assert "rows.jsonl, row 2: " in str(caught.value)
-        assert reason in str(caught.value)
+        said = str(caught.value)
+        assert f"{path}: 1 of 3 rows are bad:\n  rows.jsonl, row 2: " in said and reason in said
         table, report = read(path, on_bad_rows="drop", validation_share=1e-9)
-        assert table["row"].to_pylist() == [1, 3]
+        assert table["row"].to_pylist() == [1, 4], "a blank line is a line and no row"
         assert report["bad_rows"]["count"] == 1
 
     def test_ten_are_listed_with_the_total_and_drop_drops_and_counts_them(self, tmp_path: Path) -> None:
@@ -270,44 +249,34 @@ class TestBadRows:
         with pytest.raises(HelpsteerError) as caught:
             read(tmp_path)
         lines = str(caught.value).splitlines()
-        assert lines[0] == f"the ratings in {tmp_path}: 26 of 52 rows are bad:"
-        assert lines[1:11] == [
-            f"  train.jsonl, row {number}: verbosity is 7, not an integer 0 to 4" for number in range(2, 21, 2)
-        ]
+        assert "26 of 52 rows are bad" in lines[0]
+        assert [line.split(":")[0] for line in lines[1:11]] == [f"  train.jsonl, row {n}" for n in range(2, 21, 2)]
         assert lines[11] == "  ... and 16 more"
         table, report = read(tmp_path, on_bad_rows="drop")
         assert (report["bad_rows"]["count"], len(report["bad_rows"]["first"])) == (26, 10)
         assert report["splits"] == {"train": {"rows": 25, "prompts": 25}, "validation": {"rows": 1, "prompts": 1}}
         assert table["row"].to_pylist() == [*range(1, 51, 2), 2]
 
-    def test_csv_rows(self, tmp_path: Path) -> None:
-        path = tmp_path / "rows.csv"
+    def test_bad_rows_of_csv_and_parquet(self, tmp_path: Path) -> None:
         header = ",".join(COLUMNS).encode()
-        path.write_bytes(header + b"\na,b,1,1,1,1,1\n\na,b,1,1,1,1\na,b,1,,1,1,1\na,b,1,two,1,1,1_0\n,\xff,1,1,1,1,1\n")
-        with pytest.raises(HelpsteerError) as caught:
-            read(path)
-        assert str(caught.value).splitlines()[1:-1] == [
-            "  rows.csv, row 2: it has 6 fields, the header names 7",
-            "  rows.csv, row 3: correctness is null",
-            "  rows.csv, row 4: correctness is the text 'two', not an integer 0 to 4; "
-            "verbosity is the text '1_0', not an integer 0 to 4",
-            "  rows.csv, row 5: prompt is empty; response is not valid UTF-8",
-        ]
-
-    def test_parquet_rows(self, tmp_path: Path) -> None:
-        table = pa.Table.from_pylist([row("a"), row(verbosity=None), row(helpfulness=9), row("b", "bad")])
+        content = header + b"\n\na,b,1,1,1,1\na,b,1,,1,1,1\na,b,1,two,1,1,1_0\n,\xff,1,1,1,1,1\n"
+        (tmp_path / "rows.csv").write_bytes(content)
+        table = pa.Table.from_pylist([row(verbosity=None), row(helpfulness=9), row("b", "bad")])
         broken = pa.StringArray.from_buffers(
-            4, pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0\3\0\0\0\4\0\0\0"), pa.py_buffer(b"xyz\xff")
+            3, pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0\3\0\0\0"), pa.py_buffer(b"xy\xff")
         )
         table = table.set_column(table.schema.get_field_index("response"), "response", broken)
         pq.write_table(table, tmp_path / "rows.parquet")
-        with pytest.raises(HelpsteerError) as caught:
-            read(tmp_path / "rows.parquet")
-        assert str(caught.value).splitlines()[1:-1] == [
-            "  rows.parquet, row 2: verbosity is null",
-            "  rows.parquet, row 3: helpfulness is 9, not an integer 0 to 4",
-            "  rows.parquet, row 4: response is not valid UTF-8",
-        ]
+        reasons = {
+            "rows.csv": ["6 fields", "correctness is null", "'two'.*'1_0'", "prompt is empty; response is not valid"],
+            "rows.parquet": ["verbosity is null", "helpfulness is 9", "response is not valid UTF-8"],
+        }
+        for name, expected in reasons.items():
+            with pytest.raises(HelpsteerError) as caught:
+                read(tmp_path / name)
+            lines = str(caught.value).splitlines()[1:-1]
+            for number, (line, reason) in enumerate(zip(lines, expected, strict=True), 1):
+                assert re.search(f"{name}, row {number}: .*{reason}", line)
 
     def test_nothing_good_is_an_error_even_where_bad_rows_are_dropped(self, tmp_path: Path) -> None:
         write_jsonl(tmp_path / "train.jsonl", [row(""), row("")])
@@ -340,12 +309,10 @@ class TestFiles:
             ("rows.jsonl", b"", "rows.jsonl is empty: it has 0 bytes"),
             ("rows.jsonl.gz", gzip.compress(b"", mtime=0), "rows.jsonl.gz is empty: it holds no rows"),
             ("rows.csv", ",".join(COLUMNS).encode(), "rows.csv is empty: it holds no rows"),
-            ("rows.csv", b"prompt;response\n", "It has: prompt;response. Needed are prompt, response, helpfulness"),
             ("rows.jsonl.gz", b'{"prompt": 1}\n', "rows.jsonl.gz is not gzip, though its name says so"),
             ("rows.jsonl.gz", gzip.compress(b"x" * 9999, mtime=0)[:-9], "rows.jsonl.gz is damaged gzip"),
             ("rows.parquet", b"PAR1 damaged PAR1", "rows.parquet is no readable parquet file"),
             ("rows.json", b'[{"prompt":\n 1},', "rows.json is not valid JSON: .* at line 2, character 5. Mend it"),
-            ("rows.json", b'["\xff"]', "rows.json is not valid UTF-8 at byte 3"),
             ("rows.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer.*git lfs pull"),
             ("rows.txt", b"prompt", "rows.txt is of no known format. Known are .jsonl, .json, .csv, .parquet"),
         ],
@@ -361,7 +328,6 @@ class TestFiles:
             ([], r"data.source: .* does not exist"),
             (["training.jsonl", "validation.jsonl"], "holds no train file.*found training.jsonl, validation.jsonl"),
             (["train.jsonl", "train.jsonl.gz"], "more than one set of train files"),
-            (["train.jsonl", "data/train.jsonl"], "more than one set of train files"),
             (["train.jsonl", "train-00000-of-00001.jsonl"], "more than one set of train files"),
             (["train-00001-of-00003.jsonl", "train-00002-of-00003.jsonl"], "holds 2 train shards .* there are 3"),
         ],
