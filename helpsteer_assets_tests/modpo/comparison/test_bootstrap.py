@@ -25,13 +25,6 @@ def test_the_interval_of_a_mean_agrees_with_the_normal_approximation() -> None:
     assert interval.high == pytest.approx(values.mean() + half, abs=0.1 * half)
 
 
-def test_resampled_means_of_two_rows_are_the_three_possible_ones_with_their_frequencies() -> None:
-    means = bootstrap_means([[0.0], [1.0]], samples=20_000, seed=0)[:, 0]
-    values, counts = np.unique(means, return_counts=True)
-    assert values.tolist() == [0.0, 0.5, 1.0]
-    assert counts / len(means) == pytest.approx([0.25, 0.5, 0.25], abs=0.02)
-
-
 def test_columns_share_their_resamples() -> None:
     values = np.random.default_rng(3).normal(size=(50, 2))
     both = bootstrap_means(values, samples=500, seed=4)
@@ -85,17 +78,6 @@ def test_one_simultaneous_interval_is_an_ordinary_one_and_agrees_with_scipys_t_i
     assert low[0] == pytest.approx(interval.low, abs=0.03)
     assert high[0] == pytest.approx(interval.high, abs=0.03)
     assert p_value[0] == pytest.approx(expected.pvalue, abs=0.01)
-
-
-def test_the_same_column_again_costs_nothing_and_an_independent_one_widens() -> None:
-    rng = np.random.default_rng(22)
-    column, other = rng.normal(size=(80, 1)), rng.normal(size=(80, 1))
-    alone = simultaneous(column)
-    copies = simultaneous(np.repeat(column, 5, axis=1))
-    assert copies[0] == pytest.approx(np.repeat(alone[0], 5)) and copies[2] == pytest.approx(np.repeat(alone[2], 5))
-    beside = simultaneous(np.hstack([column, other]))
-    assert beside[1][0] - beside[0][0] > alone[1][0] - alone[0][0]
-    assert beside[2][0] >= alone[2][0]
 
 
 def test_a_column_that_never_moves_has_no_width_and_counts_as_agreeing_prompts() -> None:

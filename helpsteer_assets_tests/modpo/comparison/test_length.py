@@ -80,15 +80,11 @@ def test_without_enough_change_of_length_there_is_no_line_and_no_claim() -> None
     sft, other = changed(4, 9, gain=0.2, per_token=0.0)
     (few,) = compare(sft, other)
     assert few.adjusted is None and few.per_token is None and few.close is None
-    assert few.verdict == "undecided"
-    assert (
-        few.sentence
-        == "w=0.3: 9 responses changed their length, too few to tell more: no line of rated helpfulness on length."
-    )
+    assert few.verdict == "undecided" and "9 responses changed their length, too few to tell more" in few.sentence
     tokens, rating = np.arange(20.0), np.zeros(20)
     (same,) = compare(scores(None, rating, tokens), scores("0.3", rating + 1, tokens))
     assert same.adjusted is None and same.close is not None and same.close.low == same.close.high == 1
-    assert same.sentence.endswith("; over the 20 prompts whose lengths differ by a tenth at most: 1 points [1, 1].")
+    assert "over the 20 prompts whose lengths differ by a tenth at most: 1 points [1, 1]" in same.sentence
     (moved,) = compare(scores(None, rating, tokens), scores("0.3", rating + 1, tokens + 7))
     assert moved.adjusted is None and "20 responses changed their length, all by the same" in moved.sentence
 

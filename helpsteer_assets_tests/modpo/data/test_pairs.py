@@ -155,22 +155,17 @@ class TestBuildPairs:
         assert len(large["selection"] | large["train"]) == 300
         assert small["validation"] == large["validation"] == {prompt_id(f"new {p}") for p in range(40)}
 
-    def test_selection_is_independent_of_the_validation_hash(self, tmp_path: Path) -> None:
-        rows_to_ratings({"train": many_rows(1000)}, tmp_path / "ratings.parquet", validation_share=0.5)
-        ratings = pq.read_table(tmp_path / "ratings.parquet")
-        pairs = build_pairs(ratings, "helpfulness", 0.4)
-        share = describe_pairs(pairs, ratings, "helpfulness", "verbosity")["prompts"]
-        assert 0.33 < share["selection"] / (share["selection"] + share["train"]) < 0.47
-
-    def test_only_ties_is_an_error_that_counts_the_pairs_of_every_attribute(self) -> None:
+    @pytest.mark.parametrize(
+        ("attribute", "share", "message"),
+        [
+            ("correctness", 0.05, "helpfulness 30, correctness 0, coherence 0, complexity 0, verbosity 30, overall 0"),
+            ("helpfulness", 1 - 1e-12, "but for 30 pairs held out by data.selection_share"),
+        ],
+    )
+    def test_no_train_pairs_is_an_error_with_the_counts(self, attribute: str, share: float, message: str) -> None:
         ratings = ratings_of(many_rows(5), [row("v", "good", 2, 4, 2, 2, 2), row("v", "bad", 2, 0, 2, 2, 2)])
-        counts = "helpfulness 30, correctness 0, coherence 0, complexity 0, verbosity 30, overall 0"
-        with pytest.raises(HelpsteerError, match=f"correctness makes no train pairs.*{counts}"):
-            build_pairs(ratings, "correctness", 0.05)
-
-    def test_all_pairs_held_out_is_an_error_that_says_so(self) -> None:
-        with pytest.raises(HelpsteerError, match=r"but for 6 pairs held out by data.selection_share"):
-            build_pairs(ratings_of(many_rows(1)), "helpfulness", 1 - 1e-12)
+        with pytest.raises(HelpsteerError, match=f"{attribute} makes no train pairs.*{message}"):
+            build_pairs(ratings, attribute, share)
 
 
 def test_describe_pairs() -> None:
@@ -203,20 +198,14 @@ def test_describe_pairs() -> None:
     assert json.loads(json.dumps(described)) == described
 
 
-class TestEvaluationPrompts:
-    def test_they_are_unique_validation_prompts_and_a_larger_count_only_adds(self) -> None:
-        train, validation = many_rows(10), many_rows(30, tag="new ")
-        few = select_evaluation_prompts(ratings_of(train, validation), 8)
-        more = select_evaluation_prompts(ratings_of(train[::-1], validation[::-1]), 20)
-        assert few.column_names == ["prompt_id", "prompt"]
-        assert len(set(few["prompt"].to_pylist())) == len(few) == 8
-        assert all(prompt.startswith("new ") for prompt in few["prompt"].to_pylist())
-        assert few["prompt_id"].to_pylist() == [prompt_id(prompt) for prompt in few["prompt"].to_pylist()]
-        assert more["prompt"].to_pylist()[:8] == few["prompt"].to_pylist()
-
-    def test_none_is_an_error_that_says_what_to_do(self) -> None:
-        with pytest.raises(HelpsteerError, match=r"no validation prompts to evaluate on .* data.validation_share"):
-            select_evaluation_prompts(ratings_of(many_rows(3), many_rows(3)), 300)
+def test_evaluation_prompts_are_unique_validation_prompts_and_a_larger_count_only_adds() -> None:
+    train, validation = many_rows(10), many_rows(30, tag="new ")
+    few = select_evaluation_prompts(ratings_of(train, validation), 8).to_pylist()
+    more = select_evaluation_prompts(ratings_of(train[::-1], validation[::-1]), 20).to_pylist()
+    assert few == more[:8] and len({r["prompt"] for r in more}) == 20
+    assert all(r["prompt"].startswith("new ") and r["prompt_id"] == prompt_id(r["prompt"]) for r in more)
+    with pytest.raises(HelpsteerError, match=r"no validation prompts to evaluate on .* data.validation_share"):
+        select_evaluation_prompts(ratings_of(many_rows(3), many_rows(3)), 300)
 
 
 def test_unique_responses_are_all_responses_of_all_pair_tables_once() -> None:
