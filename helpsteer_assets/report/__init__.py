@@ -10,14 +10,15 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from helpsteer_assets.modpo.comparison.plots import percent, policy_colour
+from helpsteer_assets.modpo.comparison.differences import percent
+from helpsteer_assets.modpo.comparison.plots import policy_colour
 from helpsteer_assets.report.figures import inline_figure
 
 ROLES = {
@@ -46,47 +47,34 @@ def render(data: Mapping[str, Any]) -> str:
     delta, delta_low, delta_high, verdict}}}); plots ({id, title, caption, svg}); tables ({title, caption, columns,
     rows}, a cell being text, a number, or a pair of a number and the text that shows it); prompts ({id, prompt,
     truncated, responses}, a response {text, finish, tokens, words, scores, disagreement}, in the order of the
-    policies). A number may be null or NaN, and a measure may lack policies: a dash is shown then.
+    policies). A number of a table, and those of SFT's difference to itself, may be None: a dash is shown then.
     """
     measures = sorted(data["measures"], key=lambda measure: list(ROLES).index(measure["role"]))
     policies = [
-        {
-            **policy,
-            "number": number,
-            "probability": (probability := _finite(policy["front_probability"])),
-            "chance": DASH if probability is None else percent(probability),
-        }
+        {**policy, "number": number, "chance": percent(policy["front_probability"], "<", ">")}
         for number, policy in enumerate(data["policies"])
     ]
-    colours = {policy["label"]: policy["w"] for policy in policies}
     script, style = _part("report.js"), _part("report.css")
-    return (
-        _environment()
-        .from_string(_part("report.html"))
-        .render(
-            data=data,
-            policies=policies,
-            by_label={policy["label"]: policy for policy in policies},
-            groups=_groups(measures),
-            scores=_score_rows(policies, measures, data["summary"]),
-            tables=[_table(table) for table in data["tables"]],
-            figures=[inline_figure(plot, colours) for plot in data["plots"]],
-            style=Markup(_colour_rules(policies) + style),
-            script=Markup(script),
-            script_hash=base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii"),
-            payload=Markup(_script_json(_responses(data, measures))),
-        )
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, finalize=_writable, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(_part("report.html")).render(
+        data=data,
+        policies=policies,
+        by_label={policy["label"]: policy for policy in policies},
+        groups=_groups(measures),
+        scores=_score_rows(policies, measures, data["summary"]),
+        tables=[_table(table) for table in data["tables"]],
+        figures=[inline_figure(plot, [policy["w"] for policy in policies]) for plot in data["plots"]],
+        style=Markup(_colour_rules(policies) + style),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii"),
+        payload=Markup(_script_json(_responses(data, measures))),
     )
 
 
 def _part(name: str) -> str:
     return resources.files(__name__).joinpath(name).read_text(encoding="utf-8")
-
-
-def _environment() -> Environment:
-    return Environment(
-        autoescape=True, undefined=StrictUndefined, finalize=_writable, trim_blocks=True, lstrip_blocks=True
-    )
 
 
 def _writable(value: Any) -> Any:
@@ -102,15 +90,10 @@ def _colour_rules(policies: Sequence[Mapping[str, Any]]) -> str:
     for policy in policies:
         n, w = policy["number"], policy["w"]
         for suffix, text in (("", False), ("t", True)):
-            light, dark = policy_colour(w, text=text), policy_colour(w, dark=True, text=text)
-            root.append(f"--p{n}{suffix}:light-dark({light},{dark})")
+            root.append(f"--p{n}{suffix}:light-dark({policy_colour(w, text=text)},{policy_colour(w, True, text)})")
         rules.append(f".p{n}{{--c:var(--p{n});--ct:var(--p{n}t)}}")
     root.append(f"--middle:light-dark({policy_colour('0.5')},{policy_colour('0.5', dark=True)})")
     return f":root{{{';'.join(root)}}}\n{''.join(rules)}\n"
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
 
 
 def _groups(measures: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -130,20 +113,20 @@ def _score_rows(
     for policy in policies:
         cells = []
         for measure in measures:
-            entries = summary.get(measure["name"], {})
-            entry = entries.get(policy["label"], {})
+            entries = summary[measure["name"]]
+            entry = entries[policy["label"]]
             is_share = measure["unit"] == "share"
-            decimals = _decimals([e.get("mean") for e in entries.values()], is_share)
+            decimals = _decimals([e["mean"] for e in entries.values()], is_share)
             cells.append(
                 {
                     "role": measure["role"],
-                    "mean": _finite(entry.get("mean")),
-                    "delta": _finite(entry.get("delta")),
-                    "mean_text": _fixed(entry.get("mean"), decimals, is_share),
-                    "mean_interval": _range(entry.get("low"), entry.get("high"), decimals, is_share),
-                    "delta_text": _fixed(entry.get("delta"), decimals, is_share, sign=True),
-                    "delta_interval": _range(entry.get("delta_low"), entry.get("delta_high"), decimals, is_share),
-                    **_verdict(entry.get("verdict"), measure["better"]),
+                    "mean": entry["mean"],
+                    "delta": entry["delta"],
+                    "mean_text": _fixed(entry["mean"], decimals, is_share),
+                    "mean_interval": _range(entry["low"], entry["high"], decimals, is_share),
+                    "delta_text": _fixed(entry["delta"], decimals, is_share, sign=True),
+                    "delta_interval": _range(entry["delta_low"], entry["delta_high"], decimals, is_share),
+                    **_verdict(entry["verdict"], measure["better"]),
                 }
             )
         rows.append({"policy": policy, "cells": cells})
@@ -161,16 +144,15 @@ def _verdict(verdict: str | None, better: str | None) -> dict[str, str]:
     return {"mark": mark, "kind": kind, "words": f"{verdict} than SFT{words}"}
 
 
-def _decimals(values: Sequence[float | None], is_share: bool) -> int:
+def _decimals(values: Iterable[float | None], is_share: bool) -> int:
     """Decimals for a whole column, which show three significant digits of its largest value; 1 for percentages."""
     if is_share:
         return 1
-    largest = max((abs(v) for v in map(_finite, values) if v is not None), default=0.0)
+    largest = max((abs(value) for value in values if value is not None), default=0.0)
     return 2 if largest == 0 else min(4, max(0, 2 - math.floor(math.log10(largest))))
 
 
-def _fixed(value: float | None, decimals: int, is_share: bool, sign: bool = False) -> str:
-    value = _finite(value)
+def _fixed(value: float | None, decimals: int, is_share: bool = False, sign: bool = False) -> str:
     if value is None:
         return DASH
     scaled = round(value * (100 if is_share else 1), decimals) + 0.0
@@ -179,9 +161,7 @@ def _fixed(value: float | None, decimals: int, is_share: bool, sign: bool = Fals
 
 
 def _range(low: float | None, high: float | None, decimals: int, is_share: bool) -> str:
-    if _finite(low) is None or _finite(high) is None:
-        return ""
-    return f"[{_fixed(low, decimals, is_share)}, {_fixed(high, decimals, is_share)}]"
+    return "" if low is None else f"[{_fixed(low, decimals, is_share)}, {_fixed(high, decimals, is_share)}]"
 
 
 def _table(table: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,22 +169,18 @@ def _table(table: Mapping[str, Any]) -> dict[str, Any]:
     columns, by_column = [], []
     for index, title in enumerate(table["columns"]):
         values = [row[index] for row in table["rows"]]
-        numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
-        numeric = bool(numbers) or any(isinstance(value, tuple) for value in values)
-        whole = all(float(value).is_integer() for value in numbers if _finite(value) is not None)
-        decimals = 0 if whole else _decimals(numbers, is_share=False)
-        columns.append({"title": title, "numeric": numeric})
+        numbers = [value for value in values if isinstance(value, int | float)]
+        decimals = 0 if all(float(value).is_integer() for value in numbers) else _decimals(numbers, is_share=False)
+        columns.append({"title": title, "numeric": any(isinstance(value, int | float | tuple) for value in values)})
         by_column.append([_table_cell(value, decimals) for value in values])
     return {**table, "columns": columns, "rows": list(zip(*by_column, strict=True))}
 
 
 def _table_cell(value: Any, decimals: int) -> dict[str, Any]:
-    if isinstance(value, str | bool):
-        return {"number": False, "text": str(value)}
-    number, text = value if isinstance(value, tuple) else (value, None)
-    finite = _finite(number)
-    shown = _fixed(finite, decimals, is_share=False) if text is None else text.replace("-", "\u2212")
-    return {"number": True, "value": "" if finite is None else finite, "text": shown}
+    if isinstance(value, str):
+        return {"number": False, "text": value}
+    number, text = value if isinstance(value, tuple) else (value, _fixed(value, decimals))
+    return {"number": True, "value": "" if number is None else number, "text": text.replace("-", "\u2212")}
 
 
 def _responses(data: Mapping[str, Any], measures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -235,16 +211,7 @@ def _responses(data: Mapping[str, Any], measures: Sequence[Mapping[str, Any]]) -
     }
 
 
-def _rounded(value: Any) -> Any:
-    """Five significant digits, more than the page shows; null for NaN and infinity, which JSON does not have."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}") if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _rounded(part) for key, part in value.items()}
-    return [_rounded(part) for part in value] if isinstance(value, list) else value
-
-
 def _script_json(value: Any) -> str:
     """JSON for a script element: nothing in it ends the element, and UTF-8 can encode all of it."""
-    text = json.dumps(_rounded(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return re.sub("[<>&\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff]", lambda found: f"\\u{ord(found[0]):04x}", text)
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return re.sub("[<>&\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff]", lambda match: f"\\u{ord(match[0]):04x}", text)

@@ -144,7 +144,7 @@ def _summary(rows: Rows, differences: Mapping[str, Mapping[str, Mapping[str, Any
     """By measure and policy: mean and interval, and the difference to SFT that holds for all weights at once."""
     summary: dict[str, dict[str, Any]] = {}
     for row in rows:
-        against = differences.get(row["w"], {}).get(row["measure"]) if row["w"] is not None else None
+        against = differences[row["w"]][row["measure"]] if row["w"] else None
         summary.setdefault(row["measure"], {})[policy_label(row["w"])] = {
             "mean": row["mean"],
             "low": row["ci_low"],
@@ -157,109 +157,91 @@ def _summary(rows: Rows, differences: Mapping[str, Mapping[str, Mapping[str, Any
     return summary
 
 
+def _table(title: str, caption: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[dict[str, Any]]:
+    """The table, or none where it would have no rows."""
+    return [{"title": title, "caption": caption, "columns": columns, "rows": rows}] if rows else []
+
+
 def _equal_length(answers: Rows, measures: Mapping[str, Measure]) -> list[dict[str, Any]]:
-    if not answers:
-        return []
-    rows = [
+    return _table(
+        "At equal length",
+        "Difference to SFT as the lengths are, and what is left of it when length is held fixed: by a line within "
+        "prompts (interval for all weights at once; extrapolated where hardly any response changed its length the "
+        "other way), and among the prompts whose two responses are of about equal length.",
+        ("measure", "policy", "as it is", "at equal length", "extrapolated", "similar lengths", "prompts"),
         [
-            measures[answer["measure"]].title,
-            policy_label(answer["w"]),
-            _rounded(answer["raw"]),
-            _interval(answer["adjusted"]),
-            "yes" if answer["extrapolated"] else "no",
-            _interval(answer["close"]),
-            answer["close_prompts"],
-        ]
-        for answer in answers
-    ]
-    return [
-        {
-            "title": "At equal length",
-            "caption": "Difference to SFT as the lengths are, and what is left of it when length is held fixed: by a "
-            "line within prompts (interval for all weights at once; extrapolated where hardly any response changed its "
-            "length the other way), and among the prompts whose two responses are of about equal length.",
-            "columns": [
-                "measure",
-                "policy",
-                "as it is",
-                "at equal length",
-                "extrapolated",
-                "similar lengths",
-                "prompts",
-            ],
-            "rows": rows,
-        }
-    ]
+            (
+                measures[answer["measure"]].title,
+                policy_label(answer["w"]),
+                _rounded(answer["raw"]),
+                _interval(answer["adjusted"]),
+                "yes" if answer["extrapolated"] else "no",
+                _interval(answer["close"]),
+                answer["close_prompts"],
+            )
+            for answer in answers
+        ],
+    )
 
 
 def _movement(movement: Mapping[str, Mapping[str, Any]], measures: Mapping[str, Measure]) -> list[dict[str, Any]]:
-    if not movement:
-        return []
-    rows = [
+    return _table(
+        "Movement with w",
+        "Rank correlation of w and the mean, the change per unit of w (least squares), and the share of resamples in "
+        "which every step of w moves the mean the same way. 95% intervals.",
+        ("measure", "rank correlation", "change per unit of w", "monotone resamples"),
         [
-            measures[name].title,
-            _interval(moved["rank_correlation"]),
-            _interval(moved["slope"]),
-            _percent(moved["share_of_resamples_monotone"]),
-        ]
-        for name, moved in movement.items()
-    ]
-    return [
-        {
-            "title": "Movement with w",
-            "caption": "Rank correlation of w and the mean, the change per unit of w (least squares), and the share of "
-            "resamples in which every step of w moves the mean the same way. 95% intervals.",
-            "columns": ["measure", "rank correlation", "change per unit of w", "monotone resamples"],
-            "rows": rows,
-        }
-    ]
+            (
+                measures[name].title,
+                _interval(moved["rank_correlation"]),
+                _interval(moved["slope"]),
+                _percent(moved["share_of_resamples_monotone"]),
+            )
+            for name, moved in movement.items()
+        ],
+    )
 
 
 def _kl(kl: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    if not kl:
-        return []
-    rows = [
+    return _table(
+        "KL to SFT",
+        "Mean log-ratio of the policy's own samples at temperature 1 and top-p 1, in nats per response. Where samples "
+        "are cut at the limit, it is the divergence of the tokens up to there: a lower bound of all.",
+        ("policy", "KL, nats", "standard error", "samples", "cut at the limit"),
         [
-            policy_label(w),
-            _rounded(m["kl"]),
-            _rounded(m["kl_standard_error"]),
-            m["samples"],
-            _percent(m["capped"] / m["samples"], decimals=1),
-        ]
-        for w, m in sorted(kl.items(), key=lambda item: float(item[0]))
-    ]
-    return [
-        {
-            "title": "KL to SFT",
-            "caption": "Mean log-ratio of the policy's own samples at temperature 1 and top-p 1, in nats per response. "
-            "Where samples are cut at the limit, it is the divergence of the tokens up to there: a lower bound of all.",
-            "columns": ["policy", "KL, nats", "standard error", "samples", "cut at the limit"],
-            "rows": rows,
-        }
-    ]
+            (
+                policy_label(w),
+                _rounded(metrics["kl"]),
+                _rounded(metrics["kl_standard_error"]),
+                metrics["samples"],
+                _percent(metrics["capped"] / metrics["samples"], decimals=1),
+            )
+            for w, metrics in sorted(kl.items(), key=lambda item: float(item[0]))
+        ],
+    )
 
 
 def _quality(quality: Mapping[str, Any] | None, attribute: str) -> list[dict[str, Any]]:
-    if quality is None or not quality["n"]:
+    if quality is None:
         return []
 
     def rows(parts: Rows, key: str) -> list[list[Any]]:
         return [[str(part[key]), part["n"], _share(part)] for part in parts if part["n"]]
 
     return [
-        {
-            "title": f"What the margin adapter measures: by the gap in {attribute}",
-            "caption": "Share of validation pairs in which it rewards the chosen response more, by how far the ratings "
-            "are apart. 95% intervals, resampling prompts.",
-            "columns": ["rating gap", "pairs", "ranked right"],
-            "rows": rows(quality["by_rating_gap"], "rating_gap"),
-        },
-        {
-            "title": "What the margin adapter measures: by length",
-            "caption": f"{quality['sentence']} Much shorter (longer): less than half (more than twice) the length.",
-            "columns": ["the chosen response is", "pairs", "ranked right"],
-            "rows": rows(quality["by_length"], "chosen_is"),
-        },
+        *_table(
+            f"What the margin adapter measures: by the gap in {attribute}",
+            "Share of validation pairs in which it rewards the chosen response more, by how far the ratings are "
+            "apart. 95% intervals, resampling prompts.",
+            ("rating gap", "pairs", "ranked right"),
+            rows(quality["by_rating_gap"], "rating_gap"),
+        ),
+        *_table(
+            "What the margin adapter measures: by length",
+            f"{quality['sentence']} Much shorter (longer): less than half (more than twice) the length.",
+            ("the chosen response is", "pairs", "ranked right"),
+            rows(quality["by_length"], "chosen_is"),
+        ),
     ]
 
 

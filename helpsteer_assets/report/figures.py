@@ -4,7 +4,7 @@ Only listed elements and attributes are kept, so that an SVG brings no script, n
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from xml.etree import ElementTree
 
@@ -21,18 +21,17 @@ _OUTSIDE = (TITLE_ID, NOTE_ID)
 """Groups that are left out, because the page shows their text itself."""
 
 
-def inline_figure(plot: Mapping[str, Any], weights: Mapping[str, str | None]) -> dict[str, Any]:
+def inline_figure(plot: Mapping[str, Any], weights: Sequence[str | None]) -> dict[str, Any]:
     """The `plot` {id, title, caption, svg} with an `svg` to be put into the page.
 
     Its ids start with the figure's id, its colours are the page's custom properties, each policy's point can be reached
-    by keyboard, and its note is moved to the caption. `weights` gives the weight of each policy label, in the page's
-    order. Raises xml.etree.ElementTree.ParseError for text that is no XML.
+    by keyboard, and its note is moved to the caption. `weights` are those of the policies, in the page's order.
     """
     name = re.sub(r"[^a-zA-Z0-9]+", "-", plot["id"])
     root = ElementTree.fromstring(plot["svg"])
     colours = {PAPER: "--paper", INK: "--ink", MUTED: "--quiet", NOTE: "--soft", GRID: "--line", "#000000": "--ink"}
     colours[policy_colour("0.5")] = "--middle"
-    for number, w in enumerate(weights.values()):
+    for number, w in enumerate(weights):
         colours |= {policy_colour(w): f"--p{number}", policy_colour(w, text=True): f"--p{number}t"}
     title, note = _lines(root, TITLE_ID), _lines(root, NOTE_ID)
     _clean(root, name, colours)
@@ -45,8 +44,7 @@ def inline_figure(plot: Mapping[str, Any], weights: Mapping[str, str | None]) ->
     last = note[0][0] - 11 if note else top + height
     root.attrib["viewBox"] = f"{left:g} {first:g} {width:g} {last - first:g}"
     caption = " ".join([plot["caption"], *(text for _, text in note)])
-    for size in ("width", "height"):
-        root.attrib.pop(size, None)
+    del root.attrib["width"], root.attrib["height"]
     # Screen readers do not read the parts of an image, so a figure with points to visit is a group.
     root.attrib |= {"role": "group" if points else "img", "aria-labelledby": f"{name}-title {name}-desc"}
     for position, (tag, text) in enumerate((("title", plot["title"]), ("desc", caption))):
@@ -85,7 +83,7 @@ def _clean(element: ElementTree.Element, figure: str, colours: Mapping[str, str]
         elif attribute in _ATTRIBUTES:
             kept[attribute] = value.replace("url(#", f"url(#{figure}-")
     if "style" in kept:
-        style = re.sub(r"#[0-9a-f]{6}\b", lambda found: _property(found[0], colours), kept["style"])
+        style = re.sub(r"#[0-9a-f]{6}\b", lambda colour: _property(colour[0], colours), kept["style"])
         kept["style"] = re.sub(r"'DejaVu Sans'[^;]*", "var(--font)", style)
     element.attrib.clear()
     element.attrib.update(kept)

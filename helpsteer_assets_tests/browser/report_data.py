@@ -1,6 +1,8 @@
 """Made-up input of the report: any number of prompts and policies, and text that tries to break the page."""
 
+import itertools
 import random
+from functools import cache
 from typing import Any
 
 from helpsteer_assets.modpo.comparison import plots
@@ -41,24 +43,16 @@ def report_data(prompts: int = 12, weights: tuple[str, ...] = ("0.1", "0.5", "0.
     random_words = random.Random(7)
     labels = ["SFT", *(f"w={w}" for w in weights)]
     levels = [0.0, *(float(w) for w in weights)]
-    summary: dict[str, Any] = {}
-    for measure in MEASURES:
-        entries = {}
-        for label, level in zip(labels, levels, strict=True):
-            mean, change = 2.0 + level, level - 0.3
-            compared = label != "SFT"
-            entries[label] = {
-                "mean": mean if measure["unit"] != "share" else level / 10,
-                "low": mean - 0.1,
-                "high": mean + 0.1,
-                "delta": change if compared else None,
-                "delta_low": change - 0.1 if compared else None,
-                "delta_high": change + 0.1 if compared else None,
-                "verdict": ("undecided" if abs(change) < 0.1 else "higher" if change > 0 else "lower")
-                if compared
-                else None,
-            }
-        summary[measure["name"]] = entries
+    summary: dict[str, Any] = {measure["name"]: {} for measure in MEASURES}
+    for measure, (label, level) in itertools.product(MEASURES, zip(labels, levels, strict=True)):
+        mean, change = 2.0 + level, level - 0.3
+        entry: dict[str, Any] = {"mean": mean if measure["unit"] != "share" else level / 10}
+        entry |= {"low": mean - 0.1, "high": mean + 0.1}
+        entry |= dict.fromkeys(("delta", "delta_low", "delta_high", "verdict"))
+        if level:
+            entry |= {"delta": change, "delta_low": change - 0.1, "delta_high": change + 0.1}
+            entry["verdict"] = "higher" if change > 0.1 else "lower" if change < -0.1 else "undecided"
+        summary[measure["name"]][label] = entry
     return {
         "title": "Trade-off of made-up policies",
         "experiment": "made-up",
@@ -67,18 +61,16 @@ def report_data(prompts: int = 12, weights: tuple[str, ...] = ("0.1", "0.5", "0.
         "headlines": ["w=0.5 is longer than SFT by 12 tokens [8, 16].", "Every w but one is on the front."],
         "notes": ["No rater was used."],
         "policies": [
-            {
-                "label": label,
-                "w": label[2:] if label != "SFT" else None,
-                "on_front": label != "SFT",
-                "front_probability": level,
-                "statements": [f"{label} is what it is."] if label != "SFT" else [],
-            }
+            {"label": label, "w": label[2:] if level else None, "on_front": level > 0, "front_probability": level}
+            | {"statements": [f"{label} is what it is."] if level else []}
             for label, level in zip(labels, levels, strict=True)
         ],
         "measures": MEASURES,
         "summary": summary,
-        "plots": [_plot("front", labels, levels), _plot("kl", labels, levels)],
+        "plots": [
+            {"id": name, "title": f"Figure {name}", "caption": f"What {name} shows.", "svg": _svg(tuple(levels))}
+            for name in ("front", "kl")
+        ],
         "tables": [
             {
                 "title": "Quality of the margin adapter",
@@ -97,66 +89,42 @@ def _prompt(number: int, levels: list[float], words: int, source: random.Random)
     for level in levels:
         own = [word if source.random() > level / 2 else source.choice(WORDS) for word in base]
         text = " ".join(own[: max(1, int(words * (0.4 + 0.6 * level)))]) + "."
-        capped = number == 3 and level == levels[-1]
-        scores = {"helpfulness": 2 + level, "margin": -level / 3, "response_tokens": float(len(own)), "kl_to_sft": None}
+        scores = {"helpfulness": 2 + level, "margin": round(-level / 3, 5), "response_tokens": float(words)}
         responses.append(
-            {
-                "text": text,
-                "finish": "length" if capped else "eos",
-                "tokens": len(own),
-                "words": len(text.split()),
-                "scores": scores,
-                "disagreement": level if number % 5 == 0 else 0.0,
-            }
+            {"text": text, "finish": "length" if number == 3 and level == levels[-1] else "eos", "tokens": words}
+            | {"words": len(text.split()), "scores": scores, "disagreement": 0.0 if number % 5 else level}
         )
     return {"id": f"p{number}", "prompt": f"Question {number}: how?", "truncated": number == 1, "responses": responses}
 
 
 def hostile_data() -> dict[str, Any]:
-    """A report whose every text is hostile, with numbers that are missing or NaN."""
+    """A report in which every text is hostile, with numbers that are missing."""
     data = report_data(prompts=1)
-    nan = float("nan")
     text = SCRIPT + HOSTILE["surrogate"] + HOSTILE["nul"]
     data |= {"title": text, "experiment": text, "description": text, "facts": [[text, text]], "headlines": [text]}
-    data |= {"notes": [text], "tables": [{"title": text, "caption": text, "columns": [text], "rows": [[text], [nan]]}]}
+    data |= {"notes": [text], "tables": [{"title": text, "caption": text, "columns": [text], "rows": [[text], [None]]}]}
     for policy in data["policies"]:
-        policy |= {"statements": [text], "front_probability": nan}
+        policy |= {"statements": [text]}
     for plot in data["plots"]:
         plot |= {"title": text, "caption": text}
-    del data["summary"]["kl_to_sft"], data["summary"]["margin"]["w=0.5"]
-    data["summary"]["helpfulness"]["w=0.1"] = dict.fromkeys(data["summary"]["helpfulness"]["w=0.1"], None)
-    data["summary"]["helpfulness"]["w=0.9"]["mean"] = nan
-    first = data["prompts"][0]
+    (first,) = data["prompts"]
     data["prompts"] = [
         first
         | {"id": name, "prompt": value}
-        | {
-            "responses": [
-                r | {"text": value, "scores": {"margin": nan, "helpfulness": None}} for r in first["responses"]
-            ]
-        }
+        | {"responses": [r | {"text": value, "scores": {"margin": None}} for r in first["responses"]]}
         for name, value in HOSTILE.items()
     ]
     return data
 
 
-def _plot(name: str, labels: list[str], levels: list[float]) -> dict[str, str]:
+@cache
+def _svg(levels: tuple[float, ...]) -> str:
     points = [
-        {
-            "label": label,
-            "w": label[2:] if label != "SFT" else None,
-            "x": 2 + level,
-            "x_low": 1.9 + level,
-            "x_high": 2.1 + level,
-            "y": -level / 3,
-            "y_low": -level / 3 - 0.1,
-            "y_high": -level / 3 + 0.1,
-            "on_front": label != "SFT",
-            "front_probability": level,
-            "is_sft": label == "SFT",
-        }
-        for label, level in zip(labels, levels, strict=True)
+        {"label": f"w={level:g}" if level else "SFT", "w": f"{level:g}" if level else None, "is_sft": not level}
+        | {"x": 2 + level, "x_low": 1.9 + level, "x_high": 2.1 + level}
+        | {"y": -level / 3, "y_low": -level / 3 - 0.1, "y_high": -level / 3 + 0.1}
+        | {"on_front": level > 0, "front_probability": level}
+        for level in levels
     ]
     figure = plots.tradeoff_plot(points, "rated helpfulness", "margin", "A title of its own", "A note. " * 16)
-    svg = plots.svg_bytes(figure).decode("utf-8")
-    return {"id": name, "title": f"Figure {name}", "caption": f"What {name} shows.", "svg": svg}
+    return plots.svg_bytes(figure).decode("utf-8")

@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import json
-import math
 import re
 from html.parser import HTMLParser
 
@@ -60,25 +59,20 @@ def hostile() -> str:
     return render(hostile_data())
 
 
-def test_every_element_is_closed_and_every_id_is_unique(html: str, hostile: str) -> None:
-    for text in (html, hostile):
+def test_every_element_is_closed_and_ids_are_unique_and_exist(html: str, hostile: str) -> None:
+    for text in (html, hostile, render(report_data(weights=("0.5",)) | {"tables": []})):
         page = Page(text)
         assert page.open == []
         ids = page.values("id")
         assert len(ids) == len(set(ids)) > 20
+        wanted = {name for value in page.values("aria-labelledby") for name in value.split()} | set(page.values("for"))
+        wanted |= {value[1:] for value in page.values("href") if len(value) > 1 and value.startswith("#")}
+        wanted |= {name for value in page.values("clip-path") for name in re.findall(r"#([^)]+)", value)}
+        assert len(wanted) > 10
+        assert wanted <= set(ids)
 
 
-def test_ids_that_elements_refer_to_exist(html: str) -> None:
-    page = Page(html)
-    ids = set(page.values("id"))
-    wanted = {name for value in page.values("aria-labelledby") for name in value.split()} | set(page.values("for"))
-    wanted |= {value[1:] for value in page.values("href") if len(value) > 1 and value.startswith("#")}
-    wanted |= {name for value in page.values("clip-path") for name in re.findall(r"#([^)]+)", value)}
-    assert len(wanted) > 10
-    assert wanted <= ids
-
-
-def test_the_page_allows_its_own_script_alone(html: str) -> None:
+def test_the_page_allows_its_own_script_alone_and_fetches_nothing(html: str) -> None:
     page = Page(html)
     policy = next(a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
     scripts = [attributes for tag, attributes in page.elements if tag == "script"]
@@ -92,10 +86,6 @@ def test_the_page_allows_its_own_script_alone(html: str) -> None:
         f"script-src 'sha256-{digest}'",
     ]
     assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
-
-
-def test_nothing_is_fetched(html: str) -> None:
-    page = Page(html)
     assert not page.values("src")
     assert all(value.startswith(("#", "data:")) for value in page.values("href"))
     assert not re.search(r"url\((?!#)|@import", html)
@@ -111,8 +101,7 @@ def test_hostile_text_makes_no_element_and_comes_back_as_it_was(hostile: str) ->
     read = json.loads(payload, parse_constant=pytest.fail)
     assert {prompt[0]: prompt[1] for prompt in read["prompts"]} == HOSTILE
     assert [response[0] for response in read["prompts"][0][3]] == [HOSTILE["script"]] * 4
-    assert read["prompts"][0][3][0][5] == [None] * 5, "NaN and missing scores"
-    assert "nan" not in " ".join(page.text).lower().split()
+    assert read["prompts"][0][3][0][5] == [None] * 5, "missing scores"
     hostile.encode("utf-8")
 
 
@@ -121,25 +110,10 @@ def test_scores_of_a_response_stand_in_the_order_of_the_measures(html: str) -> N
     titles = [measure["title"] for measure in read["measures"]]
     assert titles == ["rated helpfulness", "margin", "length", "KL to SFT", "capped"]
     assert read["prompts"][0][3][2][5] == [2.5, -0.16667, 40.0, None, None]
+    assert render(report_data()) == html, "the same input gives the same bytes"
 
 
-def test_the_same_input_gives_the_same_bytes(html: str) -> None:
-    assert render(report_data()).encode() == html.encode()
-
-
-@pytest.mark.parametrize("empty", ["prompts", "plots", "tables", "headlines", "notes", "facts", "measures"])
-def test_a_part_may_be_empty(empty: str) -> None:
-    page = Page(render(report_data() | {empty: []}))
-    ids = set(page.values("id"))
-    assert {value[1:] for value in page.values("href") if len(value) > 1 and value.startswith("#")} <= ids
-
-
-def test_a_report_on_sft_alone_can_be_made() -> None:
-    page = Page(render(report_data(weights=())))
-    assert "w=0.1" not in " ".join(page.text)
-
-
-def test_verdicts_are_told_by_sign_and_words_beside_colour(html: str) -> None:
+def test_numbers_of_a_measure_have_the_same_decimals_and_verdicts_a_sign_and_words(html: str) -> None:
     rows = re.findall(r'<tr class="p(\d)"><th scope="row" data-value.*?</tr>', html, re.DOTALL)
     assert rows == ["0", "1", "2", "3"]
     table = html[html.index('id="score-table"') :]
@@ -148,17 +122,13 @@ def test_verdicts_are_told_by_sign_and_words_beside_colour(html: str) -> None:
     assert "lower than SFT, which is better" in table  # capped
     assert "higher than SFT</span>" in table  # length: neither
     assert {"▲", "△", "▼", "▽"} <= set(table)
-
-
-def test_numbers_of_a_measure_have_the_same_decimals_and_shares_are_percentages(html: str) -> None:
-    texts = re.findall(r'<span class="mean"><b>([^<]*)</b>', html)
-    by_column = [texts[column::5] for column in range(5)]
-    assert by_column[0] == ["2.00", "2.10", "2.50", "2.90"]
-    assert by_column[4] == ["0.0%", "1.0%", "5.0%", "9.0%"]
+    texts = re.findall(r'<span class="mean"><b>([^<]*)</b>', table)
+    assert texts[0::5] == ["2.00", "2.10", "2.50", "2.90"]
+    assert texts[4::5] == ["0.0%", "1.0%", "5.0%", "9.0%"]
 
 
 def test_numbers_of_a_table_column_have_the_same_decimals_and_policies_have_their_colour() -> None:
-    rows = [["w=0.5", 0.61234, 3, -1200.0, (-0.02, "-0.02 [-0.11, 0.08]")], ["other", 0.7, math.nan, 5, None]]
+    rows = [["w=0.5", 0.61234, 3, -1200.0, (-0.02, "-0.02 [-0.11, 0.08]")], ["other", 0.7, 4, 5, None]]
     table = {"title": "t", "caption": "c", "columns": ["policy", "a", "b", "c", "d"], "rows": rows}
     html = render(report_data() | {"tables": [table]})
     shown = html[html.index('id="tables"') : html.index('id="browser"')]
@@ -169,7 +139,7 @@ def test_numbers_of_a_table_column_have_the_same_decimals_and_policies_have_thei
         ("-1200.0", "\u22121200"),
         ("-0.02", "\u22120.02 [\u22120.11, 0.08]"),
         ("0.7", "0.700"),
-        ("", "\u2013"),
+        ("4", "4"),
         ("5", "5"),
         ("", "\u2013"),
     ]
@@ -195,11 +165,12 @@ def test_figures_take_the_colours_of_the_page_and_names_of_their_own(html: str) 
 
 def test_an_svg_brings_neither_script_nor_address() -> None:
     svg = (
-        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 9 9">'
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 9 9" '
+        'width="9" height="9">'
         '<script>attack()</script><foreignObject/><g onclick="attack()"><use xlink:href="https://example.org#a"/></g>'
         '<image href="https://example.org/a.png"/><path id="a" d="M 0 0"/><use xlink:href="#a"/></svg>'
     )
-    kept = str(inline_figure({"id": "x y", "title": "<t>", "caption": "", "svg": svg}, {})["svg"])
+    kept = str(inline_figure({"id": "x y", "title": "<t>", "caption": "", "svg": svg}, [])["svg"])
     assert "attack" not in kept and "example" not in kept and "image" not in kept and "foreign" not in kept
     assert '<path id="x-y-a"' in kept and 'href="#x-y-a"' in kept
     assert "&lt;t&gt;" in kept and 'role="img"' in kept

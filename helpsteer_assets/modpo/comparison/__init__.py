@@ -1,1 +1,1 @@
-"""What policies gain and lose: intervals, differences, fronts and plots."""
+"""How policies differ from SFT: intervals, differences, fronts and plots."""

@@ -1,4 +1,4 @@
-"""Bootstrap intervals and rank correlations: pure, seeded functions on numpy arrays.
+"""Bootstrap intervals: pure, seeded functions on numpy arrays.
 
 Uncertainty comes from the percentile bootstrap (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993,
 chapter 13). Prompts are resampled, because they are the unit that was drawn: two responses or two pairs of one prompt
@@ -33,20 +33,12 @@ def bootstrap_means(values: ArrayLike, samples: int, seed: int) -> Floats:
     """Means of `samples` resamples of the rows of `values` [N, M]: [samples, M].
 
     All columns share each resample, so the difference of two columns' means is the mean of their paired difference.
-    Raises ValueError without rows, or naming a column that holds NaN or infinity.
+    Raises ValueError without rows, or where a value is NaN or infinite.
     """
     table = np.asarray(values, dtype=np.float64)
-    if table.ndim != 2:
-        raise ValueError(f"bootstrap_means wants values of shape [rows, columns], got {list(table.shape)}")
-    if samples < 1:
-        raise ValueError(f"bootstrap_means wants at least one sample, got {samples}")
     rows, columns = table.shape
-    if rows == 0:
-        raise ValueError("no rows to resample")
-    bad = ~np.isfinite(table)
-    if bad.any():
-        column = int(np.flatnonzero(bad.any(axis=0))[0])
-        raise ValueError(f"column {column}: {int(bad[:, column].sum())} of {rows} values are NaN or infinite")
+    if not rows or not np.isfinite(table).all():
+        raise ValueError("bootstrap_means wants rows of finite values")
     # Taken from the first row, a constant column gives its own value exactly and a large offset costs no digits.
     centre = table[0]
     centred = table - centre
@@ -121,25 +113,3 @@ def simultaneous_interval(estimates: Floats, resampled: Floats, rows: int) -> tu
     p_values = same
     p_values[moves] = (1 + (largest[:, None] >= reached).sum(axis=0)) / (1 + len(largest))
     return estimates - half, estimates + half, p_values
-
-
-def average_ranks(values: Floats) -> Floats:
-    """Ranks [N] of `values` [N] from 1 for the smallest; equal values share the mean of their ranks."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-
-
-def rank_correlation(x: ArrayLike, y: ArrayLike) -> float:
-    """Spearman's rank correlation of `x` [N] and `y` [N], ties by average ranks.
-
-    NaN where it is undefined: fewer than two values, a constant side, or a NaN among the values.
-    """
-    a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    if a.shape != b.shape or a.ndim != 1:
-        raise ValueError(f"rank_correlation wants two lists of one length, got {list(a.shape)} and {list(b.shape)}")
-    if len(a) < 2 or np.isnan(a).any() or np.isnan(b).any():
-        return math.nan
-    a, b = average_ranks(a), average_ranks(b)
-    a, b = a - a.mean(), b - b.mean()
-    scale = math.sqrt(float(a @ a) * float(b @ b))
-    return math.nan if scale == 0 else float(np.clip(a @ b / scale, -1, 1))

@@ -12,7 +12,7 @@ from typing import Literal
 
 from helpsteer_assets.modpo.comparison.bootstrap import LEVEL, bootstrap_means, column_means, simultaneous_interval
 from helpsteer_assets.modpo.comparison.fronts import FrontUncertainty
-from helpsteer_assets.modpo.comparison.scores import PolicyScores, policy_label, reference_and_weights, score_table
+from helpsteer_assets.modpo.comparison.scores import PolicyScores, policy_label, score_table
 
 Verdict = Literal["higher", "lower", "undecided"]
 
@@ -61,15 +61,12 @@ def differences_to_sft(
 ) -> dict[str, dict[str, Difference]]:
     """Paired differences of every weight to the SFT model, with `simultaneous_interval`s over the weights per measure.
 
-    `policies` are the SFT model's scores and those of the weights, on the same prompts. A difference that is the same
-    on every prompt has an interval of no width; it is decided only if its p-value is at most 0.05, because a few
-    prompts can agree by chance. Raises HelpsteerError without the SFT model, and as `score_table` does.
+    `policies` are the SFT model's scores and then those of the weights, on the same prompts. A difference that is the
+    same on every prompt has an interval of no width; it is decided only if its p-value is at most 0.05, because a few
+    prompts can agree by chance. Raises as `score_table`.
     """
-    reference, compared = reference_and_weights(policies)
-    table = score_table([reference, *compared], measures)
-    differences: dict[str, dict[str, Difference]] = {scores.w or "": {} for scores in compared}
-    if not differences:
-        return {}
+    table = score_table(policies, measures)
+    differences: dict[str, dict[str, Difference]] = {scores.w or "": {} for scores in policies[1:]}
     changes = table[:, 1:] - table[:, :1]
     rows = len(changes)
     for m, measure in enumerate(measures):
@@ -78,11 +75,16 @@ def differences_to_sft(
         ends = simultaneous_interval(mean, bootstrap_means(column, samples, seed), rows)
         for i, w in enumerate(differences):
             low, high, p_value = (float(end[i]) for end in ends)
-            verdict: Verdict = "higher" if low > 0 else "lower" if high < 0 else "undecided"
+            verdict = side_of_zero(low, high)
             if p_value > 1 - LEVEL and low == high:
                 verdict = "undecided"
             differences[w][measure] = Difference(w, measure, rows, float(mean[i]), low, high, p_value, verdict)
     return differences
+
+
+def side_of_zero(low: float, high: float) -> Verdict:
+    """The side of 0 on which the whole interval lies."""
+    return "higher" if low > 0 else "lower" if high < 0 else "undecided"
 
 
 def statements(differences: Differences, measures: Sequence[Measure]) -> dict[str, list[str]]:
@@ -94,15 +96,15 @@ def statements(differences: Differences, measures: Sequence[Measure]) -> dict[st
 
 
 def _statement(difference: Difference, measure: Measure) -> str:
-    title = measure.title[:1].upper() + measure.title[1:]
     if measure.to_sft:
-        return f"{title}: {_value(difference, measure)}."
-    if difference.verdict == "undecided":
-        return f"{title}: {_undecided(difference, measure)}."
-    side = _side(difference.verdict, measure)
-    if measure.comparatives:
-        return f"{side[:1].upper() + side[1:]} than SFT by {_amount(difference, measure)}."
-    return f"{title}: {side} than SFT's by {_amount(difference, measure)}."
+        sentence = f"{measure.title}: {_value(difference, measure)}."
+    elif difference.verdict == "undecided":
+        sentence = f"{measure.title}: {_undecided(difference, measure)}."
+    elif measure.comparatives:
+        sentence = f"{_side(difference.verdict, measure)} than SFT by {_amount(difference, measure)}."
+    else:
+        sentence = f"{measure.title}: {difference.verdict} than SFT's by {_amount(difference, measure)}."
+    return sentence[0].upper() + sentence[1:]
 
 
 def _value(difference: Difference, measure: Measure) -> str:
@@ -159,32 +161,30 @@ def headlines(
     differences: Differences,
     preference: Measure | None,
     margin: Measure,
-    others: Sequence[Measure] = (),
-    front: FrontUncertainty | None = None,
+    others: Sequence[Measure],
+    front: FrontUncertainty,
 ) -> list[str]:
     """The most important results as sentences: what moves at which w, which w to look at, how sure the front is.
 
     Args:
         differences: of all weights; see `differences_to_sft`.
-        preference: the horizontal axis; None where no rater measured it, and then nothing is said about its costs.
+        preference: the horizontal axis; None where no rater measured it. Then nothing is said about costs and front.
         margin: the vertical axis.
         others: measures that are told after the axes, such as the length.
         front: the front of the SFT model and then the weights, in the order of `differences`.
 
     The sentences call no weight the best: they name the best estimates and what is shown about them.
     """
-    if not differences:
-        return ["There is no weight to compare with SFT."]
-    measures = [margin, *others] if preference is None else [preference, margin, *others]
-    sentences = [_movement(differences, measure) for measure in measures]
-    if preference is not None:
-        sentences.append(_both(differences, preference, margin))
-        sentences += [_best(differences, preference, margin), _best(differences, margin, preference)]
-    if front is not None:
-        sentences.append(_front(front, [policy_label(w) for w in (None, *differences)]))
-    if front is not None and preference is not None:
-        sentences.append(_area(front, preference, margin))
-    return sentences
+    if preference is None:
+        return [_movement(differences, measure) for measure in (margin, *others)]
+    return [
+        *(_movement(differences, measure) for measure in (preference, margin, *others)),
+        _both(differences, preference, margin),
+        _best(differences, preference, margin),
+        _best(differences, margin, preference),
+        _front(front, [policy_label(w) for w in (None, *differences)]),
+        _area(front, preference, margin),
+    ]
 
 
 def listed(weights: Sequence[str]) -> str:
@@ -199,20 +199,17 @@ def _with_verdict(differences: Differences, measure: Measure, verdict: Verdict) 
 
 def _movement(differences: Differences, measure: Measure) -> str:
     if measure.to_sft:
-        title = measure.title[:1].upper() + measure.title[1:]
-        return (
-            f"{title}: {'; '.join(f'{_value(own[measure.name], measure)} at w={w}' for w, own in differences.items())}."
-        )
+        values = [f"{_value(own[measure.name], measure)} at w={w}" for w, own in differences.items()]
+        return f"{measure.title[0].upper()}{measure.title[1:]}: {'; '.join(values)}."
     parts = []
-    for verdict in ("higher", "lower"):
-        weights = _with_verdict(differences, measure, verdict)
-        if weights:
+    sides: tuple[Verdict, ...] = ("higher", "lower")
+    for verdict in sides:
+        if weights := _with_verdict(differences, measure, verdict):
             largest = max(weights, key=lambda w: abs(differences[w][measure.name].mean))
             amount = _amount(differences[largest][measure.name], measure)
             at = f", most at w={largest}" if len(weights) > 1 else ""
             parts.append(f"{_side(verdict, measure)} at {listed(weights)} (by {amount}{at})")
-    undecided = _with_verdict(differences, measure, "undecided")
-    if undecided:
+    if undecided := _with_verdict(differences, measure, "undecided"):
         parts.append(f"not shown to differ at {listed(undecided)}")
     # "Responses are not shown to differ" would say more than was measured.
     decided = measure.comparatives and len(undecided) < len(differences)
@@ -220,23 +217,17 @@ def _movement(differences: Differences, measure: Measure) -> str:
     return f"Against SFT, {subject} {'; '.join(parts)}."
 
 
-def _worse(measure: Measure) -> Verdict:
-    return "lower" if measure.better == "higher" else "higher"
-
-
-def _better(measure: Measure) -> Verdict:
-    return "higher" if measure.better == "higher" else "lower"
+def _better(measure: Measure, difference: Difference) -> bool | None:
+    """Whether the policy is shown to be better, or worse (False), than SFT; None where neither is shown."""
+    return None if difference.verdict == "undecided" else difference.verdict == measure.better
 
 
 def _both(differences: Differences, one: Measure, other: Measure) -> str:
-    both = [
-        w
-        for w, own in differences.items()
-        if own[one.name].verdict == _better(one) and own[other.name].verdict == _better(other)
-    ]
-    if both:
-        return f"Shown to be better than SFT in both {one.title} and {other.title}: {listed(both)}."
-    return f"No weight is shown to be better than SFT in both {one.title} and {other.title}."
+    axes = f"both {one.title} and {other.title}"
+    better = [w for w, own in differences.items() if _better(one, own[one.name]) and _better(other, own[other.name])]
+    if better:
+        return f"Shown to be better than SFT in {axes}: {listed(better)}."
+    return f"No weight is shown to be better than SFT in {axes}."
 
 
 def _best(differences: Differences, kept: Measure, gained: Measure) -> str:
@@ -244,10 +235,10 @@ def _best(differences: Differences, kept: Measure, gained: Measure) -> str:
 
     Where SFT's own estimate is the better one, that is said.
     """
-    candidates = [w for w, own in differences.items() if own[kept.name].verdict != _worse(kept)]
+    candidates = [w for w, own in differences.items() if _better(kept, own[kept.name]) is not False]
     if not candidates:
         return f"At every weight {kept.title} is shown to be worse than SFT's."
-    sign = 1 if gained.better == "higher" else -1
+    sign, most = (1, "highest") if gained.better == "higher" else (-1, "lowest")
     best = max(candidates, key=lambda w: sign * differences[w][gained.name].mean)
     own = differences[best]
     if len(candidates) == 1:
@@ -255,10 +246,10 @@ def _best(differences: Differences, kept: Measure, gained: Measure) -> str:
     else:
         start = (
             f"Of the weights whose {kept.title} is not shown to be worse than SFT's ({listed(candidates)}), w={best} "
-            f"has the {'highest' if sign > 0 else 'lowest'} mean {gained.title}"
+            f"has the {most} mean {gained.title}"
         )
         if sign * own[gained.name].mean < 0:
-            start += f", but SFT's own is {'higher' if sign > 0 else 'lower'}"
+            start += f", but SFT's own is {gained.better}"
     return f"{start}. There, {_phrase(own[gained.name], gained)}; {_phrase(own[kept.name], kept)}."
 
 
@@ -269,21 +260,18 @@ def _phrase(difference: Difference, measure: Measure) -> str:
 
 
 def _front(front: FrontUncertainty, labels: Sequence[str]) -> str:
-    if len(labels) != len(front.on_front):
-        raise ValueError(f"the front holds {len(front.on_front)} policies and there are {len(labels)} labels")
-    on: list[str] = []
-    off: list[str] = []
-    for label, is_on, probability in zip(labels, front.on_front, front.probability, strict=True):
-        (on if is_on else off).append(f"{label} ({_percent(float(probability))})")
-    beside = f"; off it: {', '.join(off)}" if off else ""
-    return f"On the front of the means, with the share of resamples in which each is: {', '.join(on)}{beside}."
+    shares = zip(labels, front.on_front, front.probability, strict=True)
+    named = [(f"{label} ({percent(float(share))})", is_on) for label, is_on, share in shares]
+    on, off = (", ".join(name for name, is_on in named if is_on == wanted) for wanted in (True, False))
+    beside = f"; off it: {off}" if off else ""
+    return f"On the front of the means, with the share of resamples in which each is: {on}{beside}."
 
 
-def _percent(share: float) -> str:
+def percent(share: float, below: str = "below ", above: str = "above ") -> str:
     """A share in percent, 0% and 100% only where it is exactly that."""
     if 0 < share < 0.01:
-        return "below 1%"
-    return "above 99%" if 0.99 < share < 1 else f"{share:.0%}"
+        return f"{below}1%"
+    return f"{above}99%" if 0.99 < share < 1 else f"{share:.0%}"
 
 
 def _area(front: FrontUncertainty, preference: Measure, margin: Measure) -> str:

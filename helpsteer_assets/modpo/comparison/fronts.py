@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from helpsteer_assets.modpo.comparison.bootstrap import (
     Floats,
@@ -17,7 +17,6 @@ from helpsteer_assets.modpo.comparison.bootstrap import (
     bootstrap_means,
     column_means,
     percentile_interval,
-    rank_correlation,
 )
 
 
@@ -59,19 +58,12 @@ class FrontUncertainty:
     """Area above the reference, in the product of the axes' units, with its 95% interval."""
 
 
-def front_with_uncertainty(
-    x: ArrayLike,
-    y: ArrayLike,
-    reference_index: int,
-    larger_is_better: tuple[bool, bool],
-    samples: int,
-    seed: int,
-) -> FrontUncertainty:
-    """The Pareto front of the policies' means of `x` and `y` [N, P], one row per prompt, with its uncertainty.
+def front_with_uncertainty(goodness: Floats, samples: int, seed: int) -> FrontUncertainty:
+    """The Pareto front of the policies' means of `goodness` [N, P, 2], one row per prompt, with its uncertainty.
 
-    All policies share each resample of the prompts. Means that differ by rounding alone count as equal, and equal
-    points stay on the front together. The reference of the hypervolume is the mean of policy `reference_index` (SFT)
-    on the same prompts, so only paired differences count.
+    Both axes are maximised, and policy 0 is the SFT model. All policies share each resample of the prompts. Means that
+    differ by rounding alone count as equal, and equal points stay on the front together. The reference of the
+    hypervolume is the mean of SFT on the same prompts, so only paired differences count.
 
     The hypervolume is a maximum over noisy points: its expectation lies above the true area, and that of resamples is
     higher still, so a percentile interval can lie wholly above the truth. Where no policy is truly above the reference
@@ -83,21 +75,17 @@ def front_with_uncertainty(
     contained the truth 93 to 100% of the time, the percentile interval 37 to 100%. A lower end above 0 says that some
     policy is better than the reference on both axes.
 
-    Raises ValueError where the shapes differ, there are no rows, or a value is NaN or infinite.
+    Raises ValueError without rows, or where a value is NaN or infinite.
     """
-    tables = [np.asarray(table, dtype=np.float64) for table in (x, y)]
-    if tables[0].ndim != 2 or tables[0].shape != tables[1].shape:
-        raise ValueError(f"x and y want one shape [prompts, policies], got {[list(t.shape) for t in tables]}")
-    rows, policies = tables[0].shape
-    goodness = np.stack(tables, axis=2) * np.where(larger_is_better, 1.0, -1.0)
+    rows, policies, _ = goodness.shape
     flat = goodness.reshape(rows, 2 * policies)
     resampled = bootstrap_means(flat, samples, seed).reshape(samples, policies, 2)
     scale = np.abs(goodness).max(axis=(0, 1))
     scale[scale == 0] = 1.0
     mean = np.round(goodness.mean(axis=0) / scale, _DIGITS)
     resampled = np.round(resampled / scale, _DIGITS)
-    estimate = float(_areas(mean - mean[reference_index]) * scale.prod())
-    areas = _areas(resampled - resampled[:, [reference_index]]) * scale.prod()
+    estimate = float(_areas(mean - mean[0]) * scale.prod())
+    areas = _areas(resampled - resampled[:, :1]) * scale.prod()
     low, high = (float(end[0]) for end in percentile_interval(areas[:, None]))
     area = Interval(estimate, max(0.0, min(low, 2 * estimate - high)), max(high, 2 * estimate - low))
     return FrontUncertainty(_undominated(mean), _undominated(resampled).mean(axis=0), area)
@@ -122,20 +110,17 @@ class Monotonicity:
     """Share of resamples in which every step of w moves the mean strictly in the slope's direction."""
 
 
-def monotonicity(weights: Sequence[float], table: ArrayLike, samples: int, seed: int) -> Monotonicity:
-    """How the means of `table` [N, W], one row per prompt and one column per weight, move with `weights` [W].
+def monotonicity(weights: Sequence[float], values: Floats, samples: int, seed: int) -> Monotonicity:
+    """How the means of `values` [N, W], one row per prompt and one column per weight, move with `weights` [W].
+
+    There are at least two weights, and they ascend.
 
     Noise can only break an order that the means show, so the interval of a rank correlation of 1 reaches down from 1
     and tells how firm that order is. A resample in which all means are equal counts as rank correlation 0.
-    Raises ValueError with fewer than two weights or equal ones, without rows, or where a value is NaN or infinite.
+    Raises ValueError without rows, or where a value is NaN or infinite.
     """
-    values, w = np.asarray(table, dtype=np.float64), np.asarray(weights, dtype=np.float64)
-    if len(w) < 2 or len(np.unique(w)) != len(w):
-        raise ValueError(f"monotonicity wants at least two weights that differ, got {list(weights)}")
-    if values.ndim != 2 or values.shape[1] != len(w):
-        raise ValueError(f"monotonicity wants one column per weight, got {list(values.shape)} for {len(w)} weights")
-    order = np.argsort(w)
-    w, values = w[order], values[:, order]
+    # In one memory order, so that sums round alike whatever the table was cut from.
+    w, values = np.array(weights), np.asfortranarray(values)
     resampled = bootstrap_means(values, samples, seed)
     mean = column_means(values)
     line = (w - w.mean()) / ((w - w.mean()) ** 2).sum()
@@ -144,8 +129,8 @@ def monotonicity(weights: Sequence[float], table: ArrayLike, samples: int, seed:
     low, high = percentile_interval(((resampled - resampled[:, :1]) @ line)[:, None])
     scale = np.abs(values).max() or 1.0
     rounded: Floats = np.round(resampled / scale, _DIGITS).astype(np.float64)
-    rank = rank_correlation(w, np.round(mean / scale, _DIGITS))
-    rank_low, rank_high = percentile_interval(_rank_correlations(rounded)[:, None])
+    rank = float(_rank_correlations(np.round(mean / scale, _DIGITS).astype(np.float64)))
+    rank_low, rank_high = percentile_interval(np.nan_to_num(_rank_correlations(rounded))[:, None])
     ranks = Interval(rank, float(rank_low[0]), float(rank_high[0]))
     return Monotonicity(
         Interval(rank, math.nan, math.nan) if math.isnan(rank) else ranks,
@@ -155,17 +140,20 @@ def monotonicity(weights: Sequence[float], table: ArrayLike, samples: int, seed:
 
 
 def _rank_correlations(values: Floats) -> Floats:
-    """Spearman's correlation of each row of `values` [S, W] with its columns' order: [S]; 0 for a constant row."""
-    below = (values[:, :, None] > values[:, None, :]).sum(axis=2)
-    ranks = below + ((values[:, :, None] == values[:, None, :]).sum(axis=2) + 1) / 2
-    place = np.arange(values.shape[1])
-    ranks, place = ranks - ranks.mean(axis=1, keepdims=True), place - place.mean()
-    scale = np.sqrt((ranks**2).sum(axis=1) * (place**2).sum())
-    return np.divide(ranks @ place, scale, out=np.zeros(len(values)), where=scale > 0)
+    """Spearman's correlation of each row of `values` [..., W] with its columns' order: [...]; NaN for a constant row.
+
+    Equal values share the mean of their ranks.
+    """
+    one, other = values[..., :, None], values[..., None, :]
+    ranks = (one > other).sum(axis=-1) + ((one == other).sum(axis=-1) + 1) / 2
+    place = np.arange(values.shape[-1])
+    ranks, place = ranks - ranks.mean(axis=-1, keepdims=True), place - place.mean()
+    scale = np.sqrt((ranks**2).sum(axis=-1) * (place**2).sum())
+    return np.divide(ranks @ place, scale, out=np.full(values.shape[:-1], math.nan), where=scale > 0)
 
 
 def margin_follows_weight(
-    rows: Sequence[Mapping[str, Any]], ends: Interval, margin_sign: Literal[-1, 1]
+    means: Mapping[str, float], prompts: int, ends: Interval, margin_sign: Literal[-1, 1]
 ) -> dict[str, Any]:
     """Does the margin reward move with w in the direction that the role asks for?
 
@@ -173,57 +161,45 @@ def margin_follows_weight(
     rises: margin_reward rises under `cost` (-1) and falls under `reward` and a length penalty (+1).
 
     Args:
-        rows: of `summarize`.
+        means: mean margin_reward by weight, ascending.
+        prompts: how many prompts it was measured on.
         ends: margin_reward at the largest w minus that at the smallest, paired by prompt.
         margin_sign: the sign of the role.
 
     Keys of the result: verdict (True if the rank correlation of w and margin_reward and the whole interval of `ends`
-    point the right way; None with fewer than two weights), rank_correlation (NaN where undefined), expected (`rises`
-    or `falls`), weights, mean_margin_reward, n (prompts), ends_mean, ends_low, ends_high, sentence.
+    point the right way; None for one weight), rank_correlation (NaN where undefined), expected (`rises` or `falls`),
+    weights, mean_margin_reward, n (prompts), ends_mean, ends_low, ends_high, sentence.
     """
-    measured = sorted(
-        (float(row["w"]), row["w"], float(row["mean"]), int(row["n"]))
-        for row in rows
-        if row["policy"] == "modpo" and row["measure"] == "margin_reward"
-    )
-    weights = [name for _, name, _, _ in measured]
-    means = [mean for _, _, mean, _ in measured]
-    correlation = rank_correlation([w for w, _, _, _ in measured], means)
-    prompts = min((n for _, _, _, n in measured), default=0)
-    towards = -margin_sign
+    weights = list(means)
+    correlation = float(_rank_correlations(np.array(list(means.values()))))
     role, expected = ("the role cost", "rises") if margin_sign == -1 else ("an encouraged margin", "falls")
     result = {
         "verdict": None,
         "rank_correlation": correlation,
         "expected": expected,
         "weights": weights,
-        "mean_margin_reward": means,
+        "mean_margin_reward": list(means.values()),
         "n": prompts,
         "ends_mean": ends.mean,
         "ends_low": ends.low,
         "ends_high": ends.high,
     }
     if len(weights) < 2:
-        return result | {
-            "sentence": f"A direction takes at least two weights; here w is {', '.join(weights) or 'missing'}."
-        }
-    ranked = "undefined" if np.isnan(correlation) else f"{correlation:.2f}"
+        return result | {"sentence": f"A direction takes at least two weights; here w is {weights[0]}."}
+    ranked = "undefined" if math.isnan(correlation) else f"{correlation:.2f}"
     numbers = (
         f"rank correlation {ranked} over {len(weights)} weights; from w={weights[0]} to w={weights[-1]} it changes by "
         f"{ends.mean:.3g}, 95% interval [{ends.low:.3g}, {ends.high:.3g}], {prompts} prompts"
     )
-    right_order = towards * correlation > 0
-    right_ends = min(towards * ends.low, towards * ends.high) > 0
-    if right_order and right_ends:
+    low, high = sorted((-margin_sign * ends.low, -margin_sign * ends.high))
+    if low > 0 and -margin_sign * correlation > 0:
         sentence = f"The margin reward {expected} with w, as {role} asks ({numbers})."
         return result | {"verdict": True, "sentence": sentence}
-    wrong_ends = max(towards * ends.low, towards * ends.high) < 0
-    if wrong_ends:
+    seen = "does not do so clearly"
+    if high < 0:
         seen = "moves against it"
-    elif right_ends:
+    elif low > 0:
         seen = "does so between the ends only, not in order"
-    else:
-        seen = "does not do so clearly"
     sentence = (
         f"Under {role} the margin reward {expected} with w where the objective alone decides; here it {seen} "
         f"({numbers}). What may explain it: the two objectives are strongly correlated, which can turn the slope (the "

@@ -13,8 +13,16 @@ from helpsteer_assets.modpo.comparison.bootstrap import (
     bootstrap_means,
     simultaneous_interval,
 )
-from helpsteer_assets.modpo.comparison.differences import Differences, Measure, Verdict, listed, number, with_interval
-from helpsteer_assets.modpo.comparison.scores import PolicyScores, reference_and_weights, score_table
+from helpsteer_assets.modpo.comparison.differences import (
+    Differences,
+    Measure,
+    Verdict,
+    listed,
+    number,
+    side_of_zero,
+    with_interval,
+)
+from helpsteer_assets.modpo.comparison.scores import PolicyScores, score_table
 
 CLOSE_LENGTHS = 0.1
 """Two responses are of about equal length if the shorter is shorter by at most this share of the longer."""
@@ -60,13 +68,11 @@ def at_equal_length(policies: Sequence[PolicyScores], measure: Measure, samples:
     weights at once (`simultaneous_interval`).
 
     Unchanged responses count with a difference of 0 at equal length. With fewer than 10 prompts whose responses changed
-    their length there is no line. `policies` are the SFT model's scores and those of the weights. Raises as
-    `score_table`, and HelpsteerError without the SFT model.
+    their length there is no line. `policies` are the SFT model's scores and then those of the weights. Raises as
+    `score_table`.
     """
-    reference, compared = reference_and_weights(policies)
-    if not compared:
-        return []
-    table = score_table([reference, *compared], [measure.name, "response_tokens"])
+    compared = policies[1:]
+    table = score_table(policies, [measure.name, "response_tokens"])
     changes = table[:, 1:] - table[:, :1]
     y, x = changes[:, :, 0], changes[:, :, 1]
     rows, raw = len(table), y.mean(axis=0)
@@ -83,7 +89,9 @@ def at_equal_length(policies: Sequence[PolicyScores], measure: Measure, samples:
     for i, scores in enumerate(compared):
         near = y[close[:, i], i]
         cross_check = bootstrap_interval(near, samples, seed) if len(near) >= FEWEST_PROMPTS else None
-        sides = {_side(interval) for interval in (adjusted[i], cross_check) if interval is not None}
+        sides = {
+            side_of_zero(interval.low, interval.high) for interval in (adjusted[i], cross_check) if interval is not None
+        }
         decided = adjusted[i] is not None and len(sides) == 1
         answer = EqualLength(
             w=scores.w or "",
@@ -115,10 +123,6 @@ def length_caveats(differences: Differences, equal_length: Sequence[EqualLength]
         f"At equal length no difference to SFT in {measure.title} is shown at {listed(gone)}: what differs there may "
         "be length alone."
     ]
-
-
-def _side(interval: Interval) -> Verdict:
-    return "higher" if interval.low > 0 else "lower" if interval.high < 0 else "undecided"
 
 
 def about_equal(a: Floats, b: Floats) -> NDArray[np.bool_]:
@@ -157,11 +161,10 @@ def _sentence(answer: EqualLength, measure: Measure, changed: int) -> str:
         why = "all by the same" if changed >= FEWEST_PROMPTS else "too few to tell more"
         sentence = f"{changed} responses changed their length, {why}: no line of {measure.title} on length"
     else:
-        seen = "is not shown to differ from SFT's"
-        if answer.verdict != "undecided":
-            seen = f"is {answer.verdict} than SFT's"
-        elif _side(adjusted) != "undecided":
-            seen = f"is {_side(adjusted)} than SFT's by the line, which prompts of about equal length do not show"
+        side = side_of_zero(adjusted.low, adjusted.high)
+        seen = "is not shown to differ from SFT's" if side == "undecided" else f"is {side} than SFT's"
+        if side != answer.verdict:
+            seen += " by the line, which prompts of about equal length do not show"
         raw = number(answer.raw, adjusted.high - adjusted.low, measure)
         numbers = with_interval(adjusted.mean, adjusted.low, adjusted.high, measure)
         sentence = f"at equal length {measure.title} {seen} ({numbers}; as the lengths are, {raw})"

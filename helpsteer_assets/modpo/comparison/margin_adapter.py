@@ -8,18 +8,8 @@ import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.modpo.comparison.bootstrap import (
-    LEVEL,
-    Floats,
-    average_ranks,
-    bootstrap_means,
-    percentile_interval,
-)
+from helpsteer_assets.modpo.comparison.bootstrap import LEVEL, Floats, bootstrap_means, percentile_interval
 from helpsteer_assets.modpo.comparison.length import FEWEST_PROMPTS, about_equal
-
-_BINS = ("much shorter", "shorter", "about equal", "longer", "much longer")
-"""Length of the chosen response beside the rejected one. Much shorter: less than half; much longer: more than twice;
-about equal: see `about_equal`."""
 
 _CORRELATION_OF_A_RULER = 0.9
 """From this rank correlation with length on, a reward is taken to follow length."""
@@ -50,7 +40,8 @@ def margin_adapter_quality(
     n, prompts: pairs and prompts
     accuracy: share of pairs ranked right
     by_rating_gap: a share per gap, ascending, with its `rating_gap`
-    by_length: a share per `chosen_is` (much shorter, shorter, about equal, longer, much longer than rejected)
+    by_length: a share per `chosen_is`: much shorter (less than half as long as rejected), shorter, about equal (see
+        `about_equal`), longer, much longer (more than twice as long)
     prefers_longer: share of the pairs of unequal length in which the adapter ranks the longer response higher
     pearson, spearman: correlations of log-ratio and tokens over the distinct responses (two of one prompt with the same
         length and log-ratio count once); the resamples of `spearman` keep the ranks of the whole sample
@@ -73,15 +64,12 @@ def margin_adapter_quality(
     """
     columns = (rating_gap, chosen_tokens, rejected_tokens, chosen_log_ratio, rejected_log_ratio)
     gap, chosen, rejected, chosen_reward, rejected_reward = (np.asarray(c, dtype=np.float64) for c in columns)
-    if any(values.shape != (len(prompt_ids),) for values in (gap, chosen, rejected, chosen_reward, rejected_reward)):
-        raise ValueError("margin_adapter_quality wants one entry per pair in each of its arrays")
     _require_finite(gap + chosen + rejected + chosen_reward + rejected_reward, "log-ratio or length")
     # Numbered by sorted id, so that no result depends on the order of pairs.
     member = np.unique(np.array(prompt_ids, dtype=str), return_inverse=True)[1]
     right = _wins(chosen_reward - rejected_reward)
     longer_wins = _wins(chosen - rejected)
-    unequal = chosen != rejected
-    chosen_longer = chosen > rejected
+    unequal, chosen_longer = chosen != rejected, chosen > rejected
     prefers_longer = np.where(chosen_longer, right, 1 - right)
     rule = "longer" if not unequal.any() or prefers_longer[unequal].mean() >= 0.5 else "shorter"
     rule_right = longer_wins if rule == "longer" else 1 - longer_wins
@@ -89,7 +77,7 @@ def margin_adapter_quality(
     equal = about_equal(chosen, rejected)
     much_shorter, much_longer = 2 * chosen < rejected, chosen > 2 * rejected
     shorter, longer = ~chosen_longer & ~equal & ~much_shorter, chosen_longer & ~equal & ~much_longer
-    gaps = np.unique(gap)
+    gaps = np.unique(gap).astype(int).tolist()
     shares = {
         "accuracy": (right, everything),
         "prefers_longer": (prefers_longer, unequal),
@@ -101,9 +89,15 @@ def margin_adapter_quality(
         "gain_over_length": (right - rule_right, everything),
         "gain_at_equal_length": (right - rule_right, equal),
     }
-    masks = [*(gap == g for g in gaps), much_shorter, shorter, equal, longer, much_longer]
-    ratios = _ratios([*shares.values(), *gains.values(), *((right, mask) for mask in masks)], member, samples, seed)
-    by_part = [_share(ratio) for ratio in ratios[len(shares) + len(gains) :]]
+    by_gap = {g: (right, gap == g) for g in gaps}
+    by_length = {
+        "much shorter": (right, much_shorter),
+        "shorter": (right, shorter),
+        "about equal": (right, equal),
+        "longer": (right, longer),
+        "much longer": (right, much_longer),
+    }
+    ratios = _ratios(shares | gains | by_gap | by_length, member, samples, seed)
     responses = np.unique(
         np.concatenate(
             [np.stack([member, chosen, chosen_reward], 1), np.stack([member, rejected, rejected_reward], 1)]
@@ -114,12 +108,12 @@ def margin_adapter_quality(
     result = {
         "n": len(gap),
         "prompts": len(np.unique(member)),
-        **{name: _share(ratio) for name, ratio in zip(shares, ratios, strict=False)},
-        **{name: ratio for name, ratio in zip(gains, ratios[len(shares) :], strict=False)},
-        "by_rating_gap": [{"rating_gap": int(g)} | share for g, share in zip(gaps, by_part, strict=False)],
-        "by_length": [{"chosen_is": b} | share for b, share in zip(_BINS, by_part[len(gaps) :], strict=True)],
+        **{name: _share(ratios[name]) for name in shares},
+        **{name: ratios[name] for name in gains},
+        "by_rating_gap": [{"rating_gap": g} | _share(ratios[g]) for g in by_gap],
+        "by_length": [{"chosen_is": name} | _share(ratios[name]) for name in by_length],
         "pearson": _correlation(rewards, tokens, owner, samples, seed),
-        "spearman": _correlation(average_ranks(rewards), average_ranks(tokens), owner, samples, seed),
+        "spearman": _correlation(_average_ranks(rewards), _average_ranks(tokens), owner, samples, seed),
         "length_rule": rule,
     }
     only_length = _only_length(result)
@@ -143,27 +137,26 @@ _Ratio = dict[str, Any]
 
 
 def _ratios(
-    masked: Sequence[tuple[Floats, NDArray[np.bool_]]], member: NDArray[np.intp], samples: int, seed: int
-) -> list[_Ratio]:
+    parts: Mapping[Any, tuple[Floats, NDArray[np.bool_]]], member: NDArray[np.intp], samples: int, seed: int
+) -> dict[Any, _Ratio]:
     """Mean of each `values[mask]`, both [N], with its interval; `member` [N] is the number of a pair's prompt."""
     if not len(member):
-        return [{"n": 0, "prompts": 0, "mean": None, "low": None, "high": None} for _ in masked]
-    means = [float(values[mask].mean()) if mask.any() else 0.0 for values, mask in masked]
+        return {name: {"n": 0, "prompts": 0, "mean": None, "low": None, "high": None} for name in parts}
+    means = [float(values[mask].mean()) if mask.any() else 0.0 for values, mask in parts.values()]
     # The mean over pairs is a ratio: the sum over the pairs of the drawn prompts, divided by their number.
-    sums = [np.bincount(member, (values - mean) * mask) for (values, mask), mean in zip(masked, means, strict=True)]
-    sizes = [np.bincount(member, mask.astype(float)) for _, mask in masked]
+    sums = [np.bincount(member, (v - mean) * mask) for (v, mask), mean in zip(parts.values(), means, strict=True)]
+    sizes = [np.bincount(member, mask.astype(float)) for _, mask in parts.values()]
     drawn = bootstrap_means(np.stack([*sums, *sizes], axis=1), samples, seed)
-    ratios = []
-    for i, (_, mask) in enumerate(masked):
-        present = drawn[:, len(masked) + i] > 0
-        low, high = None, None
+    ratios = {}
+    for i, (name, (_, mask)) in enumerate(parts.items()):
+        ratio: _Ratio = {"n": int(mask.sum()), "prompts": int((sizes[i] > 0).sum())}
         if mask.any():
-            deviations = drawn[present, i] / drawn[present, len(masked) + i]
-            low, high = (means[i] + float(d) for d in np.quantile(deviations, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
-        prompts = int((sizes[i] > 0).sum())
-        ratios.append(
-            {"n": int(mask.sum()), "prompts": prompts, "mean": means[i] if prompts else None, "low": low, "high": high}
-        )
+            present = drawn[:, len(parts) + i] > 0
+            low, high = percentile_interval(drawn[present, i] / drawn[present, len(parts) + i])
+            ratio |= {"mean": means[i], "low": means[i] + float(low), "high": means[i] + float(high)}
+        else:
+            ratio |= {"mean": None, "low": None, "high": None}
+        ratios[name] = ratio
     return ratios
 
 
@@ -179,6 +172,12 @@ def _share(ratio: _Ratio) -> _Ratio:
     return ratio
 
 
+def _average_ranks(values: Floats) -> Floats:
+    """Ranks [N] of `values` [N] from 1 for the smallest; equal values share the mean of their ranks."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
 def _correlation(a: Floats, b: Floats, member: NDArray[np.intp], samples: int, seed: int) -> dict[str, float | None]:
     """Pearson's correlation of `a` [N] and `b` [N] and its percentile interval, by resamples as in `_ratios`."""
     if len(a) == 0 or np.ptp(a) == 0 or np.ptp(b) == 0:
@@ -191,10 +190,16 @@ def _correlation(a: Floats, b: Floats, member: NDArray[np.intp], samples: int, s
     kept = spread > 1e-12
     correlations = np.clip((uv - mean_u * mean_v)[kept] / np.sqrt(spread[kept]), -1, 1)
     value = float(np.clip((u * v).mean(), -1, 1))
-    if not len(correlations):
-        return {"value": value, "low": None, "high": None}
-    low, high = np.quantile(correlations, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return {"value": value, "low": float(low), "high": float(high)}
+    low, high = _ends(correlations)
+    return {"value": value, "low": low, "high": high}
+
+
+def _ends(resampled: Floats) -> tuple[float | None, float | None]:
+    """Ends of the central 95% of a number's resamples; None where it was defined in none of them."""
+    if not len(resampled):
+        return None, None
+    low, high = percentile_interval(resampled)
+    return float(low), float(high)
 
 
 def _only_length(result: dict[str, Any]) -> bool | None:

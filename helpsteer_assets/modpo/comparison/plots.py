@@ -15,11 +15,14 @@ from collections.abc import Mapping, Sequence
 from html import escape, unescape
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from helpsteer_assets.modpo.comparison.bootstrap import Floats
+from helpsteer_assets.modpo.comparison.differences import percent
+
 if TYPE_CHECKING:
-    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.transforms import Bbox
 
 PAPER = "#ffffff"
 INK = "#1f2933"
@@ -82,15 +85,10 @@ def svg_bytes(figure: "Figure") -> bytes:
     return re.sub(r'<g id="point \| ([^"]*)">', _point_group, buffer.getvalue().decode("utf-8")).encode("utf-8")
 
 
-def _point_group(found: re.Match[str]) -> str:
-    policy, *details = unescape(found[1]).split(_DETAILS)
+def _point_group(group: re.Match[str]) -> str:
+    policy, *details = unescape(group[1]).split(_DETAILS)
     policy, lines = escape(policy), escape("; ".join(details))
     return f'<g class="point" data-policy="{policy}" data-details="{lines}"><title>{policy}: {lines}</title>'
-
-
-def _name_point(artist: "Artist", label: str, *details: str) -> None:
-    """Give the `artist` of a point the policy's label and its numbers, a line each, for `svg_bytes`."""
-    artist.set_gid(_DETAILS.join(("point", label, *details)))
 
 
 def markdown_image(png: bytes, alt: str) -> str:
@@ -121,6 +119,13 @@ def _title(axes: "Axes", text: str, pad: float) -> None:
     axes.set_title(text, loc="left", fontsize=12, fontweight="bold", color=INK, pad=pad, gid=TITLE_ID)
 
 
+def _label(axes: "Axes", x_label: str, y_label: str, title: str) -> None:
+    """Labels and title of a figure that has a legend between its title and its axes."""
+    axes.set_xlabel(x_label, color=INK, fontsize=10, labelpad=6)
+    axes.set_ylabel(y_label, color=INK, fontsize=10, labelpad=6)
+    _title(axes, title, pad=28)
+
+
 def _note(figure: "Figure", text: str) -> None:
     if text:
         wrapped = textwrap.fill(text, int(figure.get_figwidth() * 15))
@@ -145,18 +150,8 @@ def _legend(axes: "Axes", handles: Sequence[Any]) -> None:
 def _key(label: str, marker: str, colour: str, filled: bool = True) -> Any:
     from matplotlib.lines import Line2D
 
-    face = colour if filled else PAPER
-    return Line2D(
-        [],
-        [],
-        linestyle="none",
-        marker=marker,
-        markersize=8,
-        markerfacecolor=face,
-        markeredgecolor=colour,
-        markeredgewidth=1.6,
-        label=label,
-    )
+    style: Any = {"markerfacecolor": colour if filled else PAPER, "markeredgecolor": colour, "markeredgewidth": 1.6}
+    return Line2D([], [], linestyle="none", marker=marker, markersize=8, label=label, **style)
 
 
 def _interval_key() -> Any:
@@ -176,12 +171,8 @@ def _with_interval(point: Mapping[str, Any], axis: str) -> str:
 
 def _series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
     """Steps and values of the entries that have a finite `key`."""
-    entries = [
-        (float(entry["step"]), float(entry[key]))
-        for entry in history
-        if entry.get(key) is not None and math.isfinite(entry[key])
-    ]
-    return [step for step, _ in entries], [value for _, value in entries]
+    entries = [entry for entry in history if entry.get(key) is not None and math.isfinite(entry[key])]
+    return [float(entry["step"]) for entry in entries], [float(entry[key]) for entry in entries]
 
 
 def loss_curve(history: Sequence[Mapping[str, Any]], title: str) -> "Figure":
@@ -193,7 +184,7 @@ def loss_curve(history: Sequence[Mapping[str, Any]], title: str) -> "Figure":
 
     norm_steps, norms = _series(history, "grad_norm")
     panels = 2 if norms else 1
-    figure = _figure(7.2, 4.6 if panels == 2 else 3.6)
+    figure = _figure(7.2, 4.6 if norms else 3.6)
     grid = figure.subplots(panels, 1, sharex=True, squeeze=False, height_ratios=[2.4, 1][:panels])
     loss_axes: Axes = grid[0, 0]
     bottom: Axes = grid[-1, 0]
@@ -202,9 +193,8 @@ def loss_curve(history: Sequence[Mapping[str, Any]], title: str) -> "Figure":
     if losses:
         loss_axes.plot(steps, losses, color=TRAIN, linewidth=1.4, label="training")
     if held_out:
-        loss_axes.plot(
-            held_out_steps, held_out, color=HELD_OUT, linewidth=1.8, marker="o", markersize=4, label="held-out prompts"
-        )
+        style: Any = {"linewidth": 1.8, "marker": "o", "markersize": 4}
+        loss_axes.plot(held_out_steps, held_out, color=HELD_OUT, label="held-out prompts", **style)
     if losses or held_out:
         loss_axes.legend(frameon=False, fontsize=9, labelcolor=INK)
     loss_axes.set_ylabel("loss", color=INK)
@@ -235,53 +225,41 @@ def tradeoff_plot(
     front = sorted((float(p["x"]), float(p["y"])) for p in points if p["on_front"])
     if len(front) > 1:
         axes.plot(*zip(*front, strict=True), color=MUTED, linewidth=1.3, zorder=1.5)
-    labels = []
-    for point in points:
-        share = percent(point["front_probability"])
-        labels.append(f"{point['label']} ({share})")
+    shares = [percent(point["front_probability"], "<", ">") for point in points]
+    for point, share in zip(points, shares, strict=True):
         numbers = [f"{x_label}: {_with_interval(point, 'x')}", f"{y_label}: {_with_interval(point, 'y')}"]
         _draw_point(axes, point, point["on_front"], [*numbers, f"on the front in {share} of resamples"])
     _plain_axes(axes)
     axes.margins(0.1)
-    axes.set_xlabel(x_label, color=INK, fontsize=10, labelpad=6)
-    axes.set_ylabel(y_label, color=INK, fontsize=10, labelpad=6)
-    _title(axes, title, pad=28)
+    _label(axes, x_label, y_label, title)
     middle = policy_colour("0.5")
     keys = [_key("on the Pareto front", "o", middle)]
     if any(not p["on_front"] and not p["is_sft"] for p in points):
         keys.append(_key("dominated", "o", middle, filled=False))
-    if any(p["is_sft"] for p in points):
-        keys.append(_key("SFT model", "D", MUTED, filled=any(p["is_sft"] and p["on_front"] for p in points)))
+    keys.append(_key("SFT model", "D", MUTED, filled=any(p["is_sft"] and p["on_front"] for p in points)))
     _legend(axes, [*keys, _interval_key()])
     _note(figure, f"In brackets: the share of resamples in which the policy is on the front. {note}".strip())
+    labels = [f"{point['label']} ({share})" for point, share in zip(points, shares, strict=True)]
     _place_labels(figure, axes, points, labels, front)
     return figure
 
 
-def percent(share: float) -> str:
-    """A share as a percentage, 0% and 100% only where it is exactly that."""
-    if 0 < share < 0.01:
-        return "<1%"
-    return ">99%" if 0.99 < share < 1 else f"{share:.0%}"
-
-
 def _draw_point(axes: "Axes", point: Mapping[str, Any], filled: bool, details: Sequence[str]) -> None:
     """A policy's interval on both axes and its marker."""
+    _draw_interval(axes, point, point["x"], "y", x_axis="x", elinewidth=1.3, capsize=2.5, alpha=0.55, zorder=2)
+    _draw_marker(axes, point["x"], point["y"], point, filled, details)
+
+
+def _draw_interval(
+    axes: "Axes", point: Mapping[str, Any], x: float, y_axis: str, x_axis: str | None = None, **style: Any
+) -> None:
+    def error(axis: str) -> list[list[float]]:
+        """Lengths below and above the mean, which rounding can put outside its interval."""
+        return [[max(0.0, point[axis] - point[f"{axis}_low"])], [max(0.0, point[f"{axis}_high"] - point[axis])]]
+
+    across = error(x_axis) if x_axis else None
     colour = policy_colour(point["w"])
-    x, y = float(point["x"]), float(point["y"])
-    axes.errorbar(
-        x,
-        y,
-        xerr=[[max(0.0, x - point["x_low"])], [max(0.0, point["x_high"] - x)]],
-        yerr=[[max(0.0, y - point["y_low"])], [max(0.0, point["y_high"] - y)]],
-        fmt="none",
-        ecolor=colour,
-        elinewidth=1.3,
-        capsize=2.5,
-        alpha=0.55,
-        zorder=2,
-    )
-    _draw_marker(axes, x, y, point, filled, details)
+    axes.errorbar(x, point[y_axis], xerr=across, yerr=error(y_axis), fmt="none", ecolor=colour, **style)
 
 
 def _draw_marker(
@@ -299,33 +277,37 @@ def _draw_marker(
         linestyle="none",
         zorder=3,
     )
-    _name_point(marker, point["label"], *details)
+    marker.set_gid(_DETAILS.join(("point", point["label"], *details)))
+
+
+_BROKEN: dict[str, Any] = {"color": MUTED, "linewidth": 1, "linestyle": (0, (4, 3))}
+"""The line at the SFT model's mean."""
 
 
 def reward_against_kl_plot(points: Sequence[Mapping[str, Any]], y_label: str, title: str, note: str = "") -> "Figure":
     """The reward of each policy against its distance from the SFT model, with 95% intervals.
 
     A point is `{label, w, x, x_low, x_high, y, y_low, y_high, is_sft}`; x is KL(policy || SFT) in nats per response,
-    0 for the SFT model. The axis is spaced by the square root of the KL, as in Gao et al., "Scaling Laws for Reward
-    Model Overoptimization", 2023: Bai et al., "Training a Helpful and Harmless Assistant", 2022 (section 4.3) found the
-    reward about linear in it. An estimate from samples can be negative; its square root is then that of its size,
-    negated.
+    0 for the SFT model. The weights ascend. The axis is spaced by the square root of the KL, as in Gao et al., "Scaling
+    Laws for Reward Model Overoptimization", 2023: Bai et al., "Training a Helpful and Harmless Assistant", 2022
+    (section 4.3) found the reward about linear in it. An estimate from samples can be negative; its square root is then
+    that of its size, negated.
     """
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     figure = _figure(5.8, 4.4)
     axes = figure.subplots()
-    path = [(float(p["x"]), float(p["y"])) for p in sorted(points, key=lambda p: float(p["w"] or 0)) if not p["is_sft"]]
+    path = [(float(p["x"]), float(p["y"])) for p in points if not p["is_sft"]]
     if len(path) > 1:
         axes.plot(*zip(*path, strict=True), color=MUTED, linewidth=1.1, zorder=1.5)
     for point in points:
         if point["is_sft"]:
-            axes.axhline(float(point["y"]), color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1.5)
+            axes.axhline(point["y"], zorder=1.5, **_BROKEN)
         details = [f"{y_label}: {_with_interval(point, 'y')}", f"KL to SFT, nats: {_with_interval(point, 'x')}"]
         _draw_point(axes, point, True, details)
     _plain_axes(axes)
     axes.set_xscale("function", functions=(_signed_root, _signed_square))
-    ends = [_signed_root(float(p[name])) for p in points for name in ("x", "x_low", "x_high")]
+    ends = [float(_signed_root(p[name])) for p in points for name in ("x", "x_low", "x_high")]
     left, right = min([0.0, *ends]), max([0.0, *ends]) or 1.0
     pad = 0.06 * (right - left)
     axes.set_xlim(_signed_square(left - pad), _signed_square(right + pad))
@@ -333,13 +315,8 @@ def reward_against_kl_plot(points: Sequence[Mapping[str, Any]], y_label: str, ti
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
     axes.margins(y=0.12)
-    axes.set_xlabel("KL to SFT, nats per response (square-root spacing)", color=INK, fontsize=10, labelpad=6)
-    axes.set_ylabel(y_label, color=INK, fontsize=10, labelpad=6)
-    _title(axes, title, pad=28)
-    keys = [_key("policy", "o", policy_colour("0.5"))]
-    if any(p["is_sft"] for p in points):
-        keys.append(_key("SFT model", "D", MUTED))
-    _legend(axes, [*keys, _interval_key()])
+    _label(axes, "KL to SFT, nats per response (square-root spacing)", y_label, title)
+    _legend(axes, [_key("policy", "o", policy_colour("0.5")), _key("SFT model", "D", MUTED), _interval_key()])
     _note(figure, note)
     _place_labels(figure, axes, points, [p["label"] for p in points], path)
     return figure
@@ -357,14 +334,10 @@ def _root_ticks(right: float, width: float) -> list[float]:
 
 
 def _signed_root(value: Any) -> Any:
-    import numpy as np
-
     return np.sign(value) * np.sqrt(np.abs(value))
 
 
 def _signed_square(value: Any) -> Any:
-    import numpy as np
-
     return np.sign(value) * np.square(value)
 
 
@@ -381,42 +354,30 @@ def lengths_plot(points: Sequence[Mapping[str, Any]], title: str) -> "Figure":
     figure = _figure(5.8, 4.2)
     axes = figure.subplots()
     for position, point in enumerate(points):
-        colour, mean = policy_colour(point["w"]), float(point["mean"])
+        colour = policy_colour(point["w"])
         if point["is_sft"]:
-            axes.axhline(mean, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1.5)
-        low, median, high = (float(value) for value in point["quartiles"])
+            axes.axhline(point["mean"], zorder=1.5, **_BROKEN)
+        low, median, high = point["quartiles"]
         axes.bar(position, high - low, bottom=low, width=0.46, color=colour, alpha=0.22, linewidth=0, zorder=1.8)
         axes.hlines(median, position - 0.23, position + 0.23, color=colour, linewidth=1.6, zorder=2)
-        axes.errorbar(
-            position,
-            mean,
-            yerr=[[max(0.0, mean - point["mean_low"])], [max(0.0, point["mean_high"] - mean)]],
-            fmt="none",
-            ecolor=colour,
-            elinewidth=1.6,
-            capsize=3.5,
-            zorder=2.5,
-        )
+        _draw_interval(axes, point, position, "mean", elinewidth=1.6, capsize=3.5, zorder=2.5)
         details = [
             f"mean response tokens: {_with_interval(point, 'mean')}",
             f"half of the responses: {_number(low)} to {_number(high)}, median {_number(median)}",
         ]
-        _draw_marker(axes, position, mean, point, True, details)
+        _draw_marker(axes, position, point["mean"], point, True, details)
     _plain_axes(axes)
     axes.grid(visible=False, axis="x")
     axes.set_xticks(range(len(points)), [point["label"] for point in points])
     if len(points) > 9:
         axes.tick_params(axis="x", rotation=45)
-    axes.set_xlim(-0.6, max(len(points), 1) - 0.4)
+    axes.set_xlim(-0.6, len(points) - 0.4)
     axes.set_ylim(bottom=0)
-    axes.set_ylabel("response tokens", color=INK, fontsize=10, labelpad=6)
-    _title(axes, title, pad=28)
-    keys = [_key("mean", "o", policy_colour("0.5")), _interval_key()]
-    keys.append(Patch(color=MUTED, alpha=0.3, linewidth=0, label="middle half"))
-    keys.append(Line2D([], [], color=MUTED, linewidth=1.6, label="median"))
-    if any(point["is_sft"] for point in points):
-        keys.append(Line2D([], [], color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label="SFT"))
-    _legend(axes, keys)
+    _label(axes, "", "response tokens", title)
+    middle_half = Patch(color=MUTED, alpha=0.3, linewidth=0, label="middle half")
+    median_key = Line2D([], [], color=MUTED, linewidth=1.6, label="median")
+    sft_key = Line2D([], [], label="SFT", **_BROKEN)
+    _legend(axes, [_key("mean", "o", policy_colour("0.5")), _interval_key(), middle_half, median_key, sft_key])
     return figure
 
 
@@ -432,86 +393,62 @@ def _place_labels(
     Labels do not cover each other while there is room; one that is far from its point gets a line to it.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.transforms import Bbox
 
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     canvas.draw()  # The layout is final only after the second drawing.
     figure.set_layout_engine("none")
-    place = axes.transData.transform
-    frame = axes.get_window_extent()
     pixels = figure.dpi / 72
-    taken: list[tuple[Bbox, float]] = []
-    for point in points:
-        x, y = place((float(point["x"]), float(point["y"])))
-        left, low = place((float(point["x_low"]), float(point["y_low"])))
-        right, high = place((float(point["x_high"]), float(point["y_high"])))
-        reach, line = 6 * pixels, 1.0 * pixels
-        taken.append((Bbox.from_extents(x - reach, y - reach, x + reach, y + reach), 6.0))
-        taken.append((Bbox.from_extents(left, y - line, right, y + line), 1.0))
-        taken.append((Bbox.from_extents(x - line, low, x + line, high), 1.0))
-    spots = [place((float(point["x"]), float(point["y"]))) for point in points]
-    for start, end in itertools.pairwise(path):
-        (x0, y0), (x1, y1) = place(start), place(end)
-        steps = max(1, int(math.hypot(x1 - x0, y1 - y0) / (4 * pixels)))
-        for step in range(steps + 1):
-            x, y = x0 + (x1 - x0) * step / steps, y0 + (y1 - y0) * step / steps
-            taken.append((Bbox.from_extents(x - 2, y - 2, x + 2, y + 2), 1.0))
-    for point, label, (x, y) in zip(points, labels, spots, strict=True):
+    frame = np.array([axes.get_window_extent().extents])
+    spots = axes.transData.transform([(p["x"], p["y"]) for p in points])
+    taken, weights = _drawn(axes, points, spots, path, pixels)
+    distances, angles = np.array(list(itertools.product((9, 16, 26, 38, 54, 72, 96, 130), range(10, 360, 20)))).T
+    offsets = distances[:, None] * np.stack([np.cos(np.radians(angles)), np.sin(np.radians(angles))], axis=1)
+    for point, label, spot in zip(points, labels, spots, strict=True):
+        place: dict[str, Any] = {"xy": (point["x"], point["y"]), "textcoords": "offset points"}
+        place |= {"annotation_clip": False}
+        colour = policy_colour(point["w"], text=True)
         text: Any = axes.annotate(
-            label,
-            (float(point["x"]), float(point["y"])),
-            xytext=(0, 0),
-            textcoords="offset points",
-            fontsize=9.5,
-            color=policy_colour(point["w"], text=True),
-            fontweight="bold",
-            annotation_clip=False,
-            zorder=4,
+            label, xytext=(0, 0), fontsize=9.5, color=colour, fontweight="bold", zorder=4, **place
         )
         drawn = text.get_window_extent(canvas.get_renderer())
-        width, height = drawn.width + 2 * pixels, drawn.height
-        best: tuple[float, int, float, float, Bbox] | None = None
-        for distance, angle in itertools.product((9, 16, 26, 38, 54, 72, 96, 130), range(10, 360, 20)):
-            dx, dy = distance * math.cos(math.radians(angle)), distance * math.sin(math.radians(angle))
-            x0 = x + dx * pixels - (0 if dx > 0 else width)
-            y0 = y + dy * pixels - (0 if dy > 0 else height)
-            box = Bbox.from_extents(x0, y0, x0 + width, y0 + height)
-            cost = _covered(box, taken, frame) + 4 * pixels**2 * (distance - 9)
-            centre = (x0 + width / 2, y0 + height / 2)
-            if math.dist(centre, (x, y)) > min(math.dist(centre, spot) for spot in spots):
-                cost += 60 * pixels**2  # It would look like the label of a neighbour.
-            if best is None or cost < best[0]:
-                best = (cost, distance, dx, dy, box)
-        assert best is not None
-        _, distance, dx, dy, box = best
-        text.xyann = (dx, dy)
-        text.set_ha("left" if dx > 0 else "right")
-        text.set_va("bottom" if dy > 0 else "top")
-        if distance > 26:
-            axes.annotate(
-                "",
-                (float(point["x"]), float(point["y"])),
-                xytext=(dx, dy),
-                textcoords="offset points",
-                annotation_clip=False,
-                zorder=1.4,
-                arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 5},
-            )
-        taken.append((box, 1000.0))
+        size = np.array([drawn.width + 2 * pixels, drawn.height])
+        corners = spot + offsets * pixels - np.where(offsets > 0, 0, size)
+        boxes = np.hstack([corners, corners + size])
+        centres = corners + size / 2
+        to_spots = np.linalg.norm(centres[:, None] - spots, axis=2)
+        outside = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) - _overlaps(boxes, frame)[:, 0]
+        cost = _overlaps(boxes, taken) @ weights + 4.0 * outside + 4 * pixels**2 * (distances - 9)
+        # Elsewhere it would look like the label of a neighbour.
+        cost += 60 * pixels**2 * (np.linalg.norm(centres - spot, axis=1) > to_spots.min(axis=1))
+        best = int(cost.argmin())
+        dx, dy = text.xyann = tuple(offsets[best].tolist())
+        text.set(ha="left" if dx > 0 else "right", va="bottom" if dy > 0 else "top")
+        if distances[best] > 26:
+            arrow = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 5}
+            axes.annotate("", xytext=(dx, dy), zorder=1.4, arrowprops=arrow, **place)
+        taken, weights = np.vstack([taken, boxes[best]]), np.append(weights, 1000.0)
 
 
-def _covered(box: "Bbox", taken: Sequence[tuple["Bbox", float]], frame: "Bbox") -> float:
-    """Weighted area in square pixels of a label's `box` that covers `taken` boxes or lies outside the `frame`."""
-    outside = box.width * box.height
-    inside_width = min(box.x1, frame.x1) - max(box.x0, frame.x0)
-    inside_height = min(box.y1, frame.y1) - max(box.y0, frame.y0)
-    if inside_width > 0 and inside_height > 0:
-        outside -= inside_width * inside_height
-    cost = 4.0 * outside
-    for other, weight in taken:
-        width = min(box.x1, other.x1) - max(box.x0, other.x0)
-        height = min(box.y1, other.y1) - max(box.y0, other.y0)
-        if width > 0 and height > 0:
-            cost += weight * width * height
-    return cost
+def _drawn(
+    axes: "Axes", points: Sequence[Mapping[str, Any]], spots: Floats, path: Sequence[tuple[float, float]], pixels: float
+) -> tuple[Floats, Floats]:
+    """Boxes [N, 4] in pixels around markers, intervals and the line along `path`, and the cost [N] of covering each."""
+    transform = axes.transData.transform
+    lows = transform([(p["x_low"], p["y_low"]) for p in points])
+    highs = transform([(p["x_high"], p["y_high"]) for p in points])
+    markers = np.hstack([spots - 6 * pixels, spots + 6 * pixels])
+    across = np.column_stack([lows[:, 0], spots[:, 1] - pixels, highs[:, 0], spots[:, 1] + pixels])
+    along = np.column_stack([spots[:, 0] - pixels, lows[:, 1], spots[:, 0] + pixels, highs[:, 1]])
+    boxes = [markers, across, along]
+    for start, end in itertools.pairwise(transform(path) if len(path) > 1 else []):
+        steps = max(1, int(math.dist(start, end) / (4 * pixels)))
+        line = np.linspace(start, end, steps + 1)
+        boxes.append(np.hstack([line - 2, line + 2]))
+    return np.vstack(boxes), np.concatenate([np.full(len(b), 6.0 if b is markers else 1.0) for b in boxes])
+
+
+def _overlaps(boxes: Floats, others: Floats) -> Floats:
+    """Areas [N, M] that `boxes` [N, 4] share with `others` [M, 4]."""
+    low, high = np.maximum(boxes[:, None, :2], others[:, :2]), np.minimum(boxes[:, None, 2:], others[:, 2:])
+    return np.maximum(high - low, 0).prod(axis=2)

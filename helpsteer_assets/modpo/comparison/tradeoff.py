@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from helpsteer_assets.modpo.comparison.differences import Measure, differences_to_sft, headlines, statements
+from helpsteer_assets.modpo.comparison.bootstrap import bootstrap_interval
+from helpsteer_assets.modpo.comparison.differences import Measure, differences_to_sft, headlines, percent, statements
 from helpsteer_assets.modpo.comparison.fronts import front_with_uncertainty, margin_follows_weight, monotonicity
 from helpsteer_assets.modpo.comparison.length import at_equal_length, length_caveats
-from helpsteer_assets.modpo.comparison.scores import PolicyScores, paired_difference, score_table, summarize
+from helpsteer_assets.modpo.comparison.scores import PolicyScores, score_table, summarize
 from helpsteer_assets.modpo.comparison.text import REPETITION_LIMIT
 from helpsteer_assets.modpo.data.attributes import ATTRIBUTES, OVERALL
 from helpsteer_assets.modpo.margins import Margin
@@ -46,13 +47,11 @@ def measures_of(settings: TradeoffSettings, names: Sequence[str]) -> dict[str, M
     drawn = "sampled" if settings.sampled else "greedy"
     unwanted = attribute if margin.sign < 0 else None
     rated = dict.fromkeys(name for name in (settings.preference, attribute, *ATTRIBUTES, OVERALL) if name)
+    units = {OVERALL: ""}
     known = [
         *(
             Measure(
-                name,
-                f"rated {name}",
-                "" if name == OVERALL else settings.rating_unit,
-                "lower" if name == unwanted else "higher",
+                name, f"rated {name}", units.get(name, settings.rating_unit), "lower" if name == unwanted else "higher"
             )
             for name in rated
         ),
@@ -86,15 +85,17 @@ def analyse(settings: TradeoffSettings, policies: Sequence[PolicyScores]) -> dic
     measures = measures_of(settings, list(policies[0].measures))
     measured = preference in measures
     x = preference if measured else "kl_to_sft" if "kl_to_sft" in measures else "log_ratio_to_sft"
-    table = score_table(policies, [x, "margin"])
-    front = front_with_uncertainty(table[:, :, 0], table[:, :, 1], 0, (measured, True), samples, seed)
+    goodness = score_table(policies, [x, "margin"]) * np.array([1 if measured else -1, 1])
+    front = front_with_uncertainty(goodness, samples, seed)
     rows = summarize(policies, samples, seed)
-    weighted = [scores for scores in policies if scores.w is not None]
+    weighted = policies[1:]
     differences = differences_to_sft(policies, list(measures), samples, seed)
     moving = [name for name in dict.fromkeys((x, "margin_reward", "response_tokens", "kl_to_sft")) if name in measures]
     flaws = ("capped", "repetition", "empty")
     shown = [name for name in flaws if any(own[name].verdict != "undecided" for own in differences.values())]
-    ends = paired_difference(weighted[-1], weighted[0], "margin_reward", samples, seed)
+    rewards = score_table(weighted, ["margin_reward"])[:, :, 0]
+    ends = bootstrap_interval(rewards[:, -1] - rewards[:, 0], samples, seed)
+    mean_rewards = {row["w"]: row["mean"] for row in rows if row["measure"] == "margin_reward" and row["w"]}
     # Without an adapter the margin depends on the length alone: at equal length it cannot differ.
     attribute = settings.margin.attribute
     rewarded = () if attribute is None else ("margin_reward", attribute)
@@ -122,7 +123,7 @@ def analyse(settings: TradeoffSettings, policies: Sequence[PolicyScores]) -> dic
             for i, scores in enumerate(policies)
         ],
         "hypervolume_above_sft": asdict(front.hypervolume),
-        "direction": _finite(margin_follows_weight(rows, ends, settings.margin.sign)),
+        "direction": _finite(margin_follows_weight(mean_rewards, len(rewards), ends, settings.margin.sign)),
         "movement": _movement(weighted, moving, samples, seed),
         "differences": {w: {m: vars(difference) for m, difference in own.items()} for w, own in differences.items()},
         "headlines": headlines(
@@ -130,7 +131,7 @@ def analyse(settings: TradeoffSettings, policies: Sequence[PolicyScores]) -> dic
             measures[x] if measured else None,
             measures["margin"],
             [measures["response_tokens"], *([] if measured else [measures[x]])],
-            front if measured else None,
+            front,
         ),
         "statements": statements(differences, [measures[name] for name in (*moving, *shown)]),
         "equal_length": [asdict(answer) for answer in equal_length],
@@ -139,8 +140,6 @@ def analyse(settings: TradeoffSettings, policies: Sequence[PolicyScores]) -> dic
 
 FEW_PROMPTS = 50
 """With fewer prompts, bootstrap intervals are noticeably too narrow (see `simultaneous_interval`)."""
-_MANY = 0.05
-"""A larger share of cut responses or prompts is worth a caveat."""
 
 
 def caveats(settings: TradeoffSettings, policies: Sequence[PolicyScores]) -> list[str]:
@@ -150,33 +149,26 @@ def caveats(settings: TradeoffSettings, policies: Sequence[PolicyScores]) -> lis
     if prompts < FEW_PROMPTS:
         sentences.append(f"{prompts} prompts are few: intervals are too narrow for so few. Raise evaluation.prompts.")
 
-    def check(measure: str, most: float, sentence: str, above: float = 0.0) -> None:
-        """Add the sentence if the measure exceeds `above` in more than a share `most` of a policy's responses."""
-        shares = {scores.label: float((scores.measures[measure] > above).mean()) for scores in policies}
-        worst = max(shares, key=lambda label: shares[label])
-        if shares[worst] > most:
-            share = "below 1%" if shares[worst] < 0.01 else f"{shares[worst]:.0%}"
-            sentences.append(sentence.format(share=share, policy=worst))
-
-    check(
-        "capped",
-        _MANY,
+    capped = (
         f"Up to {{share}} of the responses ({{policy}}) are cut at {settings.max_new_tokens} tokens: lengths differ by "
-        "more than is seen, and what is rated or rewarded is unfinished text. Raise generation.max_new_tokens.",
+        "more than is seen, and what is rated or rewarded is unfinished text. Raise generation.max_new_tokens."
     )
-    check(
-        "prompt_truncated",
-        _MANY,
+    truncated = (
         f"{{share}} of the prompts are cut to their last {settings.max_prompt_length} tokens. Raise "
-        "generation.max_prompt_length.",
+        "generation.max_prompt_length."
     )
-    check("empty", 0.0, "Up to {share} of the responses ({policy}) are empty.")
-    check(
-        "repetition",
-        0.01,
-        "Up to {share} of the responses ({policy}) mostly repeat themselves. Read some in the response browser.",
-        above=REPETITION_LIMIT,
+    repeated = "Up to {share} of the responses ({policy}) mostly repeat themselves. Read some in the response browser."
+    flaws = (
+        ("capped", 0, 0.05, capped),
+        ("prompt_truncated", 0, 0.05, truncated),
+        ("empty", 0, 0.0, "Up to {share} of the responses ({policy}) are empty."),
+        ("repetition", REPETITION_LIMIT, 0.01, repeated),
     )
+    for measure, limit, tolerated, sentence in flaws:
+        shares = {scores.label: float((scores.measures[measure] > limit).mean()) for scores in policies}
+        worst = max(shares, key=lambda label: shares[label])
+        if shares[worst] > tolerated:
+            sentences.append(sentence.format(share=percent(shares[worst]), policy=worst))
     return sentences
 
 

@@ -5,7 +5,6 @@ depends on the set of rows alone, never on their order. Files of ratings and pai
 needed, and never whole.
 """
 
-import hashlib
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -34,7 +33,8 @@ PAIRS_SCHEMA = pa.schema(
     ]
     + [pa.field(f"{side}_{name}", pa.int8(), nullable=False) for side in ("chosen", "rejected") for name in RATED]
 )
-"""`split` is train, selection (train prompts held out to choose checkpoints) or validation."""
+"""`split` is train, selection (train prompts held out to choose checkpoints) or validation. `pair_id` is the first 16
+hex digits of the SHA-256 of both response ids."""
 
 _RESPONSES_SCHEMA = pa.schema([(name, pa.string()) for name in ("prompt_id", "response_id", "prompt", "response")])
 _SHELF = "left(prompt_id, 1)"
@@ -54,11 +54,6 @@ _RESPONSES_SQL = f"""
 """
 """The rated responses of `ratings`, equal rows once: every two of a million equal rows would be compared. `part` is one
 of SPLITS, and `rows` says how many rows were equal."""
-
-
-def pair_id(chosen_id: str, rejected_id: str) -> str:
-    """First 16 hex digits of the SHA-256 of both response ids, in this order."""
-    return hashlib.sha256((chosen_id + rejected_id).encode()).hexdigest()[:16]
 
 
 def build_pairs(ratings: Source, attribute: str, selection_share: float, file: Path) -> dict[str, int]:
@@ -110,18 +105,18 @@ def _decide_pairs(
         ) = 1
         """
     )
-    counts = dict.fromkeys(SPLITS, 0) | dict(
-        connection.sql("SELECT split, count(*) FROM pairs GROUP BY split").fetchall()
-    )
+    by_split = connection.sql("SELECT split, count(*) FROM pairs GROUP BY split").fetchall()
+    counts = dict.fromkeys(SPLITS, 0) | dict(by_split)
     if not counts["train"]:
         in_train = count_pairs(ratings, selection_share=0)
-        by_attribute = ", ".join(f"{name} {counts['train']}" for name, counts in in_train.items())
-        held_out = counts["selection"]
+        by_attribute = ", ".join(f"{name} {counted['train']}" for name, counted in in_train.items())
+        held_out = (
+            f", but for {counts['selection']} pairs held out by data.selection_share" if counts["selection"] else ""
+        )
         raise HelpsteerError(
-            f"{attribute} makes no train pairs: every two responses to a train prompt are rated equally on it"
-            + (f", but for {held_out} pairs held out by data.selection_share" if held_out else "")
-            + f". Train pairs by attribute, those held out included: {by_attribute}. Choose another attribute "
-            "(data.preference_attribute, data.margin_attribute) or give more ratings"
+            f"{attribute} makes no train pairs: every two responses to a train prompt are rated equally on "
+            f"it{held_out}. Train pairs by attribute, those held out included: {by_attribute}. Choose another "
+            "attribute (data.preference_attribute, data.margin_attribute) or give more ratings"
         )
     return counts
 
@@ -144,7 +139,7 @@ def _require_few_responses(connection: "duckdb.DuckDBPyConnection") -> None:
 def _lay_out_texts(connection: "duckdb.DuckDBPyConnection", folder: Path) -> None:
     """Write the texts of the table `ratings`, each once, to Arrow files, one for all prompts whose ids begin alike.
 
-    The database's own joins and sorts fail where texts outgrow its memory. Of these files one at a time is needed.
+    The database's own joins and sorts fail where texts outgrow its memory. Only one of these files is needed at a time.
     """
     from pyarrow import dataset  # it brings pandas, which who only loads the definitions need not wait for
 
@@ -217,7 +212,7 @@ def count_pairs(ratings: Source, selection_share: float) -> dict[str, dict[str, 
 
 
 def describe_pairs(pairs: Source, ratings: Source, attribute: str, other: str) -> dict[str, Any]:
-    """What the pairs of an attribute are like, JSON-able; shares and means are over the pairs of all splits.
+    """Properties of the pairs of an attribute, JSON-able; shares and means are over the pairs of all splits.
 
     Args:
         pairs: as `build_pairs(ratings, attribute, ...)` wrote them.
@@ -252,43 +247,38 @@ def describe_pairs(pairs: Source, ratings: Source, attribute: str, other: str) -
     ).to_pylist()[0]
     with database(pairs=pairs, words=_count_words(ratings)) as connection:
         splits = connection.sql(
-            "SELECT split, count(*), count(DISTINCT prompt_id) FROM pairs GROUP BY split ORDER BY split"
+            "SELECT split, count(*), count(DISTINCT prompt_id) FROM pairs GROUP BY split"
         ).fetchall()
-        compared = stream(
-            connection,
-            f"""
-            SELECT count(*) AS count,
-                count(*) FILTER (chosen_{other} > rejected_{other}) AS agrees,
-                count(*) FILTER (chosen_{other} < rejected_{other}) AS opposes,
-                count(*) FILTER (chosen_{other} = rejected_{other}) AS ties,
-                sum(chosen.words) AS chosen_words, sum(rejected.words) AS rejected_words,
-                count(*) FILTER (chosen.words > rejected.words) AS chosen_longer
-            FROM pairs
-                JOIN words AS chosen ON chosen.response_id = chosen_id
-                JOIN words AS rejected ON rejected.response_id = rejected_id
-            """,
+        (compared,) = (
+            stream(
+                connection,
+                f"""
+                SELECT count(*) AS count,
+                    count(*) FILTER (chosen_{other} > rejected_{other}) AS agrees,
+                    count(*) FILTER (chosen_{other} < rejected_{other}) AS opposes,
+                    count(*) FILTER (chosen_{other} = rejected_{other}) AS ties,
+                    sum(chosen.words) AS chosen_words, sum(rejected.words) AS rejected_words,
+                    count(*) FILTER (chosen.words > rejected.words) AS chosen_longer
+                FROM pairs
+                    JOIN words AS chosen ON chosen.response_id = chosen_id
+                    JOIN words AS rejected ON rejected.response_id = rejected_id
+                """,
+            )
+            .read_all()
+            .to_pylist()
         )
-        (compared,) = compared.read_all().to_pylist()
-        histograms = {
-            side: {
-                str(rating): count
-                for rating, count in connection.sql(
-                    f"SELECT {side}_{attribute}, count(*) FROM pairs GROUP BY ALL ORDER BY ALL"
-                ).fetchall()
-            }
+        rated_so = {
+            side: connection.sql(f"SELECT {side}_{attribute}, count(*) FROM pairs GROUP BY ALL ORDER BY ALL").fetchall()
             for side in ("chosen", "rejected")
         }
     count = compared["count"]
-    if not count:
-        raise ValueError("there are no pairs to describe")
     return {
         "pairs": dict.fromkeys(SPLITS, 0) | {split: number for split, number, _ in splits},
         "prompts": dict.fromkeys(SPLITS, 0) | {split: number for split, _, number in splits},
         "ties": rated["ties"],
         "duplicate_responses": rated["duplicates"],
         "other": {"attribute": other} | {how: compared[how] / count for how in ("agrees", "opposes", "ties")},
-        "chosen_ratings": histograms["chosen"],
-        "rejected_ratings": histograms["rejected"],
+        **{f"{side}_ratings": {str(rating): number for rating, number in rows} for side, rows in rated_so.items()},
         "chosen_words": int(compared["chosen_words"]) / count,
         "rejected_words": int(compared["rejected_words"]) / count,
         "chosen_longer": compared["chosen_longer"] / count,

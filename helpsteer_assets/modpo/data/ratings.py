@@ -2,8 +2,8 @@
 
 Every row passes one validator, whatever it was read from. A file is read as a stream, so that a damaged row is known by
 its number and costs nothing but itself, and good rows go to disk, so that memory holds some thousand of them at a time,
-or some megabytes where texts are long.
-Of all rows it holds the ids; from these splits and limits are then computed at once, in SQL.
+or some megabytes where texts are long. It holds the ids of all rows, from which splits and limits are then computed at
+once, in SQL.
 
 Splits and limits depend on hashes of the prompts alone: the same prompts fall to the same side whatever else the
 source holds and in whatever order, and a larger limit keeps all that a smaller one kept.
@@ -30,7 +30,6 @@ from helpsteer_assets.modpo.data.readers import (
     _find_files,
     _Record,
     _records,
-    _require_columns,
     _shown,
 )
 from helpsteer_assets.modpo.data.tables import BATCH_ROWS, query, write_parquet
@@ -87,8 +86,8 @@ def read_ratings(
     takes the validation prompts.
 
     Args:
-        path: folder or file; jsonl, json (an array, or lines), csv or parquet, all but the last gzipped or not. Of
-            these a json array alone has to fit in memory.
+        path: folder or file; jsonl, json (an array, or lines), csv or parquet, all but the last gzipped or not. Only
+            a json array has to fit in memory.
         file: the Parquet file to write, rows in reading order (RATINGS_SCHEMA); its folder is used for temporary files.
         on_bad_rows: `error` stops at bad rows, `drop` drops and counts them.
         validation_share: share of the prompts that becomes validation where the source doesn't say, in (0, 1).
@@ -105,9 +104,8 @@ def read_ratings(
 
     Raises HelpsteerError where nothing is found, a file is damaged or lacks a column, or rows are bad.
     """
-    found = _find_files(path)
     root = path if path.is_dir() else path.parent
-    sources = ((split, source.relative_to(root).as_posix(), _records(source)) for split, source in found)
+    sources = [(split, source.relative_to(root).as_posix(), _records(source)) for split, source in _find_files(path)]
     return _validated(
         sources,
         f"the ratings in {path}",
@@ -167,15 +165,11 @@ def _validated(
                 f"{origin}: {collected.bad_rows} of {total} rows are bad:{listed}\n"
                 "Mend them, or set `data.on_bad_rows: drop` to drop and count them."
             )
-        if collected.bad_rows == total:
-            raise HelpsteerError(
-                f"{origin}: not one of the {total} rows is good:{listed}\nCheck that `data.source` is meant."
-            )
         fates, arranged = _arrange(collected.ids(), validation_share, limits)
         if not arranged["splits"]["train"]["rows"]:
             raise HelpsteerError(
                 f"{origin}: no train rows are left of {total}, {collected.bad_rows} of them bad:{listed}\n"
-                "Give more rows."
+                "Give more rows, and check that `data.source` is meant."
             )
         write_parquet(collected.kept(fates), RATINGS_SCHEMA, file)
     return {
@@ -221,34 +215,23 @@ class _Collected:
         position = 0
         with pa.ipc.open_stream(self._path) as batches:
             for rows, ids in zip(batches, self._ids, strict=True):
-                (found,) = fates.slice(position, rows.num_rows).to_batches()
-                columns = {name: batch[name] for batch in (rows, ids, found) for name in batch.schema.names}
-                yield pa.RecordBatch.from_pydict(columns).filter(pc.equal(found["fate"], "kept"))
+                (judged,) = fates.slice(position, rows.num_rows).to_batches()
+                columns = {name: batch[name] for batch in (rows, ids, judged) for name in batch.schema.names}
+                yield pa.RecordBatch.from_pydict(columns).filter(pc.equal(judged["fate"], "kept"))
                 position += rows.num_rows
 
     def add(self, split: Split | None, file: str, records: Iterable[tuple[int, _Record]]) -> int:
         """Validate a file's records; returns how many there were."""
-        count, any_complete = 0, False
-        keys: set[str] = set()  # of the records that lack a column
+        count = 0
         for batch in _batches(records):
             count += len(batch)
-            if _all_good(batch):
-                any_complete = True
-                self._keep(split, file, batch)
-                continue
             judged = [(number, record, _reason(record)) for number, record in batch]
             self._keep(split, file, [(number, record) for number, record, reason in judged if reason is None])
             bad = [f"{file}, row {number}: {reason}" for number, _, reason in judged if reason is not None]
             self.bad_rows += len(bad)
             self.first_bad += bad[: _SHOWN - len(self.first_bad)]
-            objects = [record for _, record in batch if isinstance(record, dict)]
-            incomplete = [record for record in objects if _lacking(record)]
-            any_complete |= len(incomplete) < len(objects)
-            keys.update(key for record in incomplete for key in record if key in COLUMNS or len(keys) <= _SHOWN)
         if not count:
             raise HelpsteerError(f"{file} is empty: it holds no rows. Remove it or give it rows.")
-        if keys and not any_complete:
-            _require_columns(file, keys)
         return count
 
     def _keep(self, split: Split | None, file: str, good: list[tuple[int, Any]]) -> None:
@@ -286,74 +269,33 @@ def _batches(records: Iterable[tuple[int, _Record]]) -> Iterator[list[tuple[int,
         yield batch
 
 
-def _all_good(records: list[tuple[int, _Record]]) -> bool:
-    """Whether no record is bad, found out by the column: most records are good, and this is faster than one by one."""
-    try:
-        prompts, responses, *ratings = ([record[column] for _, record in records] for column in COLUMNS)  # type: ignore[index]
-    except (KeyError, TypeError):
-        return False
-    return all(map(_all_texts, (prompts, responses))) and all(map(_all_ratings, ratings))
-
-
-def _all_texts(values: list[Any]) -> bool:
-    """Whether `_is_text` holds for all."""
-    if set(map(type, values)) != {str} or not all(values) or any(map(str.isspace, values)):
-        return False
-    return _is_text(".".join(values))
-
-
-def _all_ratings(values: list[Any]) -> bool:
-    """Whether `_rating` finds one in all; True, which equals 1, is none."""
-    return set(map(type, values)) <= {int, float, Decimal} and set(values) <= _RATINGS
-
-
-def _lacking(record: dict[str, Any]) -> list[str]:
-    return [column for column in COLUMNS if column not in record]
-
-
 def _reason(record: _Record) -> str | None:
     """Why a record is bad; None where it is good."""
     if isinstance(record, str):
         return record
-    if lacking := _lacking(record):
+    if lacking := [column for column in COLUMNS if column not in record]:
         return f"column {', '.join(lacking)} is missing"
-    return "; ".join(_complaints([record[column] for column in COLUMNS])) or None
+    return "; ".join(filter(None, (_complaint(column, record[column]) for column in COLUMNS))) or None
 
 
-def _is_text(value: object) -> bool:
-    """Whether it is a string of more than white space that UTF-8 can hold."""
-    if not isinstance(value, str) or not value or value.isspace():
-        return False
+def _complaint(column: str, value: object) -> str | None:
+    """Why the value of a column is bad: no integer 0 to 4 (3.0 is 3), or not text of more than white space."""
+    if value is None:
+        return f"{column} is null"
+    if column in ATTRIBUTES:
+        if isinstance(value, int | float | Decimal) and not isinstance(value, bool) and value in _RATINGS:
+            return None
+        what = f"the text {_shown(value)}" if isinstance(value, str) else _shown(value)
+        return f"{column} is {what}, not an integer 0 to {HIGHEST_RATING}"
+    if not isinstance(value, str):
+        return f"{column} is {_shown(value)}, not text"
+    if not value or value.isspace():
+        return f"{column} is empty"
     try:
         value.encode()
     except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _rating(value: object) -> int | None:
-    """The integer 0 to 4 that a value is (3.0 is 3), else None."""
-    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
-        return None
-    return int(value) if 0 <= value <= HIGHEST_RATING and value == int(value) else None
-
-
-def _complaints(values: list[Any]) -> Iterator[str]:
-    """Why a row with these values, in the order of COLUMNS, is bad."""
-    for column, value in zip(COLUMNS, values, strict=True):
-        if value is None:
-            yield f"{column} is null"
-        elif column in ATTRIBUTES:
-            if _rating(value) is None:
-                what = f"the text {_shown(value)}" if isinstance(value, str) else _shown(value)
-                yield f"{column} is {what}, not an integer 0 to {HIGHEST_RATING}"
-        elif not isinstance(value, str):
-            yield f"{column} is {_shown(value)}, not text"
-        elif not value or value.isspace():
-            yield f"{column} is empty"
-        elif not _is_text(value):
-            undecodable = all("\udc80" <= letter <= "\udcff" for letter in value if "\ud800" <= letter <= "\udfff")
-            yield f"{column} is not valid UTF-8" if undecodable else f"{column} holds half a surrogate pair"
+        return f"{column} is not valid UTF-8"
+    return None
 
 
 def _arrange(

@@ -101,18 +101,18 @@ def _found_files(path: Path) -> list[tuple[Split | None, Path]]:
             f"data.source: {no_file} has the name of a file of ratings, and is no regular file (a folder, a pipe, or "
             "a link to nothing). Remove or rename it"
         )
-    found = {split: [(match, file) for match, file in matches if match["split"] == split] for split in _SPLITS}
-    for split, candidates in found.items():
+    by_split = {split: [(match, file) for match, file in matches if match["split"] == split] for split in _SPLITS}
+    for split, candidates in by_split.items():
         _require_one_set(path, split, candidates)
-    if not found["train"]:
+    if not by_split["train"]:
         holds = ", ".join(file.relative_to(path).as_posix() for file in names[:_SHOWN]) or "nothing"
         raise HelpsteerError(
             f"data.source: {path} holds no train file. Looked there and in its subfolder data/ for train.jsonl, "
             f"train.json, train.csv (each also with .gz), train.parquet and shards such as "
             f"train-00000-of-00002.parquet; found {holds}. Rename the file, or give its own path"
         )
-    split_by_hash = not found["validation"]
-    return [(None if split_by_hash else split, file) for split in _SPLITS for _, file in found[split]]
+    split_by_hash = not by_split["validation"]
+    return [(None if split_by_hash else split, file) for split in _SPLITS for _, file in by_split[split]]
 
 
 def _require_one_set(folder: Path, split: Split, candidates: list[tuple[re.Match[str], Path]]) -> None:
@@ -238,13 +238,13 @@ def _decoded_json(content: bytes) -> Any:
 
 def _object_of_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The object, unless it is not clear what one of COLUMNS is in it."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    record = dict(pairs)
+    if len(record) < len(pairs):
         keys = [key for key, _ in pairs]
         for column in COLUMNS:
             if keys.count(column) > 1:
                 raise ValueError(f"an object with {keys.count(column)} keys {column}")
-    return found
+    return record
 
 
 _JSON = json.JSONDecoder(object_pairs_hook=_object_of_pairs)
@@ -299,11 +299,11 @@ def _require_types(file: Path, schema: pa.Schema) -> None:
     number = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
     text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
     for column in COLUMNS:
-        found = schema.field(column).type
-        kind = found.value_type if pa.types.is_dictionary(found) else found
+        given = schema.field(column).type
+        kind = given.value_type if pa.types.is_dictionary(given) else given
         wanted, fitting = ("numbers", number) if column in ATTRIBUTES else ("text", text)
         if not any(fits(kind) for fits in (*fitting, pa.types.is_null)):
-            raise HelpsteerError(f"{file}: column {column} is of type {found}, not {wanted}: write the file anew")
+            raise HelpsteerError(f"{file}: column {column} is of type {given}, not {wanted}: write the file anew")
 
 
 def _values(column: pa.Array) -> list[Any]:

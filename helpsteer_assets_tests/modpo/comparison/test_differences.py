@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.comparison.bootstrap import Interval, bootstrap_means, simultaneous_interval
 from helpsteer_assets.modpo.comparison.differences import (
     Difference,
@@ -17,17 +16,12 @@ from helpsteer_assets.modpo.comparison.differences import (
     statements,
 )
 from helpsteer_assets.modpo.comparison.fronts import FrontUncertainty
-from helpsteer_assets.modpo.comparison.scores import PolicyScores
+from helpsteer_assets_tests.modpo.comparison.policies import policy, shuffled
 
 HELP = Measure("helpfulness", "rated helpfulness", "0 to 4", "higher")
 MARGIN = Measure("margin", "margin", "", "higher")
 LENGTH = Measure("response_tokens", "length", "tokens", None, ("longer", "shorter"))
 CAPPED = Measure("capped", "share of capped responses", "share", "lower")
-
-
-def policy(w: str | None, **measures: np.ndarray) -> PolicyScores:
-    prompts = len(next(iter(measures.values())))
-    return PolicyScores("sft" if w is None else "modpo", w, [f"p{i:03d}" for i in range(prompts)], measures)
 
 
 def difference(w: str, measure: Measure, mean: float, low: float, high: float, prompts: int = 100) -> Difference:
@@ -47,54 +41,30 @@ def told(measure: Measure, mean: float, low: float, high: float) -> str:
 def test_differences_are_paired_and_simultaneous_over_the_weights_of_each_measure() -> None:
     rng = np.random.default_rng(1)
     base = rng.normal(0, 5, 60)
-    changes = {w: rng.normal(mean, 1, 60) for w, mean in (("0.9", 1.0), ("0.1", -1.0), ("0.5", 0.0))}
-    policies = [policy(w, margin=base + change, k=base) for w, change in changes.items()]
-    found = differences_to_sft([*policies, policy(None, margin=base, k=base)], ["margin", "k"], 500, 2)
-    assert list(found) == ["0.1", "0.5", "0.9"]
-    assert [found[w]["margin"].verdict for w in found] == ["lower", "undecided", "higher"]
-    table = np.column_stack([changes[w] for w in found])
+    changes = {w: rng.normal(mean, 1, 60) for w, mean in (("0.1", -1.0), ("0.5", 0.0), ("0.9", 1.0))}
+    policies = [policy(None, margin=base, k=base), *(policy(w, margin=base + c, k=base) for w, c in changes.items())]
+    differences = differences_to_sft(policies, ["margin", "k"], 500, 2)
+    assert [own["margin"].verdict for own in differences.values()] == ["lower", "undecided", "higher"]
+    table = np.column_stack(list(changes.values()))
     low, high, p_values = simultaneous_interval(table.mean(axis=0), bootstrap_means(table, 500, 2), 60)
-    for i, w in enumerate(found):
-        own = found[w]["margin"]
-        assert (own.mean, own.low, own.high, own.p_value, own.prompts) == pytest.approx(
+    for i, (w, own) in enumerate(differences.items()):
+        shown = own["margin"]
+        assert (shown.mean, shown.low, shown.high, shown.p_value, shown.prompts) == pytest.approx(
             (changes[w].mean(), low[i], high[i], p_values[i], 60), abs=1e-9
         )
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.integers(0, 1000), st.floats(-100, 100))
-def test_neither_the_order_of_prompts_nor_what_all_policies_share_matters(seed: int, shift: float) -> None:
-    rng = np.random.default_rng(seed)
-    sft, one, two = (rng.normal(size=12) for _ in range(3))
-    plain = differences_to_sft([policy(None, m=sft), policy("0.1", m=one), policy("1", m=two)], ["m"], 50, seed)
-    order = rng.permutation(12)
-    turned = PolicyScores("modpo", "0.1", [f"p{i:03d}" for i in order], {"m": one[order] + shift})
-    moved = differences_to_sft([policy("1", m=two + shift), turned, policy(None, m=sft + shift)], ["m"], 50, seed)
-    for w in ("0.1", "1"):
-        ours, theirs = plain[w]["m"], moved[w]["m"]
-        assert (ours.mean, ours.low, ours.high) == pytest.approx((theirs.mean, theirs.low, theirs.high))
-        assert ours.verdict == theirs.verdict
+    assert differences_to_sft([shuffled(scores, 3) for scores in policies], ["margin", "k"], 500, 2) == differences
 
 
 def test_a_difference_that_is_the_same_on_every_prompt_is_decided_by_enough_prompts_only() -> None:
     for prompts, verdict in ((1, "undecided"), (5, "undecided"), (8, "higher")):
-        sft, other = (
-            policy(None, m=np.zeros(prompts), k=np.ones(prompts)),
-            policy("0.1", m=np.full(prompts, 2.0), k=np.ones(prompts)),
-        )
-        found = differences_to_sft([sft, other], ["m", "k"], 100, 0)["0.1"]
-        assert (found["m"].low, found["m"].high, found["m"].verdict) == (2, 2, verdict)
-        assert found["k"].verdict == "undecided"
-        assert "the same as SFT's on each" in statements({"0.1": found}, [Measure("k", "k")])["0.1"][0]
+        sft = policy(None, m=np.zeros(prompts), k=np.ones(prompts))
+        other = policy("0.1", m=np.full(prompts, 2.0), k=np.ones(prompts))
+        own = differences_to_sft([sft, other], ["m", "k"], 100, 0)["0.1"]
+        assert (own["m"].low, own["m"].high, own["m"].verdict) == (2, 2, verdict)
+        assert own["k"].verdict == "undecided"
+        assert "the same as SFT's on each" in statements({"0.1": own}, [Measure("k", "k")])["0.1"][0]
     few = statements({"0.1": {"m": Difference("0.1", "m", 3, 2.0, 2.0, 2.0, 0.25, "undecided")}}, [Measure("m", "m")])
     assert few["0.1"] == ["M: no difference shown by 3 prompts (2)."]
-
-
-def test_without_sft_nothing_is_compared_and_without_weights_nothing_differs() -> None:
-    with pytest.raises(HelpsteerError, match="no scores of the SFT model"):
-        differences_to_sft([policy("0.1", m=np.zeros(3))], ["m"], 10, 0)
-    assert differences_to_sft([policy(None, m=np.zeros(3))], ["m"], 10, 0) == {}
-    assert headlines({}, HELP, MARGIN) == ["There is no weight to compare with SFT."]
 
 
 # Statements
@@ -114,10 +84,6 @@ def test_a_distance_to_sft_is_told_as_a_value() -> None:
     kl = Measure("kl", "KL to SFT", "nats", "lower", to_sft=True)
     assert told(kl, 2.13, 1.9, 2.36) == "KL to SFT: 2.13 nats [1.90, 2.36]."
     assert told(kl, 0.02, -0.1, 0.14) == "KL to SFT: 0.02 nats [-0.10, 0.14]."
-    grid = {w: own | {"kl": difference(w, kl, 2.0, 1.0, 3.0)} for w, own in GRID.items()}
-    assert headlines(grid, None, MARGIN, [kl])[-1] == (
-        "KL to SFT: 2.0 nats [1.0, 3.0] at w=0.1; 2.0 nats [1.0, 3.0] at w=0.5; 2.0 nats [1.0, 3.0] at w=0.9."
-    )
 
 
 def test_no_difference_shown_is_not_called_equal_and_says_how_large_one_could_be() -> None:
@@ -142,12 +108,6 @@ def test_no_end_of_a_shown_difference_is_rounded_to_zero(low: float, width: floa
     assert ("lower" in sentence) == negative
 
 
-def test_statements_follow_the_order_of_measures_and_leave_out_what_was_not_measured() -> None:
-    own = {"0.2": {m.name: difference("0.2", m, 1.0, 0.5, 1.5) for m in (HELP, LENGTH)}}
-    sentences = statements(own, [LENGTH, MARGIN, HELP])["0.2"]
-    assert [sentence.split()[0] for sentence in sentences] == ["Longer", "Rated"]
-
-
 # Headlines
 
 GRID = {
@@ -169,49 +129,47 @@ GRID = {
 }
 
 
+FRONT = FrontUncertainty(
+    np.array([True, True, False, True]), np.array([1.0, 0.995, 0.4, 0.001]), Interval(0.02, 0.0, 0.1)
+)
+
+
 def test_headlines_tell_what_moves_where_and_which_weight_to_read_first() -> None:
-    helpfulness, margin, length, both, most_margin, most_help = headlines(GRID, HELP, MARGIN, [LENGTH])
+    helpfulness, margin, length, both, most_margin, most_help, on, area = headlines(GRID, HELP, MARGIN, [LENGTH], FRONT)
     assert helpfulness == (
         "Against SFT, rated helpfulness is higher at w=0.9 (by 0.50 points [0.30, 0.70]); lower at w=0.1 (by 0.50 "
         "points [0.30, 0.70]); not shown to differ at w=0.5."
     )
     assert margin.startswith("Against SFT, margin is higher at w=0.1 and w=0.5 (by 0.40 [0.30, 0.50], most at w=0.1);")
     assert length.startswith("Against SFT, responses are longer at w=0.9 (by 7.0 tokens")
-    *_, same = headlines({"0.5": GRID["0.5"]}, None, MARGIN, [LENGTH])
-    assert same == "Against SFT, length is not shown to differ at w=0.5."
     assert both == "No weight is shown to be better than SFT in both rated helpfulness and margin."
     assert most_margin == (
         "Of the weights whose rated helpfulness is not shown to be worse than SFT's (w=0.5 and w=0.9), w=0.5 has the "
         "highest mean margin. There, margin is higher than SFT's by 0.20 [0.10, 0.30]; rated helpfulness: no "
         "difference shown (-0.10 points [-0.30, 0.10]); one of up to 0.30 points is not ruled out."
     )
-    assert (
-        "whose margin is not shown to be worse than SFT's (w=0.1 and w=0.5), w=0.5 has the highest mean rated "
-        "helpfulness, but SFT's own is higher. There, rated helpfulness: no difference shown" in most_help
-    )
+    assert "w=0.5 has the highest mean rated helpfulness, but SFT's own is higher. There, rated" in most_help
+    assert on.endswith("SFT (100%), w=0.1 (above 99%), w=0.9 (below 1%); off it: w=0.5 (40%).")
+    assert "0.02 [0, 0.1]; it is not shown that any policy is better than SFT in both." in area
+    sure = FrontUncertainty(FRONT.on_front, FRONT.probability, Interval(0.02, 0.01, 0.1))
+    assert "; some policy is better than SFT in both." in headlines(GRID, HELP, MARGIN, [], sure)[-1]
 
 
 def test_headlines_follow_the_better_side_and_say_when_nothing_or_everything_is_worse() -> None:
     kl = Measure("margin", "KL to SFT", "nats", "lower")
-    *_, both, _, most_help = headlines(GRID, HELP, kl)
+    *_, both, least_kl, most_help, _, _ = headlines(GRID, HELP, kl, [], FRONT)
     assert both == "Shown to be better than SFT in both rated helpfulness and KL to SFT: w=0.9."
-    assert most_help.startswith("Only at w=0.9 is KL to SFT not shown to be worse than SFT's.")
-    *_, least_kl, _ = headlines(GRID, HELP, kl)
     assert "(w=0.5 and w=0.9), w=0.9 has the lowest mean KL to SFT. There, KL to SFT is lower than SFT's" in least_kl
-    *_, kept, _ = headlines({"0.1": GRID["0.1"]}, HELP, MARGIN)
+    assert most_help.startswith("Only at w=0.9 is KL to SFT not shown to be worse than SFT's.")
+    alone = FrontUncertainty(FRONT.on_front[:2], FRONT.probability[:2], Interval(0.0, 0.0, 0.1))
+    *_, kept, _, _, _ = headlines({"0.1": GRID["0.1"]}, HELP, MARGIN, [], alone)
     assert kept == "At every weight rated helpfulness is shown to be worse than SFT's."
 
 
-def test_the_front_is_told_with_its_shares_and_the_area_claims_no_gain_that_is_not_shown() -> None:
-    front = FrontUncertainty(
-        np.array([True, True, False, True]), np.array([1.0, 0.995, 0.4, 0.001]), Interval(0.02, 0.0, 0.1)
-    )
-    *_, on, area = headlines(GRID, HELP, MARGIN, front=front)
-    assert on.endswith("SFT (100%), w=0.1 (above 99%), w=0.9 (below 1%); off it: w=0.5 (40%).")
-    assert "0.02 [0, 0.1]; it is not shown that any policy is better than SFT in both." in area
-    sure = FrontUncertainty(front.on_front, front.probability, Interval(0.02, 0.01, 0.1))
-    assert "; some policy is better than SFT in both." in headlines(GRID, HELP, MARGIN, front=sure)[-1]
-    *_, length, on = headlines(GRID, None, MARGIN, [LENGTH], front)
-    assert length.startswith("Against SFT, responses are") and on.startswith("On the front")
-    with pytest.raises(ValueError, match="4 policies and there are 2 labels"):
-        headlines({"0.1": GRID["0.1"]}, HELP, MARGIN, front=front)
+def test_without_a_rater_headlines_tell_margin_length_and_distance_alone() -> None:
+    kl = Measure("kl", "KL to SFT", "nats", "lower", to_sft=True)
+    own = GRID["0.5"] | {"kl": difference("0.5", kl, 2.0, 1.0, 3.0)}
+    margin, length, distance = headlines({"0.5": own}, None, MARGIN, [LENGTH, kl], FRONT)
+    assert margin.startswith("Against SFT, margin is higher")
+    assert length == "Against SFT, length is not shown to differ at w=0.5."
+    assert distance == "KL to SFT: 2.0 nats [1.0, 3.0] at w=0.5."

@@ -7,15 +7,13 @@ from scipy import stats
 from helpsteer_assets.modpo.comparison.differences import Measure
 from helpsteer_assets.modpo.comparison.length import EqualLength, at_equal_length
 from helpsteer_assets.modpo.comparison.scores import PolicyScores
+from helpsteer_assets_tests.modpo.comparison.policies import policy
 
 RATING = Measure("helpfulness", "rated helpfulness", "0 to 4", "higher")
 
 
 def scores(w: str | None, helpfulness: np.ndarray, tokens: np.ndarray) -> PolicyScores:
-    ids = [f"p{i:04d}" for i in range(len(tokens))]
-    return PolicyScores(
-        "sft" if w is None else "modpo", w, ids, {"helpfulness": helpfulness, "response_tokens": tokens}
-    )
+    return policy(w, helpfulness=helpfulness, response_tokens=tokens)
 
 
 def changed(
@@ -35,36 +33,36 @@ def compare(*policies: PolicyScores, seed: int = 0, samples: int = 400) -> list[
 
 def test_the_line_is_that_of_scipy_and_its_interval_about_as_wide() -> None:
     sft, other = changed(1, 50, gain=0.2, per_token=0.02)
-    (found,) = compare(sft, other)
+    (answer,) = compare(sft, other)
     x = other.measures["response_tokens"] - sft.measures["response_tokens"]
     y = other.measures["helpfulness"] - sft.measures["helpfulness"]
     expected = stats.linregress(x, y)
-    assert found.adjusted is not None
-    assert (found.adjusted.mean, found.per_token) == pytest.approx((expected.intercept, expected.slope))
-    assert found.raw == pytest.approx(y.mean())
-    assert found.adjusted.high - found.adjusted.low == pytest.approx(2 * 1.96 * expected.intercept_stderr, rel=0.3)
+    assert answer.adjusted is not None
+    assert (answer.adjusted.mean, answer.per_token) == pytest.approx((expected.intercept, expected.slope))
+    assert answer.raw == pytest.approx(y.mean())
+    assert answer.adjusted.high - answer.adjusted.low == pytest.approx(2 * 1.96 * expected.intercept_stderr, rel=0.3)
 
 
 def test_a_gain_that_is_length_alone_goes_and_one_that_is_not_stays() -> None:
     sft, lengthened = changed(2, 200, gain=0.0, per_token=0.02, longer=20)
-    (found,) = compare(sft, lengthened)
-    assert found.raw > 0.3 and found.adjusted is not None
-    assert found.adjusted.low < 0 < found.adjusted.high
-    assert "at equal length rated helpfulness is not shown to differ from SFT's" in found.sentence
+    (answer,) = compare(sft, lengthened)
+    assert answer.raw > 0.3 and answer.adjusted is not None
+    assert answer.adjusted.low < 0 < answer.adjusted.high
+    assert "at equal length rated helpfulness is not shown to differ from SFT's" in answer.sentence
     sft, improved = changed(3, 200, gain=0.4, per_token=-0.02, longer=20)
-    (found,) = compare(sft, improved)
-    assert abs(found.raw) < 0.1 and found.adjusted is not None
-    assert found.adjusted.low < 0.4 < found.adjusted.high and found.adjusted.low > 0.2
-    assert "w=0.3: at equal length rated helpfulness is higher than SFT's (0.39 points [0.33, 0.46]" in found.sentence
-    assert found.close is not None and found.close.low > 0.1 and found.verdict == "higher"
+    (answer,) = compare(sft, improved)
+    assert abs(answer.raw) < 0.1 and answer.adjusted is not None
+    assert answer.adjusted.low < 0.4 < answer.adjusted.high and answer.adjusted.low > 0.2
+    assert "w=0.3: at equal length rated helpfulness is higher than SFT's (0.39 points [0.33, 0.46]" in answer.sentence
+    assert answer.close is not None and answer.close.low > 0.1 and answer.verdict == "higher"
 
 
 def test_the_interval_at_equal_length_covers_the_true_gain() -> None:
     covered = 0
     for trial in range(200):
-        (found,) = compare(*changed(100 + trial, 60, gain=0.2, per_token=0.03), seed=trial, samples=200)
-        assert found.adjusted is not None
-        covered += found.adjusted.low <= 0.2 <= found.adjusted.high
+        (answer,) = compare(*changed(100 + trial, 60, gain=0.2, per_token=0.03), seed=trial, samples=200)
+        assert answer.adjusted is not None
+        covered += answer.adjusted.low <= 0.2 <= answer.adjusted.high
     assert 0.89 <= covered / 200 <= 0.99
 
 
@@ -72,25 +70,21 @@ def test_only_responses_within_a_tenth_of_each_others_length_are_close() -> None
     tokens = np.full(24, 100.0)
     other = np.array([100, 90, 110, 111.0] * 6)  # 90 is a tenth shorter than 100, 100 almost a tenth than 110 and 111
     rating = np.where(other == 111, 5.0, 1.0)
-    (found,) = compare(scores(None, np.zeros(24), tokens), scores("0.3", rating, other))
-    assert found.close_prompts == 24 and found.close is not None
-    (found,) = compare(scores(None, np.zeros(24), tokens), scores("0.3", rating, other + np.where(other == 111, 1, 0)))
-    assert found.close_prompts == 18 and found.close is not None and found.close.mean == 1
+    (answer,) = compare(scores(None, np.zeros(24), tokens), scores("0.3", rating, other))
+    assert answer.close_prompts == 24 and answer.close is not None
+    (answer,) = compare(scores(None, np.zeros(24), tokens), scores("0.3", rating, other + np.where(other == 111, 1, 0)))
+    assert answer.close_prompts == 18 and answer.close is not None and answer.close.mean == 1
 
 
 def test_without_enough_change_of_length_there_is_no_line_and_no_claim() -> None:
     sft, other = changed(4, 9, gain=0.2, per_token=0.0)
     (few,) = compare(sft, other)
     assert few.adjusted is None and few.per_token is None and few.close is None
-    assert few.verdict == "undecided"
-    assert (
-        few.sentence
-        == "w=0.3: 9 responses changed their length, too few to tell more: no line of rated helpfulness on length."
-    )
+    assert few.verdict == "undecided" and "9 responses changed their length, too few to tell more" in few.sentence
     tokens, rating = np.arange(20.0), np.zeros(20)
     (same,) = compare(scores(None, rating, tokens), scores("0.3", rating + 1, tokens))
     assert same.adjusted is None and same.close is not None and same.close.low == same.close.high == 1
-    assert same.sentence.endswith("; over the 20 prompts whose lengths differ by a tenth at most: 1 points [1, 1].")
+    assert "over the 20 prompts whose lengths differ by a tenth at most: 1 points [1, 1]" in same.sentence
     (moved,) = compare(scores(None, rating, tokens), scores("0.3", rating + 1, tokens + 7))
     assert moved.adjusted is None and "20 responses changed their length, all by the same" in moved.sentence
 
@@ -100,13 +94,12 @@ def test_a_line_that_prompts_of_about_equal_length_contradict_gives_no_verdict()
     tokens = np.full(100, 100.0)
     more = np.where(np.arange(100) < 30, 0, rng.integers(-40, 60, 100))
     rating = np.where(more == 0, 0.0, 1.0 + 0.001 * more)  # unchanged responses are no better, changed ones are
-    (found,) = compare(scores(None, np.zeros(100), tokens), scores("0.3", rating, tokens + more))
-    assert found.adjusted is not None and found.adjusted.low > 0 and found.close is not None
+    (answer,) = compare(scores(None, np.zeros(100), tokens), scores("0.3", rating, tokens + more))
+    assert answer.adjusted is not None and answer.adjusted.low > 0 and answer.close is not None
     close = [(r, m) for r, m in zip(rating, more, strict=True) if abs(m) <= 0.1 * max(100, 100 + m)]
-    assert found.close.mean == pytest.approx(np.mean([r for r, _ in close])) and found.close_prompts == len(close)
-    (flat,) = compare(
-        scores(None, np.zeros(100), tokens), scores("0.3", np.where(np.abs(more) <= 11, 0.0, rating), tokens + more)
-    )
+    assert answer.close.mean == pytest.approx(np.mean([r for r, _ in close])) and answer.close_prompts == len(close)
+    rating = np.where(np.abs(more) <= 11, 0.0, rating)
+    (flat,) = compare(scores(None, np.zeros(100), tokens), scores("0.3", rating, tokens + more))
     assert flat.adjusted is not None and flat.adjusted.low > 0 and flat.verdict == "undecided"
     assert "is higher than SFT's by the line, which prompts of about equal length do not show" in flat.sentence
 
@@ -117,23 +110,20 @@ def test_a_length_penalty_has_nothing_left_at_equal_length() -> None:
         PolicyScores(p.policy, p.w, p.prompt_ids, p.measures | {"helpfulness": -0.003 * p.measures["response_tokens"]})
         for p in (sft, other)
     ]
-    (found,) = compare(*penalized)
-    assert found.adjusted is not None and vars(found.adjusted) == {"mean": 0, "low": 0, "high": 0}
-    assert found.per_token == pytest.approx(-0.003) and "is not shown to differ" in found.sentence
+    (answer,) = compare(*penalized)
+    assert answer.adjusted is not None and vars(answer.adjusted) == {"mean": 0, "low": 0, "high": 0}
+    assert answer.per_token == pytest.approx(-0.003) and "is not shown to differ" in answer.sentence
 
 
 def test_a_line_beyond_what_was_seen_says_that_it_extrapolates() -> None:
-    (found,) = compare(*changed(5, 60, gain=0.0, per_token=0.01, longer=200))
-    assert found.extrapolated and "this is extrapolated" in found.sentence
-    (found,) = compare(*changed(5, 60, gain=0.0, per_token=0.01))
-    assert not found.extrapolated and "extrapolated" not in found.sentence
+    (far,) = compare(*changed(5, 60, gain=0.0, per_token=0.01, longer=200))
+    assert far.extrapolated and "this is extrapolated" in far.sentence
+    (near,) = compare(*changed(5, 60, gain=0.0, per_token=0.01))
+    assert not near.extrapolated and "extrapolated" not in near.sentence
 
 
 def test_weights_without_a_line_stand_beside_those_with_one() -> None:
     sft, other = changed(6, 40, gain=0.5, per_token=0.01)
-    still = PolicyScores("modpo", "0.1", sft.prompt_ids, sft.measures)
-    found = compare(other, sft, still)
-    assert [own.w for own in found] == ["0.1", "0.3"]
-    assert found[0].adjusted is None and found[1].adjusted is not None
-    assert found[1].raw == pytest.approx(compare(other, sft)[0].raw)
-    assert found[1].sentence == compare(other, sft)[0].sentence
+    without, with_line = compare(sft, scores("0.1", *sft.measures.values()), other)
+    assert (without.w, without.adjusted) == ("0.1", None)
+    assert with_line.sentence == compare(sft, other)[0].sentence

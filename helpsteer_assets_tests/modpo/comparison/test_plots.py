@@ -4,8 +4,6 @@ import base64
 import io
 import itertools
 import math
-import subprocess
-import sys
 from typing import Any
 from xml.etree import ElementTree
 
@@ -70,34 +68,15 @@ def test_the_tradeoff_plot_shows_points_intervals_front_and_note() -> None:
     assert legend == ["on the Pareto front", "dominated", "SFT model", "95% interval"]
 
 
-@pytest.mark.parametrize("dark", [False, True])
-@pytest.mark.parametrize("text", [False, True])
-def test_larger_weights_are_lighter(dark: bool, text: bool) -> None:
-    def brightness(w: str) -> float:
-        colour = plots.policy_colour(w, dark=dark, text=text)
-        return sum(weight * int(colour[at : at + 2], 16) for weight, at in ((0.2, 1), (0.7, 3), (0.1, 5)))
-
-    weights = ["0.01", "0.1", "0.3", "0.5", "0.7", "1"]
-    assert sorted(weights, key=brightness) == weights
-
-
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=9))
 @example([(0.04 * i, -0.04 * (i % 3)) for i in range(7)])
-@example([(0.2 * i, -0.2 * (i % 3)) for i in range(7)])
-def test_labels_of_any_points_do_not_overlap(places: list[tuple[float, float]]) -> None:
+def test_labels_of_any_points_do_not_overlap_when_the_figure_is_saved(places: list[tuple[float, float]]) -> None:
     figure = draw([point(f"w = 0.{n}", f"0.{n}", x, y, True, spread=0.3) for n, (x, y) in enumerate(places, 1)])
+    figure.canvas.draw()
     boxes = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text()]
     assert len(boxes) == len(places)
-    for number, box in enumerate(boxes):
-        assert not any(box.overlaps(other) for other in boxes[:number])
-
-
-def test_labels_stay_where_they_were_placed_when_the_figure_is_saved() -> None:
-    figure = draw(POINTS)
-    before = [text.get_window_extent().bounds for text in figure.axes[0].texts]
-    figure.canvas.draw()
-    assert [text.get_window_extent().bounds for text in figure.axes[0].texts] == [pytest.approx(b) for b in before]
+    assert not any(box.overlaps(other) for box, other in itertools.combinations(boxes, 2))
 
 
 KL_POINTS = [
@@ -123,12 +102,10 @@ def test_the_kl_plot_spaces_kl_by_its_root_and_joins_the_weights_in_order() -> N
     assert {text.get_text() for text in axes.texts} == {"SFT", "w = 0.1", "w = 0.9"}
 
 
-@pytest.mark.parametrize("kl", [-0.4, 0.0, 1e-6, 0.02, 3e4])
-def test_the_kl_plot_holds_estimates_of_any_size_and_below_zero(kl: float) -> None:
-    points = [
-        KL_POINTS[1],
-        point("w = 0.5", "0.5", kl, 2.0, True, spread=0.0) | {"x_low": kl - 0.1, "x_high": kl + 0.1},
-    ]
+@pytest.mark.parametrize("kl", [-0.4, 0.0, 1e-6, 3e4])
+def test_the_kl_plot_holds_estimates_of_any_size_below_zero_and_outside_their_interval_by_rounding(kl: float) -> None:
+    ends = {"x_low": kl - 0.1, "x_high": kl + 0.1, "y_high": 2.0 - 1e-16}
+    points = [KL_POINTS[1], point("w = 0.5", "0.5", kl, 2.0, True, spread=0.0) | ends]
     figure = plots.reward_against_kl_plot(points, "y", "t")
     figure.canvas.draw()
     axes = figure.axes[0]
@@ -136,7 +113,6 @@ def test_the_kl_plot_holds_estimates_of_any_size_and_below_zero(kl: float) -> No
     assert low < kl - 0.1 and high > kl + 0.1
     labels = [tick.get_window_extent() for tick in axes.get_xticklabels()]
     assert not any(label.overlaps(following) for label, following in itertools.pairwise(labels))
-    assert len(plots.png_bytes(figure)) > 1000
 
 
 def test_the_lengths_plot_shows_means_intervals_quartiles_and_the_level_of_sft() -> None:
@@ -161,7 +137,9 @@ def test_the_lengths_plot_shows_means_intervals_quartiles_and_the_level_of_sft()
 
 def test_an_svg_keeps_letters_as_text_and_names_its_points() -> None:
     labelled = [p | {"label": f"<{p['label']}>"} for p in POINTS]
-    root = ElementTree.fromstring(plots.svg_bytes(draw(labelled)))
+    svg = plots.svg_bytes(draw(labelled))
+    assert plots.svg_bytes(draw(labelled)) == svg and b"dc:date" not in svg
+    root = ElementTree.fromstring(svg)
     points = [group for group in root.iter() if group.get("class") == "point"]
     assert [group.get("data-policy") for group in points] == [p["label"] for p in labelled]
     details = "helpfulness: 2.9 [2.8, 3.1]; margin m: -1.5 [-1.6, -1.4]; on the front in 100% of resamples"
@@ -170,34 +148,14 @@ def test_an_svg_keeps_letters_as_text_and_names_its_points() -> None:
     assert "helpfulness" in [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
 
 
-def test_a_long_note_stays_on_the_page() -> None:
-    figure = draw(POINTS, "Preference quality is unmeasured, " * 8)
-    figure.canvas.draw()
-    box = figure._supxlabel.get_window_extent()
-    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0
-
-
-def test_intervals_of_no_width_and_ones_that_miss_their_mean_by_rounding_can_be_drawn() -> None:
-    alone = point("w = 1", "1", 0.1, 0.1, True, spread=0.0)
-    for drawn in (alone, alone | {"x_low": 0.1 + 1e-17, "y_high": 0.1 - 1e-16}):
-        assert len(plots.png_bytes(draw([drawn]))) > 1000
-
-
-def test_pngs_and_svgs_are_files_with_the_same_bytes_each_time() -> None:
-    png, svg = plots.png_bytes(draw(POINTS)), plots.svg_bytes(draw(POINTS))
+def test_a_png_has_the_same_few_bytes_each_time() -> None:
+    png = plots.png_bytes(draw(POINTS))
+    assert plots.png_bytes(draw(POINTS)) == png and len(png) < 50_000
     image = Image.open(io.BytesIO(png))
-    assert image.format == "PNG" and image.size == (835, 676)
-    assert len(image.convert("RGB").getcolors(1 << 20)) > 50  # not a blank page
-    assert len(png) < 50_000
-    assert b"<svg" in svg and b"dc:date" not in svg
-    assert plots.png_bytes(draw(POINTS)) == png
-    assert plots.svg_bytes(draw(POINTS)) == svg
-
-
-def test_a_markdown_image_holds_the_file() -> None:
-    text = plots.markdown_image(b"\x89PNG bytes", "loss")
-    assert text.startswith("![loss](data:image/png;base64,") and text.endswith(")")
-    assert base64.b64decode(text[text.index(",") + 1 : -1]) == b"\x89PNG bytes"
+    assert image.format == "PNG" and len(image.convert("RGB").getcolors(1 << 20)) > 50  # not a blank page
+    text = plots.markdown_image(png, "loss")
+    assert text.startswith("![loss](data:image/png;base64,")
+    assert base64.b64decode(text[text.index(",") + 1 : -1]) == png
 
 
 def test_the_loss_curve_shows_what_was_logged() -> None:
@@ -210,15 +168,4 @@ def test_the_loss_curve_shows_what_was_logged() -> None:
     assert norm_axes.lines[0].get_ydata().tolist() == [2, 4, 6, 8]
     assert loss_axes.get_title(loc="left") == "MODPO, w = 0.1"
     assert len(plots.loss_curve([{"step": 1, "loss": 1.0}], "SFT").axes) == 1
-    assert len(plots.png_bytes(plots.loss_curve([], "nothing logged"))) > 1000
-
-
-def test_importing_the_module_imports_no_matplotlib_and_drawing_no_pyplot() -> None:
-    code = (
-        "import sys; from helpsteer_assets.modpo.comparison import plots\n"
-        "assert 'matplotlib' not in sys.modules, 'import'\n"
-        "plots.png_bytes(plots.loss_curve([{'step': 1, 'loss': 1.0}], 't'))\n"
-        "assert 'matplotlib.pyplot' not in sys.modules, 'draw'\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    plots.png_bytes(plots.loss_curve([], "nothing logged"))

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import random
 import tempfile
@@ -23,7 +24,6 @@ from helpsteer_assets.modpo.data.pairs import (
     count_pairs,
     count_texts,
     describe_pairs,
-    pair_id,
     select_evaluation_prompts,
     unique_responses,
 )
@@ -93,17 +93,15 @@ class TestBuildPairs:
         train = [*train, row("known", "high", 4, 4, 4, 4, 4), row("known", "low", 0, 0, 0, 0, 0)]
         ratings = ratings_of(train, validation)
         pairs = build_pairs(ratings, attribute, 0.0)
-        found = {
+        made = {
             (r["split"], r["chosen_id"], r["rejected_id"]): {
                 f"{side}_{a}": r[f"{side}_{a}"] for a in RATED for side in ("chosen", "rejected")
             }
             for r in pairs.to_pylist()
         }
         expected = brute_force(ratings, attribute)
-        assert found == expected
+        assert made == expected
         assert len(pairs) == len(expected)
-        in_train = sum(split == "train" for split, _, _ in expected)
-        assert count_pairs(ratings, 0.0)[attribute]["train"] == in_train
         seed.shuffle(train)
         seed.shuffle(validation)
         assert build_pairs(ratings_of(train, validation), attribute, 0.0) == pairs
@@ -118,49 +116,37 @@ class TestBuildPairs:
             assert r["prompt_id"] == prompt_id(r["prompt"])
             assert r["chosen_id"] == response_id(r["prompt"], r["chosen"])
             assert r["rejected_id"] == response_id(r["prompt"], r["rejected"])
-            assert r["pair_id"] == pair_id(r["chosen_id"], r["rejected_id"])
+            assert r["pair_id"] == hashlib.sha256(f"{r['chosen_id']}{r['rejected_id']}".encode()).hexdigest()[:16]
             assert r["chosen_overall"] == sum(r[f"chosen_{a}"] for a in ATTRIBUTES)
             assert r["chosen_helpfulness"] == len(r["chosen"].split()) - 1
         assert len({r["pair_id"] for r in rows}) == len(rows)
         order = [(r["split"], r["prompt_id"], r["pair_id"]) for r in rows]
         assert order == sorted(order)
 
-    def test_of_files_are_those_of_tables_and_only_the_pairs_are_left(self, tmp_path: Path) -> None:
-        source, file = tmp_path / "ratings[0].parquet", tmp_path / "pairs.parquet"
-        ratings = ratings_of(many_rows(3000), many_rows(5, tag="new "))
-        pq.write_table(ratings, source)
-        counts = pairs_module.build_pairs(source, "helpfulness", 0.3, file)
-        pairs = pq.read_table(file)
-        assert pairs == build_pairs(ratings, "helpfulness", 0.3)
-        assert counts == {split: pairs["split"].to_pylist().count(split) for split in SPLITS}
-        assert pq.read_metadata(file).num_row_groups == 2
-        assert describe_pairs(file, source, "helpfulness", "verbosity") == describe_pairs(
-            pairs, ratings, "helpfulness", "verbosity"
-        )
-        assert unique_responses(file) == unique_responses(pairs)
-        assert sorted(tmp_path.iterdir()) == [file, source]
-
-    @pytest.mark.parametrize("rows", [1, 7, 50])
-    def test_do_not_depend_on_how_many_rows_are_read_at_a_time(
-        self, monkeypatch: pytest.MonkeyPatch, rows: int
+    def test_of_files_are_those_of_tables_however_many_rows_are_read_at_a_time(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        source, file = tmp_path / "ratings[0].parquet", tmp_path / "pairs.parquet"
         ratings = ratings_of(many_rows(25), many_rows(5, tag="new "))
+        pq.write_table(ratings, source)
         pairs = build_pairs(ratings, "helpfulness", 0.3)
         responses = unique_responses(pairs)
-        monkeypatch.setattr(tables, "BATCH_ROWS", rows)
-        monkeypatch.setattr(tables, "ROW_GROUP_ROWS", rows)
-        monkeypatch.setattr(pairs_module, "_STRETCH_ROWS", rows)
-        assert build_pairs(ratings, "helpfulness", 0.3) == pairs
-        assert unique_responses(pairs) == responses
+        for module, name in ((tables, "BATCH_ROWS"), (tables, "ROW_GROUP_ROWS"), (pairs_module, "_STRETCH_ROWS")):
+            monkeypatch.setattr(module, name, 7)
+        counts = pairs_module.build_pairs(source, "helpfulness", 0.3, file)
+        assert pq.read_table(file) == pairs
+        assert counts == {split: pairs["split"].to_pylist().count(split) for split in SPLITS}
+        assert unique_responses(file) == responses
+        assert sorted(tmp_path.iterdir()) == [file, source]
 
     def test_selection_holds_out_whole_train_prompts_and_a_larger_share_adds_to_them(self) -> None:
         ratings = ratings_of(many_rows(300), many_rows(40, tag="new "))
 
         def prompts(share: float) -> dict[str, set[str]]:
-            found: dict[str, set[str]] = {"train": set(), "selection": set(), "validation": set()}
+            by_split: dict[str, set[str]] = {"train": set(), "selection": set(), "validation": set()}
             for r in build_pairs(ratings, "helpfulness", share).to_pylist():
-                found[r["split"]].add(r["prompt_id"])
-            return found
+                by_split[r["split"]].add(r["prompt_id"])
+            return by_split
 
         small, large = prompts(0.1), prompts(0.4)
         assert 12 < len(small["selection"]) < 55
@@ -169,26 +155,17 @@ class TestBuildPairs:
         assert len(large["selection"] | large["train"]) == 300
         assert small["validation"] == large["validation"] == {prompt_id(f"new {p}") for p in range(40)}
 
-    def test_selection_is_independent_of_the_validation_hash(self, tmp_path: Path) -> None:
-        rows_to_ratings({"train": many_rows(1000)}, tmp_path / "ratings.parquet", validation_share=0.5)
-        ratings = pq.read_table(tmp_path / "ratings.parquet")
-        pairs = build_pairs(ratings, "helpfulness", 0.4)
-        share = describe_pairs(pairs, ratings, "helpfulness", "verbosity")["prompts"]
-        assert 0.33 < share["selection"] / (share["selection"] + share["train"]) < 0.47
-
-    def test_only_ties_is_an_error_that_counts_the_pairs_of_every_attribute(self) -> None:
+    @pytest.mark.parametrize(
+        ("attribute", "share", "message"),
+        [
+            ("correctness", 0.05, "helpfulness 30, correctness 0, coherence 0, complexity 0, verbosity 30, overall 0"),
+            ("helpfulness", 1 - 1e-12, "but for 30 pairs held out by data.selection_share"),
+        ],
+    )
+    def test_no_train_pairs_is_an_error_with_the_counts(self, attribute: str, share: float, message: str) -> None:
         ratings = ratings_of(many_rows(5), [row("v", "good", 2, 4, 2, 2, 2), row("v", "bad", 2, 0, 2, 2, 2)])
-        with pytest.raises(HelpsteerError) as caught:
-            build_pairs(ratings, "correctness", 0.05)
-        assert "correctness makes no train pairs: every two responses to a train prompt are rated" in str(caught.value)
-        assert (
-            "helpfulness 30, correctness 0, coherence 0, complexity 0, verbosity 30, overall 0. Choose another "
-            "attribute (data.preference_attribute, data.margin_attribute)"
-        ) in str(caught.value)
-
-    def test_all_pairs_held_out_is_an_error_that_says_so(self) -> None:
-        with pytest.raises(HelpsteerError, match=r"but for 6 pairs held out by data.selection_share"):
-            build_pairs(ratings_of(many_rows(1)), "helpfulness", 1 - 1e-12)
+        with pytest.raises(HelpsteerError, match=f"{attribute} makes no train pairs.*{message}"):
+            build_pairs(ratings, attribute, share)
 
 
 def test_describe_pairs() -> None:
@@ -219,25 +196,16 @@ def test_describe_pairs() -> None:
         "chosen_longer": 0.5,
     }
     assert json.loads(json.dumps(described)) == described
-    on_verbosity = describe_pairs(build_pairs(ratings, "verbosity", 0.0), ratings, "verbosity", "helpfulness")
-    # a: "one" (4) over the other two (opposes, ties) and they over "one" (1) (agrees, ties); v: agrees and ties.
-    assert on_verbosity["other"] == {"attribute": "helpfulness", "agrees": 2 / 6, "opposes": 1 / 6, "ties": 3 / 6}
 
 
-class TestEvaluationPrompts:
-    def test_they_are_unique_validation_prompts_and_a_larger_count_only_adds(self) -> None:
-        train, validation = many_rows(10), many_rows(30, tag="new ")
-        few = select_evaluation_prompts(ratings_of(train, validation), 8)
-        more = select_evaluation_prompts(ratings_of(train[::-1], validation[::-1]), 20)
-        assert few.column_names == ["prompt_id", "prompt"]
-        assert len(set(few["prompt"].to_pylist())) == len(few) == 8
-        assert all(prompt.startswith("new ") for prompt in few["prompt"].to_pylist())
-        assert few["prompt_id"].to_pylist() == [prompt_id(prompt) for prompt in few["prompt"].to_pylist()]
-        assert more["prompt"].to_pylist()[:8] == few["prompt"].to_pylist()
-
-    def test_none_is_an_error_that_says_what_to_do(self) -> None:
-        with pytest.raises(HelpsteerError, match=r"no validation prompts to evaluate on .* data.validation_share"):
-            select_evaluation_prompts(ratings_of(many_rows(3), many_rows(3)), 300)
+def test_evaluation_prompts_are_unique_validation_prompts_and_a_larger_count_only_adds() -> None:
+    train, validation = many_rows(10), many_rows(30, tag="new ")
+    few = select_evaluation_prompts(ratings_of(train, validation), 8).to_pylist()
+    more = select_evaluation_prompts(ratings_of(train[::-1], validation[::-1]), 20).to_pylist()
+    assert few == more[:8] and len({r["prompt"] for r in more}) == 20
+    assert all(r["prompt"].startswith("new ") and r["prompt_id"] == prompt_id(r["prompt"]) for r in more)
+    with pytest.raises(HelpsteerError, match=r"no validation prompts to evaluate on .* data.validation_share"):
+        select_evaluation_prompts(ratings_of(many_rows(3), many_rows(3)), 300)
 
 
 def test_unique_responses_are_all_responses_of_all_pair_tables_once() -> None:
@@ -245,35 +213,27 @@ def test_unique_responses_are_all_responses_of_all_pair_tables_once() -> None:
     train += [row("y", "good", 1, 1, 1, 1, 4), row("y", "bad", 1, 1, 1, 1, 0), row("z", "lone", 1, 1, 1, 1, 0)]
     ratings = ratings_of(train, many_rows(5, tag="new "))
     pairs, margin_pairs = build_pairs(ratings, "helpfulness", 0.2), build_pairs(ratings, "verbosity", 0.2)
-    found = unique_responses(pairs, margin_pairs)
-    assert found.column_names == ["prompt_id", "response_id", "prompt", "response"]
-    assert {(r["prompt"], r["response"]) for r in found.to_pylist()} == {
-        (r["prompt"], r["response"]) for r in ratings.to_pylist() if r["prompt"] not in ("z", "held out")
-    }
-    ids = list(zip(found["prompt_id"].to_pylist(), found["response_id"].to_pylist(), strict=True))
+    unique = unique_responses(margin_pairs, pairs)
+    assert unique == unique_responses(pairs, margin_pairs)
+    rows = unique.to_pylist()
+    assert list(rows[0]) == ["prompt_id", "response_id", "prompt", "response"]
+    ids = [(r["prompt_id"], r["response_id"]) for r in rows]
     assert ids == sorted(set(ids))
-    assert all(r["response_id"] == response_id(r["prompt"], r["response"]) for r in found.to_pylist())
-    assert unique_responses(margin_pairs, pairs) == found
-    assert len(unique_responses(pairs)) == len(found) - 2
-
-
-def test_unique_responses_of_some_splits_and_of_one_side() -> None:
-    ratings = ratings_of(many_rows(20), many_rows(5, tag="new "))
-    pairs = build_pairs(ratings, "helpfulness", 0.2)
-    rows = pairs.to_pylist()
+    rated = {(r["prompt"], r["response"]) for r in ratings.to_pylist() if r["prompt"] not in ("z", "held out")}
+    assert {(r["prompt"], r["response"]) for r in rows} == rated
+    of_pairs = pairs.to_pylist()
     for splits in (("train",), ("selection", "validation")):
-        found = unique_responses(pairs, splits=splits, sides=("chosen",))
-        assert set(found["response_id"].to_pylist()) == {r["chosen_id"] for r in rows if r["split"] in splits}
-        assert len(found) == 3 * len({r["prompt_id"] for r in rows if r["split"] in splits})
+        chosen = unique_responses(pairs, splits=splits, sides=("chosen",))
+        assert set(chosen["response_id"].to_pylist()) == {r["chosen_id"] for r in of_pairs if r["split"] in splits}
         counts = count_texts(pairs, splits=splits, sides=("chosen",))
-        assert counts == (len(set(found["prompt_id"].to_pylist())), len(found))
+        assert counts == (len(set(chosen["prompt_id"].to_pylist())), len(chosen))
 
 
 def test_pairs_and_ties_are_counted_for_all_attributes_as_they_are_made() -> None:
     rows = build_rows(60, 10)
     ratings = ratings_of([*rows["train"], *rows["train"][:9]], rows["validation"])
     counts = count_pairs(ratings, 0.1)
-    for attribute in RATED:
+    for attribute in ("helpfulness", "overall"):
         described = describe_pairs(build_pairs(ratings, attribute, 0.1), ratings, attribute, attribute)
         assert counts[attribute] == {**described["pairs"], "tied": described["ties"]}
-        assert all(counts[attribute].values())
+    assert all(all(counts[attribute].values()) for attribute in RATED)

@@ -1,8 +1,8 @@
 import csv
 import gzip
 import json
+import re
 import tempfile
-from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.data import ratings as ratings_module
@@ -55,12 +53,9 @@ def write_jsonl(path: Path, rows: list[Row]) -> None:
     path.write_bytes(b"".join(json.dumps(r).encode() + b"\n" for r in rows))
 
 
-def write_gzip(write: Callable[[Path, list[Row]], None]) -> Callable[[Path, list[Row]], None]:
-    def write_compressed(path: Path, rows: list[Row]) -> None:
-        write(path, rows)
-        path.write_bytes(gzip.compress(path.read_bytes(), mtime=0))
-
-    return write_compressed
+def write_gzip(path: Path, rows: list[Row]) -> None:
+    write_jsonl(path, rows)
+    path.write_bytes(gzip.compress(path.read_bytes(), mtime=0))
 
 
 def write_json_array(path: Path, rows: list[Row]) -> None:
@@ -81,31 +76,33 @@ def write_parquet(path: Path, rows: list[Row]) -> None:
 
 FORMATS = {
     "rows.jsonl": write_jsonl,
-    "rows.jsonl.gz": write_gzip(write_jsonl),
+    "rows.jsonl.gz": write_gzip,
     "rows.json": write_json_array,
     "lines.json": write_jsonl,
-    "rows.json.gz": write_gzip(write_json_array),
     "rows.csv": write_csv,
-    "rows.csv.gz": write_gzip(write_csv),
     "rows.parquet": write_parquet,
 }
+ODD = ("zero\x00byte", "\u2028line\u2029", "e\u0301", "é", "👩\u200d👩", "\u00a0nbsp\u00a0", "\ufeffbom", "tab\tcr\r")
+LONG = "longer than the csv module allows " * 5000
 
 
 class TestFormats:
     @pytest.mark.parametrize("name", FORMATS)
     def test_every_format_reads_to_the_same_table(self, tmp_path: Path, name: str) -> None:
-        rows = [r | {"annotator": "ignored"} for r in many_rows(30)]
+        rows = [row(prompt, response, annotator="ignored") for prompt in ODD for response in (*ODD, LONG)]
         FORMATS[name](tmp_path / name, rows)
         table, report = read(tmp_path / name)
-        expected, _ = rows_to_ratings({"train": rows}, validation_share=0.2)
         assert table.schema == RATINGS_SCHEMA
-        assert table.drop_columns("file") == expected.drop_columns("file")
-        assert set(table["file"].to_pylist()) == {name}
-        assert report["files"] == [{"file": name, "split": None, "rows": 90}]
+        for column in COLUMNS:
+            assert table[column].to_pylist() == [r[column] for r in rows]
+        assert table["prompt_id"].to_pylist() == [prompt_id(r["prompt"]) for r in rows]
+        assert table["response_id"].to_pylist() == [response_id(r["prompt"], r["response"]) for r in rows]
+        assert len(set(table["response_id"].to_pylist())) == len(rows)
+        assert report["files"] == [{"file": name, "split": None, "rows": len(rows)}]
 
     def test_the_hub_repository_of_helpsteer(self, tmp_path: Path) -> None:
-        write_gzip(write_jsonl)(tmp_path / "train.jsonl.gz", many_rows(20))
-        write_gzip(write_jsonl)(tmp_path / "validation.jsonl.gz", many_rows(4, tag="held out "))
+        write_gzip(tmp_path / "train.jsonl.gz", many_rows(20))
+        write_gzip(tmp_path / "validation.jsonl.gz", many_rows(4, tag="held out "))
         (tmp_path / "README.md").write_text("# HelpSteer")
         (tmp_path / ".gitattributes").write_text("*.gz filter=lfs")
         table, report = read(tmp_path)
@@ -132,7 +129,6 @@ class TestFormats:
         for shard in (2, 0, 1):
             write_parquet(tmp_path / f"data/train-0000{shard}-of-00003.parquet", rows[6 * shard : 6 * shard + 6])
         write_parquet(tmp_path / "data/validation-00000-of-00001-0123456789abcdef.parquet", many_rows(2, tag="other "))
-        write_jsonl(tmp_path / "preference/train.jsonl", rows)
         table, _ = read(tmp_path)
         assert table["response"].to_pylist()[:18] == [r["response"] for r in rows]
         assert table["file"].to_pylist()[::6] == [
@@ -141,13 +137,6 @@ class TestFormats:
             "data/train-00002-of-00003.parquet",
             "data/validation-00000-of-00001-0123456789abcdef.parquet",
         ]
-
-    def test_blank_lines_count_as_lines_and_are_no_rows(self, tmp_path: Path) -> None:
-        path = tmp_path / "rows.jsonl"
-        path.write_text("\n" + json.dumps(row("a")) + "\n  \n" + json.dumps(row("b")), encoding="utf-8")
-        table, report = read(path, validation_share=1e-9)
-        assert table["row"].to_pylist() == [2, 4]
-        assert report["files"][0]["rows"] == 2
 
     def test_integers_may_be_spelled_as_floats_and_in_csv_as_text(self, tmp_path: Path) -> None:
         write_jsonl(tmp_path / "rows.jsonl", [row("a", "b", 0, 1.0, 2, 3.0, 4)])
@@ -158,36 +147,6 @@ class TestFormats:
             table, _ = read(tmp_path / name, validation_share=1e-9)
             assert [table[attribute][0].as_py() for attribute in ATTRIBUTES] == [0, 1, 2, 3, 4]
 
-    def test_a_field_larger_than_the_csv_modules_limit_is_read(self, tmp_path: Path) -> None:
-        write_csv(tmp_path / "rows.csv", [row("a", "long " * 100_000)])
-        table, _ = read(tmp_path / "rows.csv", validation_share=1e-9)
-        assert len(table["response"][0].as_py()) == 500_000
-        assert csv.field_size_limit() == 131072
-
-
-class TestUnicode:
-    ODD = (
-        "zero\x00byte",
-        "\u2028line\u2029",
-        "e\u0301",
-        "é",
-        "👩\u200d👩",
-        "\u00a0nbsp\u00a0",
-        "\ufeffbom",
-        "tab\tcr\r",
-    )
-
-    @pytest.mark.parametrize("name", [name for name in FORMATS if not name.endswith(".gz")])
-    def test_odd_text_survives_every_format(self, tmp_path: Path, name: str) -> None:
-        rows = [row(prompt, response) for prompt in self.ODD for response in self.ODD]
-        FORMATS[name](tmp_path / name, rows)
-        table, _ = read(tmp_path / name)
-        assert table["prompt"].to_pylist() == [r["prompt"] for r in rows]
-        assert table["response"].to_pylist() == [r["response"] for r in rows]
-        assert table["prompt_id"].to_pylist() == [prompt_id(r["prompt"]) for r in rows]
-        assert table["response_id"].to_pylist() == [response_id(r["prompt"], r["response"]) for r in rows]
-        assert len(set(table["response_id"].to_pylist())) == len(rows)
-
     def test_a_byte_order_mark_is_no_part_of_the_data(self, tmp_path: Path) -> None:
         for name in ("rows.jsonl", "rows.json", "rows.csv"):
             FORMATS[name](tmp_path / name, [row("a")])
@@ -197,9 +156,10 @@ class TestUnicode:
 
 
 class TestSplits:
-    def test_a_hash_of_the_prompt_alone_splits_a_single_source(self) -> None:
+    def test_a_hash_of_the_prompt_alone_splits_a_single_source(self, tmp_path: Path) -> None:
         rows = many_rows(200)
-        whole, report = rows_to_ratings({"train": rows}, validation_share=0.2)
+        write_jsonl(tmp_path / "train.jsonl", rows)
+        whole, report = read(tmp_path)
         part, _ = rows_to_ratings({"train": rows[::-1][:99]}, validation_share=0.2)
         split_of = dict(zip(whole["prompt_id"].to_pylist(), whole["split"].to_pylist(), strict=True))
         assert report["validation_by_hash"]
@@ -214,14 +174,6 @@ class TestSplits:
 
         assert validation(0.1) < validation(0.3) < validation(0.8)
 
-    def test_a_folder_without_validation_files_is_split_by_the_same_hash(self, tmp_path: Path) -> None:
-        write_jsonl(tmp_path / "train.jsonl", many_rows(50))
-        folder, report = read(tmp_path)
-        file, _ = read(tmp_path / "train.jsonl")
-        assert report["validation_by_hash"]
-        assert folder == file
-        assert {*folder["split"].to_pylist()} == {"train", "validation"}
-
     def test_validation_prompts_that_stand_in_train_are_removed_and_counted(self) -> None:
         rows = {"train": many_rows(10, 2), "validation": [*many_rows(3, 4), *many_rows(2, 2, tag="new ")]}
         table, report = rows_to_ratings(rows)
@@ -234,8 +186,7 @@ class TestSplits:
         table, report = rows_to_ratings(rows, max_train_prompts=7, max_validation_prompts=5)
         for split, kept in (("train", 7), ("validation", 5)):
             every = sorted({prompt_id(r["prompt"]) for r in rows[split]})
-            found = {r["prompt_id"] for r in table.to_pylist() if r["split"] == split}
-            assert found == set(every[:kept])
+            assert {r["prompt_id"] for r in table.to_pylist() if r["split"] == split} == set(every[:kept])
             assert report["limits"][split] == {
                 "max_prompts": kept,
                 "rows": 3 * (len(every) - kept),
@@ -255,21 +206,19 @@ class TestSplits:
 
 BAD_ROWS = [
     (row(prompt=None), "prompt is null"),
-    (row(helpfulness=5), "helpfulness is 5, not an integer 0 to 4"),
     (row(coherence=2.5), "coherence is 2.5, not an integer 0 to 4"),
     (row(coherence=10**400), "coherence is 1000"),
     (row(complexity="3"), "complexity is the text '3', not an integer 0 to 4"),
     (row(complexity=True), "complexity is True, not an integer 0 to 4"),
     (row(response=" \n\u3000"), "response is empty"),
     (row(prompt=[{"role": "user", "content": "hi"}]), "prompt is [{'role': 'user', 'content': 'hi'}], not text"),
-    (row(response="\ud800"), "response holds half a surrogate pair"),
+    (row(response="\ud800"), "response is not valid UTF-8"),
     (row(prompt="", verbosity=9), "prompt is empty; verbosity is 9, not an integer 0 to 4"),
-    ({k: v for k, v in row().items() if k != "coherence"}, "column coherence is missing"),
+    ({"prompt": "a"}, "column response, helpfulness, correctness, coherence, complexity, verbosity is missing"),
 ]
-
 BAD_LINES = [
-    (b'{"prompt": "a", ', "not valid JSON: Expecting property name enclosed in double quotes at character 16"),
-    (b'{"prompt": "\xff"}', "not valid UTF-8 at byte 13"),
+    (b'{"prompt": "a", ', "not valid JSON"),
+    (b'{"prompt": "\xff"}', "not valid UTF-8"),
     (b"[1, 2]", "a JSON array, not an object"),
     (b"[" * 100_000, "JSON nested too deeply"),
     (b"1" * 5000, "limit"),
@@ -277,26 +226,20 @@ BAD_LINES = [
 
 
 class TestBadRows:
-    @pytest.mark.parametrize(("bad", "reason"), BAD_ROWS, ids=[reason[:30] for _, reason in BAD_ROWS])
-    def test_a_bad_row_stops_with_its_file_row_and_reason(self, tmp_path: Path, bad: Row, reason: str) -> None:
-        write_jsonl(tmp_path / "train.jsonl", [row("a"), bad, row("b")])
-        with pytest.raises(HelpsteerError) as caught:
-            read(tmp_path)
-        assert f"{tmp_path}: 1 of 3 rows are bad:\n  train.jsonl, row 2: {reason}" in str(caught.value)
-        assert "`data.on_bad_rows: drop`" in str(caught.value)
-        with pytest.raises(HelpsteerError, match="embedded, row 2: "):
-            rows_to_ratings({"train": [row("a"), bad, row("b")]})
-
-    @pytest.mark.parametrize(("line", "reason"), BAD_LINES, ids=[reason[:30] for _, reason in BAD_LINES])
-    def test_an_undecodable_line_is_a_bad_row(self, tmp_path: Path, line: bytes, reason: str) -> None:
+    @pytest.mark.parametrize(
+        ("line", "reason"), [*((json.dumps(bad).encode(), reason) for bad, reason in BAD_ROWS), *BAD_LINES]
+    )
+    def test_a_bad_row_stops_with_its_file_row_and_reason_or_is_dropped(
+        self, tmp_path: Path, line: bytes, reason: str
+    ) -> None:
         path = tmp_path / "rows.jsonl"
-        path.write_bytes(b"\n".join([json.dumps(row("a")).encode(), line, json.dumps(row("b")).encode()]))
-        with pytest.raises(HelpsteerError) as caught:
+        path.write_bytes(b"\n".join([json.dumps(row("a")).encode(), line, b"", json.dumps(row("b")).encode()]))
+        with pytest.raises(HelpsteerError, match=r"data.on_bad_rows: drop") as caught:
             read(path)
-        assert "rows.jsonl, row 2: " in str(caught.value)
-        assert reason in str(caught.value)
+        said = str(caught.value)
+        assert f"{path}: 1 of 3 rows are bad:\n  rows.jsonl, row 2: " in said and reason in said
         table, report = read(path, on_bad_rows="drop", validation_share=1e-9)
-        assert table["row"].to_pylist() == [1, 3]
+        assert table["row"].to_pylist() == [1, 4], "a blank line is a line and no row"
         assert report["bad_rows"]["count"] == 1
 
     def test_ten_are_listed_with_the_total_and_drop_drops_and_counts_them(self, tmp_path: Path) -> None:
@@ -306,114 +249,58 @@ class TestBadRows:
         with pytest.raises(HelpsteerError) as caught:
             read(tmp_path)
         lines = str(caught.value).splitlines()
-        assert lines[0] == f"the ratings in {tmp_path}: 26 of 52 rows are bad:"
-        assert lines[1:11] == [
-            f"  train.jsonl, row {number}: verbosity is 7, not an integer 0 to 4" for number in range(2, 21, 2)
-        ]
+        assert "26 of 52 rows are bad" in lines[0]
+        assert [line.split(":")[0] for line in lines[1:11]] == [f"  train.jsonl, row {n}" for n in range(2, 21, 2)]
         assert lines[11] == "  ... and 16 more"
         table, report = read(tmp_path, on_bad_rows="drop")
         assert (report["bad_rows"]["count"], len(report["bad_rows"]["first"])) == (26, 10)
         assert report["splits"] == {"train": {"rows": 25, "prompts": 25}, "validation": {"rows": 1, "prompts": 1}}
         assert table["row"].to_pylist() == [*range(1, 51, 2), 2]
 
-    def test_csv_rows(self, tmp_path: Path) -> None:
-        path = tmp_path / "rows.csv"
+    def test_bad_rows_of_csv_and_parquet(self, tmp_path: Path) -> None:
         header = ",".join(COLUMNS).encode()
-        path.write_bytes(header + b"\na,b,1,1,1,1,1\n\na,b,1,1,1,1\na,b,1,,1,1,1\na,b,1,two,1,1,1_0\n,\xff,1,1,1,1,1\n")
-        with pytest.raises(HelpsteerError) as caught:
-            read(path)
-        assert str(caught.value).splitlines()[1:-1] == [
-            "  rows.csv, row 2: it has 6 fields, the header names 7",
-            "  rows.csv, row 3: correctness is null",
-            "  rows.csv, row 4: correctness is the text 'two', not an integer 0 to 4; "
-            "verbosity is the text '1_0', not an integer 0 to 4",
-            "  rows.csv, row 5: prompt is empty; response is not valid UTF-8",
-        ]
-
-    def test_parquet_rows(self, tmp_path: Path) -> None:
-        table = pa.Table.from_pylist([row("a"), row(verbosity=None), row(helpfulness=9), row("b", "bad")])
+        content = header + b"\n\na,b,1,1,1,1\na,b,1,,1,1,1\na,b,1,two,1,1,1_0\n,\xff,1,1,1,1,1\n"
+        (tmp_path / "rows.csv").write_bytes(content)
+        table = pa.Table.from_pylist([row(verbosity=None), row(helpfulness=9), row("b", "bad")])
         broken = pa.StringArray.from_buffers(
-            4, pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0\3\0\0\0\4\0\0\0"), pa.py_buffer(b"xyz\xff")
+            3, pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0\3\0\0\0"), pa.py_buffer(b"xy\xff")
         )
         table = table.set_column(table.schema.get_field_index("response"), "response", broken)
         pq.write_table(table, tmp_path / "rows.parquet")
-        with pytest.raises(HelpsteerError) as caught:
-            read(tmp_path / "rows.parquet")
-        assert str(caught.value).splitlines()[1:-1] == [
-            "  rows.parquet, row 2: verbosity is null",
-            "  rows.parquet, row 3: helpfulness is 9, not an integer 0 to 4",
-            "  rows.parquet, row 4: response is not valid UTF-8",
-        ]
+        reasons = {
+            "rows.csv": ["6 fields", "correctness is null", "'two'.*'1_0'", "prompt is empty; response is not valid"],
+            "rows.parquet": ["verbosity is null", "helpfulness is 9", "response is not valid UTF-8"],
+        }
+        for name, expected in reasons.items():
+            with pytest.raises(HelpsteerError) as caught:
+                read(tmp_path / name)
+            lines = str(caught.value).splitlines()[1:-1]
+            for number, (line, reason) in enumerate(zip(lines, expected, strict=True), 1):
+                assert re.search(f"{name}, row {number}: .*{reason}", line)
 
     def test_nothing_good_is_an_error_even_where_bad_rows_are_dropped(self, tmp_path: Path) -> None:
         write_jsonl(tmp_path / "train.jsonl", [row(""), row("")])
-        with pytest.raises(
-            HelpsteerError, match=r"not one of the 2 rows is good:\n  train.jsonl, row 1: prompt is empty"
-        ):
-            read(tmp_path, on_bad_rows="drop")
-        write_jsonl(tmp_path / "validation.jsonl", [row("a")])
-        with pytest.raises(HelpsteerError, match="no train rows are left of 3, 2 of them bad"):
+        with pytest.raises(HelpsteerError, match=r"no train rows are left of 2, 2 of them bad:\n  .* prompt is empty"):
             read(tmp_path, on_bad_rows="drop")
 
-
-def without(column: str) -> list[Row]:
-    return [{k: v for k, v in r.items() if k != column} for r in many_rows(2)]
-
-
-TEXTS = {"a": True, "über\n": True, "": False, " \t": False, "\u3000": False, "\udc80": False, "\ud83d\ude00": False}
-RATINGS = [(value, True) for value in (0, 4, 3.0, Decimal("2.0"))] + [
-    (value, False) for value in (-1, 5, 2.5, float("nan"), 10**400, True, False, None, "3", [3], Decimal("0.5"))
-]
-judged_texts = st.sampled_from([*TEXTS.items(), (None, False), (7, False), (b"bytes", False), (["a"], False)])
-judged_ratings = st.one_of(st.just((1, True)), st.sampled_from(RATINGS))
-judged_rows = st.tuples(judged_texts, judged_texts, *(judged_ratings for _ in ATTRIBUTES))
-
-
-class TestBatches:
-    @settings(max_examples=25, deadline=None)
-    @given(judged=st.lists(st.one_of(st.just((("a", True), ("b", True), *[(1, True)] * 5)), judged_rows), max_size=9))
-    @pytest.mark.parametrize("size", [1, 3])
-    def test_rows_are_judged_alike_alone_and_among_others(self, size: int, judged: list[Any]) -> None:
-        judged = [*judged, (("known", True), ("good", True), *[(2, True)] * 5)]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ratings_module, "BATCH_ROWS", size)
-            table, report = rows_to_ratings(
-                {"train": [row(*(value for value, _ in values)) for values in judged], "validation": [row("v")]},
-                on_bad_rows="drop",
-            )
-        good = [number for number, values in enumerate(judged, 1) if all(is_good for _, is_good in values)]
-        assert table["row"].to_pylist() == [*good, 1]
-        assert report["bad_rows"]["count"] == len(judged) - len(good)
-        for found in table.to_pylist()[:-1]:
-            values = [value for value, _ in judged[found["row"] - 1]]
-            assert [found[column] for column in COLUMNS] == values
-
-    @pytest.mark.parametrize("size", [1, 7, 100])
-    def test_the_result_does_not_depend_on_their_size(self, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    def test_the_result_does_not_depend_on_how_many_rows_are_read_at_a_time(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         rows = many_rows(20)
         rows[11]["verbosity"] = rows[30]["verbosity"] = 9
         del rows[40]["prompt"]
         given: dict[str, Any] = {"on_bad_rows": "drop", "validation_share": 0.3, "max_train_prompts": 9}
         expected = rows_to_ratings({"train": rows}, **given)
-        monkeypatch.setattr(ratings_module, "BATCH_ROWS", size)
-        monkeypatch.setattr(tables, "ROW_GROUP_ROWS", size)
+        monkeypatch.setattr(ratings_module, "BATCH_ROWS", 7)
+        monkeypatch.setattr(tables, "ROW_GROUP_ROWS", 7)
         assert rows_to_ratings({"train": rows}, **given) == expected
-
-    def test_a_column_missing_in_some_batches_only_is_bad_rows(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(ratings_module, "BATCH_ROWS", 2)
-        rows = {"train": [*without("verbosity"), row("a")], "validation": [row("v")]}
-        assert rows_to_ratings(rows, on_bad_rows="drop")[1]["bad_rows"]["count"] == 6
-        with pytest.raises(HelpsteerError, match=r"embedded has no column verbosity"):
-            rows_to_ratings({"train": without("verbosity")}, on_bad_rows="drop")
 
 
 class TestFiles:
-    @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json.gz", "rows.csv", "rows.parquet"])
+    @pytest.mark.parametrize("name", ["rows.csv", "rows.parquet"])
     def test_a_column_missing_in_the_whole_file_is_named(self, tmp_path: Path, name: str) -> None:
-        FORMATS[name](tmp_path / name, without("verbosity"))
-        with pytest.raises(
-            HelpsteerError, match=rf"{name} has no column verbosity. It has: coherence, .*response. Needed"
-        ):
+        FORMATS[name](tmp_path / name, [{k: v for k, v in r.items() if k != "verbosity"} for r in many_rows(2)])
+        with pytest.raises(HelpsteerError, match=rf"{name} has no column verbosity. It has: coherence, .*response"):
             read(tmp_path / name, on_bad_rows="drop")
 
     @pytest.mark.parametrize(
@@ -422,12 +309,10 @@ class TestFiles:
             ("rows.jsonl", b"", "rows.jsonl is empty: it has 0 bytes"),
             ("rows.jsonl.gz", gzip.compress(b"", mtime=0), "rows.jsonl.gz is empty: it holds no rows"),
             ("rows.csv", ",".join(COLUMNS).encode(), "rows.csv is empty: it holds no rows"),
-            ("rows.csv", b"prompt;response\n", "It has: prompt;response. Needed are prompt, response, helpfulness"),
             ("rows.jsonl.gz", b'{"prompt": 1}\n', "rows.jsonl.gz is not gzip, though its name says so"),
             ("rows.jsonl.gz", gzip.compress(b"x" * 9999, mtime=0)[:-9], "rows.jsonl.gz is damaged gzip"),
             ("rows.parquet", b"PAR1 damaged PAR1", "rows.parquet is no readable parquet file"),
             ("rows.json", b'[{"prompt":\n 1},', "rows.json is not valid JSON: .* at line 2, character 5. Mend it"),
-            ("rows.json", b'["\xff"]', "rows.json is not valid UTF-8 at byte 3"),
             ("rows.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer.*git lfs pull"),
             ("rows.txt", b"prompt", "rows.txt is of no known format. Known are .jsonl, .json, .csv, .parquet"),
         ],
@@ -437,36 +322,18 @@ class TestFiles:
         with pytest.raises(HelpsteerError, match=message):
             read(tmp_path / name, on_bad_rows="drop")
 
-    def test_a_quote_left_open_does_not_swallow_the_rest_of_a_csv(self, tmp_path: Path) -> None:
-        write_csv(tmp_path / "rows.csv", many_rows(20))
-        content = (tmp_path / "rows.csv").read_text(encoding="utf-8")
-        (tmp_path / "rows.csv").write_text(content.replace('\n"prompt 10', '\n""prompt 10', 1), encoding="utf-8")
-        with pytest.raises(HelpsteerError, match=r"rows.csv is not valid CSV near line \d+"):
-            read(tmp_path / "rows.csv", on_bad_rows="drop")
-
-    def test_a_path_that_does_not_exist(self, tmp_path: Path) -> None:
-        with pytest.raises(HelpsteerError, match=r"data.source: .*/nowhere does not exist"):
-            read(tmp_path / "nowhere")
-
-    def test_a_folder_without_a_train_file(self, tmp_path: Path) -> None:
-        write_jsonl(tmp_path / "validation.jsonl", [row()])
-        write_jsonl(tmp_path / "training.jsonl", [row()])
-        with pytest.raises(
-            HelpsteerError, match=r"holds no train file.*found training.jsonl, validation.jsonl. Rename"
-        ):
-            read(tmp_path)
-
-    @pytest.mark.parametrize("second", ["train.jsonl.gz", "data/train.jsonl", "train-00000-of-00001.jsonl"])
-    def test_two_sets_of_files_for_one_split(self, tmp_path: Path, second: str) -> None:
-        write_jsonl(tmp_path / "train.jsonl", [row()])
-        write_jsonl(tmp_path / second, [row()])
-        with pytest.raises(HelpsteerError, match=r"more than one set of train files") as caught:
-            read(tmp_path)
-        assert "train.jsonl" in str(caught.value)
-        assert second in str(caught.value)
-
-    def test_a_missing_shard(self, tmp_path: Path) -> None:
-        write_jsonl(tmp_path / "train-00001-of-00003.jsonl", [row()])
-        write_jsonl(tmp_path / "train-00002-of-00003.jsonl", [row()])
-        with pytest.raises(HelpsteerError, match=r"holds 2 train shards .* and their names say there are 3"):
-            read(tmp_path)
+    @pytest.mark.parametrize(
+        ("names", "message"),
+        [
+            ([], r"data.source: .* does not exist"),
+            (["training.jsonl", "validation.jsonl"], "holds no train file.*found training.jsonl, validation.jsonl"),
+            (["train.jsonl", "train.jsonl.gz"], "more than one set of train files"),
+            (["train.jsonl", "train-00000-of-00001.jsonl"], "more than one set of train files"),
+            (["train-00001-of-00003.jsonl", "train-00002-of-00003.jsonl"], "holds 2 train shards .* there are 3"),
+        ],
+    )
+    def test_a_folder_that_is_no_source(self, tmp_path: Path, names: list[str], message: str) -> None:
+        for name in names:
+            write_jsonl(tmp_path / "source" / name, [row()])
+        with pytest.raises(HelpsteerError, match=message):
+            read(tmp_path / "source")
