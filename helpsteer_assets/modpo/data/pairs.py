@@ -183,8 +183,10 @@ def _rated_columns(side: str) -> str:
     return ", ".join(f"{side}.{name} AS {side}_{name}" for name in RATED)
 
 
-def count_pairs(ratings: Source, selection_share: float) -> dict[str, dict[str, int]]:
-    """For each attribute of RATED: how many pairs `build_pairs` makes in each of SPLITS, and how many are `tied`.
+def count_pairs(
+    ratings: Source, selection_share: float, attributes: Iterable[str] = RATED
+) -> dict[str, dict[str, int]]:
+    """For each attribute: how many pairs `build_pairs` makes in each of SPLITS, and how many are `tied`.
 
     Tied are different responses to one prompt of one split with equal ratings, counted as two rows: no pair.
     """
@@ -192,7 +194,7 @@ def count_pairs(ratings: Source, selection_share: float) -> dict[str, dict[str, 
         f"count(DISTINCT one.response_id || two.response_id) FILTER (one.{name} > two.{name}) AS {name}, "
         f"coalesce(sum(one.rows * two.rows) FILTER (one.{name} = two.{name} AND one.response_id < two.response_id), 0)"
         f"::BIGINT AS {name}_tied"
-        for name in RATED
+        for name in attributes
     )
     by_part = query(
         f"""
@@ -207,7 +209,7 @@ def count_pairs(ratings: Source, selection_share: float) -> dict[str, dict[str, 
         name: dict.fromkeys(SPLITS, 0)
         | {row["part"]: row[name] for row in by_part}
         | {"tied": sum(row[f"{name}_tied"] for row in by_part)}
-        for name in RATED
+        for name in attributes
     }
 
 
@@ -230,57 +232,44 @@ def describe_pairs(pairs: Source, ratings: Source, attribute: str, other: str) -
         chosen_words, rejected_words: mean number of words (separated by white space);
         chosen_longer: share of pairs in which the chosen response has more words.
     """
-    rated = query(
+    (compared,) = query(
         f"""
-        WITH rated AS (
-            SELECT split, prompt_id, response_id, {attribute}, count(*) AS n
-            FROM (SELECT *, {_OVERALL_SQL} AS {OVERALL} FROM ratings) GROUP BY ALL
-        ), alike AS (
-            -- Of all couples of rows rated alike, those of two different responses.
-            SELECT (sum(n) * sum(n) - sum(n * n)) // 2 AS ties FROM rated GROUP BY split, prompt_id, {attribute}
-        )
-        SELECT sum(ties)::BIGINT AS ties,
-            (SELECT count(*) - count(DISTINCT (split, response_id)) FROM ratings) AS duplicates
-        FROM alike
+        SELECT count(*) AS count,
+            count(*) FILTER (chosen_{other} > rejected_{other}) AS agrees,
+            count(*) FILTER (chosen_{other} < rejected_{other}) AS opposes,
+            count(*) FILTER (chosen_{other} = rejected_{other}) AS ties,
+            avg(chosen.words) AS chosen_words, avg(rejected.words) AS rejected_words,
+            count(*) FILTER (chosen.words > rejected.words) AS chosen_longer
+        FROM pairs
+            JOIN words AS chosen ON chosen.response_id = chosen_id
+            JOIN words AS rejected ON rejected.response_id = rejected_id
         """,
-        ratings=ratings,
-    ).to_pylist()[0]
-    with database(pairs=pairs, words=_count_words(ratings)) as connection:
-        splits = connection.sql(
-            "SELECT split, count(*), count(DISTINCT prompt_id) FROM pairs GROUP BY split"
-        ).fetchall()
-        (compared,) = (
-            stream(
-                connection,
-                f"""
-                SELECT count(*) AS count,
-                    count(*) FILTER (chosen_{other} > rejected_{other}) AS agrees,
-                    count(*) FILTER (chosen_{other} < rejected_{other}) AS opposes,
-                    count(*) FILTER (chosen_{other} = rejected_{other}) AS ties,
-                    sum(chosen.words) AS chosen_words, sum(rejected.words) AS rejected_words,
-                    count(*) FILTER (chosen.words > rejected.words) AS chosen_longer
-                FROM pairs
-                    JOIN words AS chosen ON chosen.response_id = chosen_id
-                    JOIN words AS rejected ON rejected.response_id = rejected_id
-                """,
-            )
-            .read_all()
-            .to_pylist()
+        pairs=pairs,
+        words=_count_words(ratings),
+    ).to_pylist()
+    by_split = query(
+        "SELECT split, count(*) AS pairs, count(DISTINCT prompt_id) AS prompts FROM pairs GROUP BY split", pairs=pairs
+    ).to_pylist()
+    by_rating = {
+        side: query(
+            f"SELECT {side}_{attribute} AS rating, count(*) AS n FROM pairs GROUP BY ALL ORDER BY ALL", pairs=pairs
         )
-        rated_so = {
-            side: connection.sql(f"SELECT {side}_{attribute}, count(*) FROM pairs GROUP BY ALL ORDER BY ALL").fetchall()
-            for side in ("chosen", "rejected")
-        }
+        for side in ("chosen", "rejected")
+    }
+    repeated = query("SELECT count(*) - count(DISTINCT (split, response_id)) AS n FROM ratings", ratings=ratings)
     count = compared["count"]
     return {
-        "pairs": dict.fromkeys(SPLITS, 0) | {split: number for split, number, _ in splits},
-        "prompts": dict.fromkeys(SPLITS, 0) | {split: number for split, _, number in splits},
-        "ties": rated["ties"],
-        "duplicate_responses": rated["duplicates"],
+        "pairs": dict.fromkeys(SPLITS, 0) | {row["split"]: row["pairs"] for row in by_split},
+        "prompts": dict.fromkeys(SPLITS, 0) | {row["split"]: row["prompts"] for row in by_split},
+        "ties": count_pairs(ratings, 0, [attribute])[attribute]["tied"],
+        "duplicate_responses": repeated["n"][0].as_py(),
         "other": {"attribute": other} | {how: compared[how] / count for how in ("agrees", "opposes", "ties")},
-        **{f"{side}_ratings": {str(rating): number for rating, number in rows} for side, rows in rated_so.items()},
-        "chosen_words": int(compared["chosen_words"]) / count,
-        "rejected_words": int(compared["rejected_words"]) / count,
+        **{
+            f"{side}_ratings": {str(row["rating"]): row["n"] for row in rows.to_pylist()}
+            for side, rows in by_rating.items()
+        },
+        "chosen_words": compared["chosen_words"],
+        "rejected_words": compared["rejected_words"],
         "chosen_longer": compared["chosen_longer"] / count,
     }
 

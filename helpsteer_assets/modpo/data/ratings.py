@@ -104,8 +104,9 @@ def read_ratings(
 
     Raises HelpsteerError where nothing is found, a file is damaged or lacks a column, or rows are bad.
     """
+    files = _find_files(path)
     root = path if path.is_dir() else path.parent
-    sources = [(split, source.relative_to(root).as_posix(), _records(source)) for split, source in _find_files(path)]
+    sources = [(split, source.relative_to(root).as_posix(), _records(source)) for split, source in files]
     return _validated(
         sources,
         f"the ratings in {path}",

@@ -28,13 +28,13 @@ class TestQuery:
         file = tmp_path / name
         file.parent.mkdir(exist_ok=True)
         pq.write_table(pa.table({"n": [1, 2, 3]}), file)
-        found = query(
+        joined = query(
             "SELECT * FROM numbers JOIN words USING (n) WHERE n > $least ORDER BY n",
             {"least": 1},
             numbers=file,
             words=pa.table({"n": [3, 2, 1], "word": ["three", "two", "one"]}),
         )
-        assert found.to_pylist() == [{"n": 2, "word": "two"}, {"n": 3, "word": "three"}]
+        assert joined.to_pylist() == [{"n": 2, "word": "two"}, {"n": 3, "word": "three"}]
 
     def test_draws_no_bar_in_a_step_or_a_session(self) -> None:
         program = (
