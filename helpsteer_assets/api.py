@@ -35,7 +35,7 @@ class Policy:
     """Its weight as the grid spells it; None for the SFT model."""
     experiment: Experiment
     fingerprint: str
-    """Of the artifact that holds it: `fingerprint` in the table `materializations`."""
+    """The fingerprint of the artifact that holds it, as in the table `materializations`."""
     model: "PreTrainedModel"
     """The SFT model with the weight's adapter merged into it, as it answered the evaluation prompts."""
     tokenizer: "PreTrainedTokenizerBase"

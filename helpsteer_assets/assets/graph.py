@@ -105,7 +105,7 @@ def _settings_of(stage: Stage, flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def _roots(experiment: Experiment, digest_cache: Path | None) -> dict[str, str]:
-    """What stands for a source in fingerprints: its pinned revision, or a digest of its content wherever it lies."""
+    """The name of a source in fingerprints: its pinned revision, or a digest of its content wherever it lies."""
     roots = {}
     for section, (key, source, revision) in experiment.hub_references().items():
         if is_hub_id(source):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class LoadedModels:
-    """What one process keeps loaded from stage to stage: one model, and one vLLM engine where such generates."""
+    """The models that one process keeps loaded from stage to stage: one model, and one vLLM engine if it generates."""
 
     def __init__(self) -> None:
         self._model: tuple[tuple[object, ...], PreTrainedModel] | None = None

@@ -1,4 +1,4 @@
-"""What a stage's function works with: the experiment, a folder for its results, and the SFT model."""
+"""The tools of a stage's function: the experiment, a folder for its results, and the SFT model."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,11 +29,11 @@ class StageRun:
     """The weight, or `ALL`."""
     fingerprint: str
     folder: Path
-    """Where the results go. What is in its `checkpoints` survives a killed attempt; nothing else does."""
+    """Where the results go. Its `checkpoints` survive a killed attempt; nothing else does."""
     progress: ProgressReporter
     log: Callable[[str], None]
     models: LoadedModels
-    """What earlier stages of this process loaded."""
+    """Models that earlier stages of this process loaded."""
 
     def write(self, table: pa.Table, name: str) -> None:
         """Write a result table as Parquet."""
@@ -41,7 +41,7 @@ class StageRun:
 
     @property
     def compute(self) -> Compute:
-        """What it runs on."""
+        """Device, threads and processes."""
         return self.experiment.run.plain(Compute)
 
     @property

@@ -17,10 +17,10 @@ from helpsteer_assets.experiment.settings import Experiment
 from helpsteer_assets.store.artifacts import Artifact
 
 Metrics = dict[str, Any]
-"""What a stage measured, JSON-able; kept in the artifact's manifest."""
+"""Measurements of a stage, JSON-able; kept in the artifact's manifest."""
 
 Inputs = Mapping[str, Artifact | Mapping[str, Artifact]]
-"""What a stage reads: the artifact by asset, or the artifacts by weight."""
+"""The inputs of a stage: the artifact by asset, or the artifacts by weight."""
 
 Settings = Sequence[str] | Callable[[Experiment], Sequence[str]]
 """Dotted keys of the experiment (a section stands for all of its keys), or a function that picks them."""

@@ -1,4 +1,4 @@
-"""What is there, what is missing, and what is out of date because of which setting.
+"""The state of each asset: there, missing, or out of date, and because of which setting.
 
 Dagster cannot say this: its staleness is not transitive, does not see deleted files, and never shows a partitioned
 asset as out of date. Here the present fingerprints are compared with the store and with each asset's latest
@@ -101,7 +101,7 @@ def partial_progress(checkpoints: Path) -> str:
 def _why(
     fingerprint: Fingerprint, then: str, present: dict[tuple[str, str], Fingerprint], store: ArtifactStore
 ) -> dict[str, list[str]]:
-    """What differs between an earlier fingerprint and the present one: reasons by the asset where they began."""
+    """Differences between an earlier fingerprint and the present one: reasons by the asset where they began."""
     asset = fingerprint.asset
     if then == fingerprint.value:
         return {asset: ["its artifact is gone from the disk, or damaged"]}

@@ -103,7 +103,7 @@ def policy_kl(kl_to_sft: Artifact) -> dict[str, float]:
 
 
 def read_measures(summary: Artifact) -> list[PolicyScores]:
-    """What `score_summary` measured: the SFT model first, then the weights, ascending."""
+    """The measures of `score_summary`: the SFT model first, then the weights, ascending."""
     table = summary.table(MEASURES)
     names = [name for name in table.column_names if name not in ("policy", "w", "prompt_id")]
     policies: dict[tuple[str, str | None], list[int]] = {}
@@ -130,7 +130,7 @@ def _reported(experiment: Experiment) -> tuple[str, ...]:
 
 @stage(group="evaluation", kinds={"python"}, settings=_compared)
 def tradeoff(run: StageRun, score_summary: Artifact) -> Metrics:
-    """What is gained and lost as w moves: the Pareto front, how sure it is, what differs from SFT, and the plots."""
+    """Gains and losses as w moves: the Pareto front and how sure it is, differences to SFT, and the plots."""
     from helpsteer_assets.modpo.comparison.plots import png_bytes, svg_bytes
 
     policies = read_measures(score_summary)
@@ -143,7 +143,7 @@ def tradeoff(run: StageRun, score_summary: Artifact) -> Metrics:
 
 
 def tradeoff_settings(experiment: Experiment) -> TradeoffSettings:
-    """What a comparison of the experiment's policies depends on."""
+    """The settings that a comparison of the experiment's policies depends on."""
     generation = experiment.generation
     return TradeoffSettings(
         preference=experiment.data.preference_attribute,

@@ -219,7 +219,7 @@ def margin_adapter_quality(
     reference_log_probs: Artifact,
     margin_adapter: Artifact,
 ) -> Metrics:
-    """What the margin adapter's reward measures on validation pairs: the attribute, or only the length."""
+    """Tells by validation pairs whether the margin adapter measures the attribute, or only the length."""
     experiment = run.experiment
     pairs = margin_pairs.file("pairs.parquet")
     attribute = experiment.data.margin_attribute

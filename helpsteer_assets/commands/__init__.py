@@ -1,1 +1,1 @@
-"""What the commands of `helpsteer` do."""
+"""The commands of `helpsteer`."""

@@ -1,6 +1,6 @@
 """The report of `helpsteer check`: does this experiment fit its source, its model and this machine?
 
-The source is read and paired as the assets do it. Of the model only its configuration and its tokenizer are loaded, and
+The source is read and paired as the assets do it. Only the configuration and the tokenizer of the model are loaded, and
 its size is counted without memory for its weights. Nothing is trained, and only the hub's cache keeps what was fetched.
 A section that fails becomes a problem, and the others are reported all the same.
 """

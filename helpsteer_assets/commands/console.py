@@ -1,4 +1,4 @@
-"""What a person at a terminal sees: lines, bars and tables."""
+"""Output for a person at a terminal: lines, bars and tables."""
 
 import math
 import os

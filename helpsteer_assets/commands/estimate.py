@@ -1,4 +1,4 @@
-"""What an experiment will cost, before it is run: tokens, FLOPs and time of each stage that computes with the model.
+"""The cost of an experiment before it is run: tokens, FLOPs and time of each stage that computes with the model.
 
 A forward pass takes 2 FLOPs for each weight and token, so 2 N T for N weights and T tokens. Training a LoRA takes
 4 N T: the backward pass goes through the frozen weights (2 N T) and computes no gradient of them, which would be the

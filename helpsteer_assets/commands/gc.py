@@ -50,15 +50,15 @@ class Garbage:
 
 @dataclass(frozen=True)
 class Survey:
-    """What can go, and how much stays."""
+    """Artifacts that can go, and how much stays."""
 
     garbage: list[Garbage]
-    """What can go, or has gone, the largest first."""
+    """Those that can go, or have gone, the largest first."""
     kept: int
     """Finished artifacts that stay."""
     kept_bytes: int
     notes: list[str]
-    """What is kept in doubt, and why."""
+    """Those that are kept in doubt, and why."""
 
 
 def find_garbage(home: Home, experiments: Sequence[Experiment], older_than: int | None = None) -> Survey:

@@ -56,7 +56,7 @@ _SHOWN = 3
 
 Row = dict[str, Any]
 Inputs = dict[str, Any]
-"""What the asset was made from: an artifact by asset, or (under score_summary) artifacts by weight."""
+"""The inputs of the asset: an artifact by asset, or (under score_summary) artifacts by weight."""
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def run_experiment(
     interrupted = threading.Event()
 
     def say(message: str) -> None:
-        if not interrupted.is_set():  # What Dagster makes of a signal is nobody's concern.
+        if not interrupted.is_set():  # Dagster's own words on a signal help nobody.
             announce(message)
 
     def leave(what: str) -> None:
@@ -85,7 +85,7 @@ def run_experiment(
     )
     selected = _selected(defs, select)
     announce(f"experiment {experiment.name}, home {home}")
-    home.path.mkdir(parents=True, exist_ok=True)  # What is learnt of a source is remembered in it.
+    home.path.mkdir(parents=True, exist_ok=True)  # Digests of sources are remembered in it.
     _announce_plan(experiment, home, selected, weights, announce)
     failed: list[str] = []
 
@@ -172,7 +172,7 @@ def _selected(defs: dg.Definitions, select: str | None) -> set[str]:
 
 
 def _chosen(experiment: Experiment, found: list[Status], selected: set[str], weights: list[str] | None) -> list[Status]:
-    """What a run materializes."""
+    """The assets and weights that a run materializes."""
     grid = weights or experiment.objective.weights
     chosen = [s for s in found if s.asset in selected and s.partition in (ALL, *grid)]
     waited_for = {("scores", w) for w in experiment.objective.weights} & {*unfinished(found)} - {*unfinished(chosen)}
@@ -209,7 +209,7 @@ def _announce_plan(
 
 
 def plan_lines(chosen: Iterable[Status]) -> Iterator[str]:
-    """What will be reused, resumed and computed, and which settings made what was there out of date."""
+    """Lines on what is reused, resumed and computed, and on the settings that made artifacts out of date."""
     by_state: dict[str, list[Status]] = {}
     for item in chosen:
         by_state.setdefault(item.state, []).append(item)

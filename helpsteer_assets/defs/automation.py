@@ -29,7 +29,7 @@ class Finished(dg.AutomationCondition[dg.AssetKey]):
 
     @property
     def name(self) -> str:
-        """What the UI shows."""
+        """The description in the UI."""
         return "finished with the present settings"
 
     def evaluate(self, context: dg.AutomationContext[dg.AssetKey]) -> dg.AutomationResult[dg.AssetKey]:

@@ -203,7 +203,7 @@ class Lab:
 
 @contextmanager
 def _warnings_to(log: Callable[[str], None]) -> Iterator[None]:
-    """What the library warns of (a damaged file, say) is said in the run's log too, where people look."""
+    """Warnings of the library (of a damaged file, say) go to the run's log too, where people look."""
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:

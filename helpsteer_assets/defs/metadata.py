@@ -56,7 +56,7 @@ def _table_facts(parquet: Path) -> dict[str, Any]:
 
 
 def describe(stage: str, artifact: Artifact, inputs: Inputs, experiment: Experiment) -> dict[str, Any]:
-    """What the UI shows of a stage's finished artifact, the same whether it was computed or reused."""
+    """Metadata of a stage's finished artifact for the UI, the same whether it was computed or reused."""
     return _DESCRIPTIONS.get(stage, _describe_counts)(artifact, inputs, experiment)
 
 

@@ -1,8 +1,8 @@
 """The generator's rules applied to any answer, without an annotator's noise.
 
 An answer is read sentence by sentence. A sentence is useful, padding, an evasion, foreign (the generator would say it
-about another task or object), a repetition, or damaged (the generator never says it). What was read is rated by the
-rules that the generated rows were rated with, so a generated answer gets its latent rating back.
+about another task or object), a repetition, or damaged (the generator never says it). The rules that rated the generated
+rows then rate the answer, so a generated answer gets its latent rating back.
 """
 
 import re
@@ -57,7 +57,7 @@ def subject_of(prompt: str) -> tuple[str, str] | None:
 
 
 def read_response(subject: tuple[str, str] | None, response: str) -> Contents:
-    """What a response holds as an answer about `subject`; about an unknown one no useful sentence is foreign.
+    """The content of a response as an answer about `subject`; about an unknown one no useful sentence is foreign.
 
     Sentences end at a full stop, a question mark or an exclamation mark; white space between words does not matter.
     """

@@ -97,7 +97,7 @@ def _is_no_retry(record: logging.LogRecord) -> bool:
 
 
 def _said_by_server(error: BaseException | None) -> str | None:
-    """What a database other than SQLite answered, or that it did not, where that is what an error came from."""
+    """The answer of a database other than SQLite, or its silence, if an error came from it."""
     while error is not None:
         if isinstance(error, DBAPIError):
             return None if isinstance(error.orig, sqlite3.Error) else " ".join(str(error.orig).split())

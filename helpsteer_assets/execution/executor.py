@@ -16,7 +16,7 @@ GPU_POOL = "gpu"
 """Pool of the steps that load a model; its limit (dagster.yaml) is how many of them run at once."""
 
 STEP_MODULES = ("alembic.command", "sqlalchemy.dialects.sqlite", "helpsteer_assets.definitions")
-"""What every step imports: the code location, and the largest libraries behind Dagster's storage."""
+"""Modules that every step imports: the code location, and the largest libraries behind Dagster's storage."""
 
 MODEL_MODULES = (
     "helpsteer_assets.modpo.generation.responses",
@@ -27,7 +27,7 @@ MODEL_MODULES = (
     "trl.trainer.sft_trainer",
     "matplotlib.figure",
 )
-"""What steps that load a model import. Importing these starts no thread and touches no GPU, neither of which would
+"""Modules that steps with a model import. Importing these starts no thread and touches no GPU, neither of which would
 survive the fork; a test holds them to it."""
 
 

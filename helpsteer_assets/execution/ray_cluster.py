@@ -218,7 +218,7 @@ def _installed() -> dict[str, str | None]:
 
 
 def judge(nodes: list[Node], run: RunSettings, home: Home, dagster_home: Path) -> tuple[list[str], list[str]]:
-    """What keeps steps from running on the nodes, and what lets GPUs stand idle."""
+    """Reasons why steps cannot run on the nodes, and why GPUs stand idle."""
     problems, warnings = [problem for node in nodes for problem in _problems_of(node, home)], []
     cpus = run.threads or 1
     asked = f"{run.gpus:g} GPU" if run.gpus else f"{cpus} CPU"

@@ -15,7 +15,7 @@ from helpsteer_assets.experiment.settings import Experiment, clipped, is_path, s
 
 _MOST_MISTAKES = 20
 _MOST_CHARACTERS = 100_000
-"""Of a file, its aliases written out: a few lines of aliases of aliases can stand for billions."""
+"""Most characters of a file with its aliases written out: a few lines of nested aliases can stand for billions."""
 
 
 SHIPPED = ("demo", "smollm2", "helpsteer")

@@ -32,8 +32,8 @@ class Margin:
     facts: str
     """Kind, direction and scale in a few words."""
     conflict: Callable[[str, Mapping[str, Any]], tuple[float, list[str]]]
-    """Of the preference attribute and what `describe_pairs` says of its pairs: the share of pairs in which margin and
-    preference disagree, and sentences on it."""
+    """The share of pairs in which margin and preference disagree, and sentences on it. The arguments are the preference
+    attribute and the description of its pairs by `describe_pairs`."""
 
 
 def implicit_reward(margin_beta: float, role: Literal["cost", "reward"], attribute: str) -> Margin:

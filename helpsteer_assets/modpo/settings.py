@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Compute:
-    """What a computation runs on."""
+    """Device, threads and processes of a computation."""
 
     device: str = "auto"
     """`auto`: CUDA where there is a device, else the CPU."""

@@ -55,7 +55,7 @@ _ENTRY = {
     "materialized_at": "TIMESTAMP",
     "reused": "BOOLEAN",
 }
-"""What `Column.expression` finds in `entry`: the registry entry's fields."""
+"""Fields of the registry entry, for `Column.expression`."""
 _SCHEMA_VERSION = 1
 _STORAGE: dict[str, str | bool | int | float | list[str]] = {"storage_compatibility_version": "v1.4.0"}
 """DuckDB 1 cannot open the default format of DuckDB 2, and people's shells and tools are older than our pin. A format

@@ -18,7 +18,7 @@ from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.data.attributes import ATTRIBUTES
 
 COLUMNS = ("prompt", "response", *ATTRIBUTES)
-"""What a source must hold; other columns are ignored."""
+"""The columns that a source must have; others are ignored."""
 
 
 Split = Literal["train", "validation"]
@@ -251,7 +251,7 @@ _JSON = json.JSONDecoder(object_pairs_hook=_object_of_pairs)
 
 
 def _csv_records(file: Path, stream: IO[bytes]) -> Iterator[tuple[int, _Record]]:
-    # What is not UTF-8 becomes lone surrogates, which the validator complains of in the row where they stand.
+    # Bytes that are not UTF-8 become lone surrogates, and the validator names the row that holds them.
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     limit = csv.field_size_limit(_LINE_LIMIT)  # the default refuses responses of more than 128 KiB
     reader = csv.reader(_lines(file, text), strict=True)

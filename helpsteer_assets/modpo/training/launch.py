@@ -44,7 +44,7 @@ LOG_LINES = 20
 TIMEOUT = timedelta(minutes=30)
 """How long a process waits for another one that is alive but silent: some take minutes longer to load a model."""
 PR_SET_PDEATHSIG = 1
-"""Of prctl(2)."""
+"""An option of prctl(2)."""
 
 logger = logging.getLogger(__name__)
 
