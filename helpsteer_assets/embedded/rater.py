@@ -1,8 +1,8 @@
 """The generator's rules applied to any answer, without an annotator's noise.
 
 An answer is read sentence by sentence. A sentence is useful, padding, an evasion, foreign (the generator would say it
-about another task or object), a repetition, or damaged (the generator never says it). The rules that rated the generated
-rows then rate the answer, so a generated answer gets its latent rating back.
+about another task or object), a repetition, or damaged (the generator never says it). The rules that rated the
+generated rows then rate the answer, so a generated answer gets its latent rating back.
 """
 
 import re
