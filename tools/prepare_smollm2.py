@@ -35,7 +35,7 @@ MODEL_FILES = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
-"""What a finished model folder holds; `README.md` stands beside them."""
+"""The files of a finished model folder; `README.md` stands beside them."""
 
 SANITY_PROMPT = "The capital of France is"
 SANITY_ANSWER = "Paris"

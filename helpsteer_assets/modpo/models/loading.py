@@ -136,8 +136,7 @@ def require_safetensors(folder: Path) -> None:
         )
     else:
         raise HelpsteerError(
-            f"{folder} holds no weights in safetensors (model.safetensors): get the model's files again; where it "
-            "comes as pickles only (pytorch_model.bin), which are never loaded, convert it, or take another version"
+            f"{folder} holds no weights in safetensors (model.safetensors): get the model's files again"
         )
     for file in files:
         _require_intact(file)
