@@ -27,7 +27,7 @@ RESPONSES_PER_PROMPT = 4
 MAX_LENGTH, MAX_PROMPT_LENGTH = 1024, 512
 
 Work = Callable[[], int]
-"""What is measured of a step; returns how many rows it makes."""
+"""The measured work of a step; returns how many rows it makes."""
 
 
 def run(setting: Setting) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from helpsteer_assets.modpo.generation.decoding import Decoding, decode
 from helpsteer_assets.modpo.models.lending import merged
 
 BATCH = 4
-"""Of the reference procedure."""
+"""Prompts that the reference procedure decodes together."""
 END = 2
 CPU = torch.device("cpu")
 
@@ -75,19 +75,19 @@ def compare(name: str, case: Case, count: int, rounds: int) -> dict[str, Any]:
         for index in range(count)
     }
     end = END if case.ending else base.config.vocab_size  # a token that no model says
-    found: dict[str, Responses] = {}
+    responses: dict[str, Responses] = {}
     with TemporaryDirectory() as folder:
         _make_adapter(name, Path(folder))
         policy = PeftModel.from_pretrained(attached, folder).eval()
 
         def reference() -> None:
-            found["reference"] = reference_responses(policy, prompts, case.max_new_tokens, end)
+            responses["reference"] = reference_responses(policy, prompts, case.max_new_tokens, end)
 
         def own() -> None:
-            found["ours"] = our_responses(base, Path(folder), prompts, case.max_new_tokens, end)
+            responses["ours"] = our_responses(base, Path(folder), prompts, case.max_new_tokens, end)
 
         timed = interleave({"reference": reference, "ours": own}, rounds, CPU)
-    lengths = [len(found["ours"][index]) for index in prompts]
+    lengths = [len(responses["ours"][index]) for index in prompts]
     return {
         "prompts": count,
         "tokens_per_prompt": statistics.mean(map(len, prompts.values())),
@@ -96,7 +96,7 @@ def compare(name: str, case: Case, count: int, rounds: int) -> dict[str, Any]:
             max(lengths[start : start + BATCH]) for start in range(0, count, BATCH)
         ),
         **compared(timed, count),
-        "identical_responses": sum(found["ours"][index] == found["reference"][index] for index in prompts),
+        "identical_responses": sum(responses["ours"][index] == responses["reference"][index] for index in prompts),
     }
 
 
@@ -131,7 +131,7 @@ def our_responses(base: PreTrainedModel, adapter: Path, prompts: Prompts, max_ne
 
 
 def _make_lively(model: PreTrainedModel) -> None:
-    """Of random weights, so that what it says does not run in circles, and one token of some thirty is the end."""
+    """Change random weights so that responses do not run in circles, and one token of some thirty ends them."""
     head = model.get_output_embeddings()
     with torch.no_grad():
         for module in model.modules():

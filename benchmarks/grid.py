@@ -45,7 +45,7 @@ def compare(
         table[:] = ours.make_table(models.scorer, pairs)
 
     def policies(name: str, model: PeftModel, training_step: Callable[..., torch.Tensor], data: list[Any]) -> Any:
-        """What trains the policy of the next weight each time it is called."""
+        """A function that trains the policy of the next weight each time it is called."""
         of_next = itertools.cycle(weights)
 
         def train_policy() -> None:

@@ -1,4 +1,4 @@
-"""What is the same for all contenders: the optimizer, and putting weights back."""
+"""The optimizer of all contenders, and how their weights are put back."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -122,7 +122,7 @@ def _modpo_loss(
     w: float,
     beta: float,
 ) -> torch.Tensor:
-    """Of one pair: log-probabilities are [2], of chosen and rejected."""
+    """The loss of one pair; log-probabilities are [2], of chosen and rejected."""
     rewards = beta * (policy - reference) - (1 - w) * MARGIN_BETA * (margin - margin_reference)
     chosen, rejected = rewards / w
     return -F.logsigmoid(chosen - rejected)

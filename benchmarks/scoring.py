@@ -34,22 +34,22 @@ def run(setting: Setting) -> dict[str, Any]:
 
 def compare_tables(models: Contenders, pairs: list[Pair], rounds: int, device: torch.device) -> dict[str, Any]:
     """log p_sft and log p_margin of every response: per pair with three forwards, against once per unique response."""
-    found: dict[str, torch.Tensor] = {}
+    results: dict[str, torch.Tensor] = {}
 
     def reference() -> None:
-        found["reference"] = reference_procedure.reference_and_margin(models.reference, pairs)[0]
+        results["reference"] = reference_procedure.reference_and_margin(models.reference, pairs)[0]
 
     def own() -> None:
         table = ours.make_table(models.scorer, pairs)
         log_probs = [[pair.reference_chosen, pair.reference_rejected] for pair in table]
-        found["ours"] = torch.tensor(log_probs, dtype=torch.float64)
+        results["ours"] = torch.tensor(log_probs, dtype=torch.float64)
 
     timed = interleave({"reference": reference, "ours": own}, rounds, device)
     return {
         "pairs": len(pairs),
         "unique_responses": len({(*p.prompt_ids, *r) for p in pairs for r in (p.chosen_ids, p.rejected_ids)}),
         **compared(timed),
-        "log_prob_difference": _largest_difference(found),
+        "log_prob_difference": _largest_difference(results),
     }
 
 
@@ -57,14 +57,14 @@ def compare_scores(
     models: Contenders, by_policy: list[list[Record]], rounds: int, device: torch.device
 ) -> dict[str, Any]:
     """log p_margin - log p_sft of every policy's responses to the same prompts."""
-    found: dict[str, torch.Tensor] = {}
+    results: dict[str, torch.Tensor] = {}
     together = [record for records in by_policy for record in records]
 
     def reference() -> None:
-        found["reference"] = reference_procedure.margin_log_ratios(models.reference, together)
+        results["reference"] = reference_procedure.margin_log_ratios(models.reference, together)
 
     def own() -> None:
-        found["ours"] = ours.margin_log_ratios(models.scorer, together)
+        results["ours"] = ours.margin_log_ratios(models.scorer, together)
 
     def policy_by_policy() -> None:
         for records in by_policy:
@@ -76,9 +76,9 @@ def compare_scores(
         "prompts": len(by_policy[0]),
         **compared(timed),
         "ratio_policy_by_policy": ratio(timed["reference"], timed["policy by policy"]),
-        "log_ratio_difference": _largest_difference(found),
+        "log_ratio_difference": _largest_difference(results),
     }
 
 
-def _largest_difference(found: dict[str, torch.Tensor]) -> float:
-    return (found["reference"].double().cpu() - found["ours"].cpu()).abs().max().item()
+def _largest_difference(results: dict[str, torch.Tensor]) -> float:
+    return (results["reference"].double().cpu() - results["ours"].cpu()).abs().max().item()

@@ -1,4 +1,4 @@
-"""What a run of the benchmarks is asked for."""
+"""The options of a run of the benchmarks."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING

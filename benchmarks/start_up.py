@@ -48,7 +48,7 @@ defs = dg.Definitions(
     ],
     executor=step_executor,
 )
-"""What Dagster loads in each step: a job for each start method."""
+"""Dagster loads this in each step; there is a job for each start method."""
 
 
 def run(setting: Setting) -> dict[str, Any]:
@@ -95,9 +95,9 @@ def _commands(home: Path, rounds: int) -> list[dict[str, Any]]:
     for name, arguments in COMMANDS.items():
         code = "from helpsteer_assets.cli import entry; entry()"
         command = [sys.executable, "-c", code, "--home", str(home), *arguments]
-        found = [_seconds(command) for _ in range(rounds)]
+        times = [_seconds(command) for _ in range(rounds)]
         measured.append(
-            {"command": name, "wall_s": min(wall for wall, _ in found), "cpu_s": min(cpu for _, cpu in found)}
+            {"command": name, "wall_s": min(wall for wall, _ in times), "cpu_s": min(cpu for _, cpu in times)}
         )
     return measured
 

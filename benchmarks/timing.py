@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 Contenders = Mapping[str, Callable[[], object]]
 """Work by name; called once a round."""
 Seconds = dict[str, list[float]]
-"""Of each contender, one per round."""
+"""Seconds of each contender, one number per round."""
 
 
 def seconds(work: Callable[[], object], device: "torch.device") -> float:

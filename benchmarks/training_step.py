@@ -52,17 +52,17 @@ def compare(models: Contenders, steps: list[list[Pair]], device: torch.device) -
 
 def compare_with_fp64(models: Contenders, pairs: list[Pair]) -> dict[str, float]:
     """How far both are from the same numbers in fp64: root mean square over the pairs; of gradients relative."""
-    found: dict[str, float] = {}
+    errors: dict[str, float] = {}
     exact_model = in_fp64(models.reference)
     losses, log_probs = reference_procedure.exact_step(exact_model, pairs, w=W, beta=BETA)
     exact = {"loss": losses, "log_prob": log_probs, "gradient": take_gradient(exact_model)}
     reference, own = _reference_numbers(models.reference, pairs), _our_numbers(models, pairs)
     for name, distance in (("loss", _root_mean_square), ("log_prob", _root_mean_square), ("gradient", _relative)):
         of_reference, of_ours = distance(reference[name], exact[name]), distance(own[name], exact[name])
-        found[f"{name}_error_of_reference"] = of_reference
-        found[f"{name}_error_of_ours"] = of_ours
-        found[f"{name}_error_ratio"] = of_reference / max(of_ours, sys.float_info.min)
-    return found
+        errors[f"{name}_error_of_reference"] = of_reference
+        errors[f"{name}_error_of_ours"] = of_ours
+        errors[f"{name}_error_ratio"] = of_reference / max(of_ours, sys.float_info.min)
+    return errors
 
 
 def _time_steps(models: Contenders, steps: list[list[Pair]], device: torch.device) -> dict[str, Any]:
@@ -115,12 +115,12 @@ def _our_numbers(models: Contenders, pairs: list[Pair]) -> dict[str, torch.Tenso
     return {"loss": losses, "log_prob": log_probs, "gradient": take_gradient(models.policy)}
 
 
-def _root_mean_square(found: torch.Tensor, truth: torch.Tensor) -> float:
-    return (found.double().cpu() - truth.cpu()).square().mean().sqrt().item()
+def _root_mean_square(values: torch.Tensor, truth: torch.Tensor) -> float:
+    return (values.double().cpu() - truth.cpu()).square().mean().sqrt().item()
 
 
-def _relative(found: torch.Tensor, truth: torch.Tensor) -> float:
-    return ((found - truth).norm() / truth.norm()).item()
+def _relative(values: torch.Tensor, truth: torch.Tensor) -> float:
+    return ((values - truth).norm() / truth.norm()).item()
 
 
 def _peak_memory(models: Contenders, pairs: list[Pair], device: torch.device) -> dict[str, float | None]:

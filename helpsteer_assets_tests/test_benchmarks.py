@@ -96,21 +96,14 @@ def test_trl_does_the_same_work_at_w_1(models: Contenders, text: RandomText) -> 
     assert found["gradient_difference"] < 2e-5
 
 
-@pytest.mark.parametrize("mix", MIXES)
-def test_random_pairs_keep_to_the_limit_and_end(mix: str) -> None:
-    pairs = RandomText(300, MIXES[mix], max_tokens=64).pairs(50)
-
-    assert all(len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) <= 64 for p in pairs)
-    assert all(ids[-1] == END_OF_TEXT and END_OF_TEXT not in ids[:-1] for p in pairs for ids in (p.chosen_ids,))
-    assert pairs == RandomText(300, MIXES[mix], max_tokens=64).pairs(50)
-
-
-def test_helpsteer_like_steps_have_each_prompt_once() -> None:
-    pairs = RandomText(300, MIXES["mid prompts"], max_tokens=64).helpsteer_like(8)
-
-    assert len({tuple(pair.prompt_ids) for pair in pairs}) == 8
-    for start in (0, 8, 16):
-        assert len({tuple(pair.prompt_ids) for pair in pairs[start : start + 8]}) == 8
+def test_random_pairs_keep_to_the_limit_and_a_step_has_each_prompt_once() -> None:
+    for mix in MIXES.values():
+        pairs = RandomText(300, mix, max_tokens=64).helpsteer_like(8)
+        assert all(len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) <= 64 for p in pairs)
+        assert all(p.chosen_ids.index(END_OF_TEXT) == len(p.chosen_ids) - 1 for p in pairs)
+        for start in (0, 8, 16):
+            assert len({tuple(pair.prompt_ids) for pair in pairs[start : start + 8]}) == 8
+        assert pairs == RandomText(300, mix, max_tokens=64).helpsteer_like(8)
 
 
 def test_the_floor_counts_each_prompt_token_once(models: Contenders) -> None:

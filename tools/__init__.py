@@ -1,1 +1,1 @@
-"""Programs that make this project's own files: references in docs/, the embedded model, SmolLM2."""
+"""Makers of this project's own files: references in docs/, the embedded model, SmolLM2."""

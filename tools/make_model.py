@@ -34,7 +34,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings that determine the model besides the generator's text; recorded in `provenance.json`."""
+    """Everything that determines the model besides the generator's text; recorded in `provenance.json`."""
 
     text_seeds: tuple[int, ...] = (101, 102, 103, 104)
     text_prompts: int = 896

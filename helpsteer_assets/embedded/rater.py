@@ -57,7 +57,7 @@ def subject_of(prompt: str) -> tuple[str, str] | None:
 
 
 def read_response(subject: tuple[str, str] | None, response: str) -> Contents:
-    """The content of a response as an answer about `subject`; about an unknown one no useful sentence is foreign.
+    """The contents of a response as an answer about `subject`; where it is None, no useful sentence is foreign.
 
     Sentences end at a full stop, a question mark or an exclamation mark; white space between words does not matter.
     """

@@ -3,8 +3,6 @@
 import json
 from dataclasses import asdict
 
-import pytest
-
 from helpsteer_assets.embedded.generator import build_rows
 from tools.make_model import (
     MODEL_PATH,
@@ -18,13 +16,6 @@ from tools.make_model import (
 )
 
 SETTINGS = Settings()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(MODEL_PATH)
 
 
 def test_shipped_files_are_what_the_script_makes_of_todays_text_and_settings():
@@ -54,23 +45,14 @@ def test_tokenizer_and_config_of_the_script_are_the_shipped_ones(tmp_path):
     }
 
 
-def test_tokenizer_encodes_any_text_and_knows_its_chat_form(tokenizer):
-    text = "Völlig anderes 文字 🚲\n"
-    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False
-    )
-    assert prompt == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    assert tokenizer.pad_token_id != tokenizer.eos_token_id
-
-
-def test_shipped_model_answers_a_held_out_prompt_and_stops(tokenizer):
+def test_shipped_model_answers_a_held_out_prompt_and_stops():
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from helpsteer_assets.embedded.rater import rate
 
     model = AutoModelForCausalLM.from_pretrained(MODEL_PATH, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
     prompts = list(dict.fromkeys(row["prompt"] for row in build_rows(0, 16, seed=11)["validation"]))
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
     inputs = tokenizer.apply_chat_template(

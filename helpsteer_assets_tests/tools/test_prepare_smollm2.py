@@ -83,15 +83,6 @@ def test_mistakes_are_said_before_any_work(tmp_path: Path, capsys: pytest.Captur
     assert list(tmp_path.iterdir()) == [experiment]
 
 
-def test_without_data_only_the_model_is_made(
-    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert run_main("--out", model) == 0
-    assert "give --data FOLDER to get an experiment file" in capsys.readouterr().out
-    assert [path.name for path in tmp_path.iterdir()] == ["models"]
-
-
 def test_a_folder_that_is_not_the_whole_model_is_refused(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (model / prepare_smollm2.MODEL_FILES[-1]).unlink()
     assert run_main("--out", model) == 2

@@ -38,19 +38,3 @@ def test_every_setting_column_and_option_is_there() -> None:
     for command in main.commands.values():
         for parameter in command.params:
             assert all(option in commands for option in parameter.opts if option.startswith("-")), parameter
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        "| `precision` | `fp32` \\| `bf16` | required |",
-        "| `steps` | whole number >= 1 \\| null | `null` |",
-        "| `weights` | list of numbers in (0, 1], each once, at most 99 | required |",
-        "| `selection_share` | number > 0 and < 0.5 | `0.05` |",
-        "| `rater` | `none` \\| `embedded` \\| section | `none` |",
-        "| `target_modules` | `all-linear` \\| list of names | `all-linear` |",
-        "| `margin_beta` | number > 0 \\| null | `0.1` |",
-    ],
-)
-def test_types_bounds_and_defaults_are_in_a_yaml_writers_words(row: str) -> None:
-    assert row in (DOCS / "settings.md").read_text(encoding="utf-8")

@@ -255,13 +255,9 @@ def _step(model: PreTrainedModel, live: list[_Row], cache: RowCache) -> torch.Te
 
 
 def _forward(model: PreTrainedModel, input_ids: torch.Tensor, lengths: torch.Tensor, cache: Cache) -> torch.Tensor:
-    """Logits [rows, vocabulary] after the last of `input_ids` [rows, new].
+    """Logits [rows, vocabulary] after the last of `input_ids` [rows, new], which are padded on the left.
 
-    Args:
-        model: the model.
-        input_ids: tokens to read, padded on the left.
-        lengths: [rows], tokens of each row, cached and new, without padding.
-        cache: keys and values of earlier tokens; the new ones are added.
+    `lengths` [rows] are the tokens of each row, cached and new, without padding; new keys and values join the cache.
     """
     new = input_ids.shape[1]
     width = cache.get_seq_length() + new
@@ -371,7 +367,10 @@ def _decode_by_generate(
                     logits_processor=LogitsProcessorList([process]),
                 )
             responses = output[:, length:].tolist()
-            yield [(index, _until_end(ids, how.end_id)) for index, ids in zip(indices, responses, strict=True)]
+            yield [
+                (index, ids[: ids.index(how.end_id) + 1] if how.end_id in ids else ids)
+                for index, ids in zip(indices, responses, strict=True)
+            ]
 
 
 @contextmanager
@@ -386,7 +385,3 @@ def _without_own_defaults(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
-
-
-def _until_end(token_ids: list[int], end_id: int) -> list[int]:
-    return token_ids[: token_ids.index(end_id) + 1] if end_id in token_ids else token_ids

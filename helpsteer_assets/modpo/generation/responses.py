@@ -59,11 +59,8 @@ def generate(
     """
     model.eval()
 
-    def decode_all(encoded: dict[int, list[int]], how: Decoding) -> Iterator[list[tuple[int, list[int]]]]:
-        return decode(model, encoded, how)
-
     return generate_by(
-        decode_all,
+        lambda encoded, how: decode(model, encoded, how),
         tokenizer,
         prompts,
         settings,
@@ -87,15 +84,7 @@ def generate_by(
 ) -> list[Generation]:
     """`generate` with any engine: prompts have the same tokens, responses end by the same rules.
 
-    Args:
-        engine: the engine that decodes.
-        tokenizer: the policy's tokenizer.
-        prompts: the prompts as text.
-        settings: how to decode.
-        seed: seed of sampling.
-        exact: whether a response does not depend on the prompts that are decoded beside it.
-        progress: called with the number of finished responses.
-        checkpoint: a file for finished responses.
+    `exact` says whether a response does not depend on the prompts that are decoded beside it.
     """
     end_id = end_of_text_id(tokenizer)
     how = Decoding(**asdict(settings), end_id=end_id, seed=seed)

@@ -28,6 +28,8 @@ from helpsteer_assets.modpo.settings import Compute, Lora
 
 # A progress bar for each loaded checkpoint would hide the progress of the work.
 transformers_logging.disable_progress_bar()
+# peft still uses a name that transformers warns about; the user cannot change that.
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -70,10 +72,8 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrained
 
     Raises HelpsteerError where there is none, or one that cannot be used.
     """
-    try:
+    with _errors_in_words(f"no tokenizer can be loaded from {path}"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # of any kind: files and the model's own code raise it
-        raise HelpsteerError(f"no tokenizer can be loaded from {path}: {in_words(error)}") from error
     if "strftime_now" in str(tokenizer.chat_template or ""):
         raise HelpsteerError(
             f"the chat template of {path} writes today's date into every prompt, so that tomorrow's tokens would "
@@ -136,8 +136,7 @@ def require_safetensors(folder: Path) -> None:
         )
     else:
         raise HelpsteerError(
-            f"{folder} holds no weights in safetensors (model.safetensors): get the model's files again; where it "
-            "comes as pickles only (pytorch_model.bin), which are never loaded, convert it, or take another version"
+            f"{folder} holds no weights in safetensors (model.safetensors): get the model's files again"
         )
     for file in files:
         _require_intact(file)
@@ -163,7 +162,7 @@ def load_model(
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     require_whole_model(path)
     require_safetensors(path)
-    try:
+    with _errors_in_words(f"no causal language model can be loaded from {path}"):
         model, loading = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
@@ -172,8 +171,6 @@ def load_model(
             ignore_mismatched_sizes=True,  # they are refused below
             output_loading_info=True,
         )
-    except Exception as error:  # of any kind: files and the model's own code raise it
-        raise HelpsteerError(f"no causal language model can be loaded from {path}: {in_words(error)}") from error
     if mismatched := sorted(loading["mismatched_keys"]):
         name, there, expected = mismatched[0]
         raise HelpsteerError(
@@ -202,10 +199,17 @@ def non_finite(parameters: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
 
 
 def _read_config(path: Path, trust_remote_code: bool) -> PreTrainedConfig:
-    try:
+    with _errors_in_words(f"no model config can be read from {path}"):
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # of any kind: files and the model's own code raise it
-        raise HelpsteerError(f"no model config can be read from {path}: {in_words(error)}") from error
+
+
+@contextmanager
+def _errors_in_words(what_failed: str) -> Iterator[None]:
+    """Make a HelpsteerError of an error of any kind: libraries, files and a model's own code raise it."""
+    try:
+        yield
+    except Exception as error:
+        raise HelpsteerError(f"{what_failed}: {in_words(error)}") from error
 
 
 def in_words(error: Exception) -> str:
@@ -236,10 +240,8 @@ def model_size(path: Path, lora: Lora, *, trust_remote_code: bool = False) -> Mo
     require_whole_model(path)
     config = _read_config(path, trust_remote_code)
     with torch.device("meta"):  # shapes without memory
-        try:
+        with _errors_in_words(f"{path} describes no causal language model"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        except Exception as error:  # of any kind: the config and the model's own code raise it
-            raise HelpsteerError(f"{path} describes no causal language model: {in_words(error)}") from error
         policy = attach_lora(model, lora, 0)
     adapter_parameters = sum(weight.numel() for name, weight in policy.named_parameters() if ".lora_" in name)
     parameters = policy.num_parameters() - adapter_parameters
@@ -286,8 +288,7 @@ def attach_lora(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
                 f"lora.target_modules: {', '.join(unknown)}: no linear layer below the output layer is called so "
                 f"(there are {known})"
             )
-    with _peft_uses_an_old_name():
-        peft_model = get_peft_model(model, config)
+    peft_model = get_peft_model(model, config)
     (attached,) = peft_model.peft_config.values()
     # It is a set, and each process would save it in another order.
     attached.target_modules = sorted(attached.target_modules)
@@ -303,11 +304,10 @@ def load_adapters(model: PreTrainedModel, adapters: dict[str, Path]) -> PeftMode
     for name, path in adapters.items():
         _require_intact(path / ADAPTER_WEIGHTS)
         try:
-            with _peft_uses_an_old_name():
-                if peft_model is None:
-                    peft_model = PeftModel.from_pretrained(model, path, adapter_name=name)
-                else:
-                    peft_model.load_adapter(path, adapter_name=name)
+            if peft_model is None:
+                peft_model = PeftModel.from_pretrained(model, path, adapter_name=name)
+            else:
+                peft_model.load_adapter(path, adapter_name=name)
         except Exception as error:  # of any kind: peft and torch raise many
             raise HelpsteerError(
                 f"the adapter {path} cannot be loaded onto the model: {in_words(error)}. It is damaged, or was "
@@ -324,11 +324,3 @@ def load_adapters(model: PreTrainedModel, adapters: dict[str, Path]) -> PeftMode
             )
     assert peft_model is not None  # callers name at least one adapter
     return fuse_lora(peft_model).eval()
-
-
-@contextmanager
-def _peft_uses_an_old_name() -> Iterator[None]:
-    """Silence a warning of transformers about a name that peft still uses; the user cannot change that."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-        yield

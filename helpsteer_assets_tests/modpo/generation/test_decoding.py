@@ -209,14 +209,6 @@ class TestBatches:
         assert max(rows for rows, _ in seen) == 4
         assert sum(columns > 4 for _, columns in seen) < steps_batch_by_batch - 3
 
-    def test_columns_that_no_row_needs_are_let_go(self):
-        model, prompts = model_of("llama"), prompts_of([40, 2])
-        long, short = all_of(model, prompts, decoding_of(9, NO_END, 10**6)).values()
-        end = next(token for token in long[:7] if token not in short)
-        found, seen = self.rows_per_forward(model, prompts, decoding_of(9, end, 10**6))
-        assert len(found[0]) < len(found[10])
-        assert seen[-1] == (1, 2 + 8), "as wide as the text that is left"
-
 
 class TestSampling:
     how = decoding_of(10, 5, 10**6, do_sample=True, temperature=1.3, seed=3)

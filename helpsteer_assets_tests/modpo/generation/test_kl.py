@@ -13,10 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from helpsteer_assets.modpo.generation.kl import kl_by_prompt, kl_estimate, sample_responses
 from helpsteer_assets.modpo.generation.responses import Generation, generate
 from helpsteer_assets.modpo.models.lending import merged
-from helpsteer_assets.modpo.models.loading import attach_lora, load_adapters, load_model
+from helpsteer_assets.modpo.models.loading import load_adapters, load_model
 from helpsteer_assets.modpo.models.tokenization import Sequence, encode_prompt
 from helpsteer_assets.modpo.scoring.log_probs import BASE, score_sequences
-from helpsteer_assets.modpo.settings import Lora, Sampling
+from helpsteer_assets.modpo.settings import Sampling
 from helpsteer_assets_tests.conftest import SENTENCES
 
 EOS = 2
@@ -33,27 +33,6 @@ Samples = list[list[Generation]]
 
 def settings_of(**changes: Any) -> Sampling:
     return Sampling(**({"max_prompt_length": 40, "max_new_tokens": 8, **ALTERED} | changes))
-
-
-@pytest.fixture
-def sft(model: PreTrainedModel) -> PreTrainedModel:
-    """A model that ends some of its responses at once and not others."""
-    with torch.no_grad():
-        model.lm_head.weight[EOS] *= 2.5
-    return model
-
-
-@pytest.fixture
-def adapter(tiny_model_path: Path, tmp_path: Path) -> Path:
-    """A LoRA on it that changes what it says."""
-    policy = attach_lora(load_model(tiny_model_path, precision="fp32"), Lora(r=4, alpha=4), 0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in policy.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-    policy.save_pretrained(tmp_path / "adapter")
-    return tmp_path / "adapter"
 
 
 @torch.no_grad()
@@ -85,18 +64,18 @@ def log_ratios(model: torch.nn.Module, prompts: list[list[int]], samples: Sample
 
 
 def test_the_estimate_is_the_divergence_that_enumerating_all_responses_gives(
-    sft: PreTrainedModel, tiny_model_path: Path, adapter: Path, tokenizer: PreTrainedTokenizerBase
+    ending_model: PreTrainedModel, tiny_model_path: Path, adapter: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     reference = load_model(tiny_model_path, precision="fp32")
-    reference.load_state_dict(sft.state_dict())
+    reference.load_state_dict(ending_model.state_dict())
     texts = PROMPTS[:4]
     prompts = [encode_prompt(tokenizer, text, 40)[0].tolist() for text in texts]
-    with merged(sft, adapter) as policy:
+    with merged(ending_model, adapter) as policy:
         exact = [exact_kl(policy, reference, prompt) for prompt in prompts]
         samples = sample_responses(
             partial(generate, policy, tokenizer), texts, settings_of(max_new_tokens=2), 400, seed=0
         )
-    found = log_ratios(load_adapters(sft, {"policy": adapter}), prompts, samples)
+    found = log_ratios(load_adapters(ending_model, {"policy": adapter}), prompts, samples)
     assert {len(sample.token_ids) for row in samples for sample in row} == {1, 2}
     assert min(exact) > 0.05, "there is something to estimate"
     errors = found.std(axis=1, ddof=1) / np.sqrt(found.shape[1])
@@ -107,30 +86,30 @@ def test_the_estimate_is_the_divergence_that_enumerating_all_responses_gives(
 
 
 def test_samples_depend_neither_on_how_answers_are_made_nor_on_the_batch_nor_on_what_follows(
-    sft: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ending_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    draw = partial(sample_responses, partial(generate, sft, tokenizer), seed=1)
+    draw = partial(sample_responses, partial(generate, ending_model, tokenizer), seed=1)
     three = draw(PROMPTS, settings_of(), 3)
     assert {sample.finish_reason for row in three for sample in row} == {"eos", "length"}
     assert draw(PROMPTS, settings_of(max_batch_tokens=1), 3) == three
     assert draw(PROMPTS[:4], settings_of(), 2) == [row[:4] for row in three[:2]]
     plain = Sampling(max_prompt_length=40, max_new_tokens=8, do_sample=True)
     assert draw(PROMPTS, plain, 3) == three
-    (other,) = sample_responses(partial(generate, sft, tokenizer), PROMPTS, settings_of(), 1, seed=2)
-    answers = generate(sft, tokenizer, PROMPTS, plain, seed=1)
+    (other,) = sample_responses(partial(generate, ending_model, tokenizer), PROMPTS, settings_of(), 1, seed=2)
+    answers = generate(ending_model, tokenizer, PROMPTS, plain, seed=1)
     drawn = [[sample.token_ids for sample in row] for row in (*three, other, answers)]
     assert all(one != another for one, another in itertools.combinations(drawn, 2))
 
 
 def test_a_killed_sampling_goes_on_to_the_same_samples(
-    sft: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+    ending_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     seen: list[tuple[int, int]] = []
 
     def draw() -> Samples:
         seen.clear()
         return sample_responses(
-            partial(generate, sft, tokenizer),
+            partial(generate, ending_model, tokenizer),
             PROMPTS,
             settings_of(max_batch_tokens=120),
             3,

@@ -20,22 +20,14 @@ def settings_of(**changes: Any) -> Sampling:
     return Sampling(**({"max_prompt_length": 40, "max_new_tokens": 12} | changes))
 
 
-@pytest.fixture
-def policy(model: torch.nn.Module) -> torch.nn.Module:
-    """A model that ends some of its responses and not others."""
-    with torch.no_grad():
-        model.lm_head.weight[EOS] *= 2.5
-    return model
-
-
 @torch.no_grad()
-def test_a_greedy_response_is_the_likeliest_tokens_up_to_the_end_of_text_token_or_the_limit(policy, tokenizer):
-    made = generate(policy, tokenizer, PROMPTS, settings_of(), seed=0)
+def test_a_greedy_response_is_the_likeliest_tokens_up_to_the_end_of_text_token_or_the_limit(ending_model, tokenizer):
+    made = generate(ending_model, tokenizer, PROMPTS, settings_of(), seed=0)
     for prompt, found in zip(PROMPTS, made, strict=True):
         tokens = encode_prompt(tokenizer, prompt, 40)[0].tolist()
         expected: list[int] = []
         while len(expected) < 12 and (not expected or expected[-1] != EOS):
-            expected.append(policy(torch.tensor([tokens + expected])).logits[0, -1].argmax().item())
+            expected.append(ending_model(torch.tensor([tokens + expected])).logits[0, -1].argmax().item())
         assert found.token_ids == expected
         assert found.finish_reason == ("eos" if expected[-1] == EOS else "length")
         assert found.response == tokenizer.decode(expected, skip_special_tokens=True)
@@ -47,57 +39,61 @@ def test_a_greedy_response_is_the_likeliest_tokens_up_to_the_end_of_text_token_o
     [{"repetition_penalty": 1.5, "no_repeat_ngram_size": 2}, {"do_sample": True, "temperature": 1.5}],
     ids=["greedy", "sampled"],
 )
-def test_a_response_does_not_depend_on_the_batch_even_where_padding_is_the_end_of_text_token(policy, rules):
+def test_a_response_does_not_depend_on_the_batch_even_where_padding_is_the_end_of_text_token(ending_model, rules):
     tokenizer = make_tokenizer(pad=False)
     tokenizer.pad_token = tokenizer.eos_token
     one, few, all_ = (
-        generate(policy, tokenizer, PROMPTS, settings_of(max_batch_tokens=tokens, **rules), seed=3)
+        generate(ending_model, tokenizer, PROMPTS, settings_of(max_batch_tokens=tokens, **rules), seed=3)
         for tokens in (1, 150, 10**6)
     )
     assert one == few == all_
 
 
 class TestLimits:
-    def test_max_new_tokens_counts_the_end_of_text_token(self, policy, tokenizer):
-        made = generate(policy, tokenizer, PROMPTS, settings_of(), seed=0)
+    def test_max_new_tokens_counts_the_end_of_text_token(self, ending_model, tokenizer):
+        made = generate(ending_model, tokenizer, PROMPTS, settings_of(), seed=0)
         ended = next(g for g in made if g.finish_reason == "eos" and len(g.token_ids) > 1)
         prompt, length = PROMPTS[made.index(ended)], len(ended.token_ids)
-        (just,) = generate(policy, tokenizer, [prompt], settings_of(max_new_tokens=length), seed=0)
+        (just,) = generate(ending_model, tokenizer, [prompt], settings_of(max_new_tokens=length), seed=0)
         assert (just.token_ids, just.finish_reason) == (ended.token_ids, "eos")
-        (short,) = generate(policy, tokenizer, [prompt], settings_of(max_new_tokens=length - 1), seed=0)
+        (short,) = generate(ending_model, tokenizer, [prompt], settings_of(max_new_tokens=length - 1), seed=0)
         assert (short.token_ids, short.finish_reason) == (ended.token_ids[:-1], "length")
 
-    def test_a_cut_prompt_is_marked_and_its_last_tokens_are_answered(self, policy, tokenizer):
+    def test_a_cut_prompt_is_marked_and_its_last_tokens_are_answered(self, ending_model, tokenizer):
         long = "fold " * 30 + "a shirt?"
-        made = generate(policy, tokenizer, ["A?", long, "fold " * 60 + "a shirt?"], settings_of(), seed=0)
+        made = generate(ending_model, tokenizer, ["A?", long, "fold " * 60 + "a shirt?"], settings_of(), seed=0)
         assert [g.prompt_truncated for g in made] == [False, True, True]
         assert made[1].token_ids == made[2].token_ids
 
 
-def test_sampling_is_decided_by_the_seed_and_the_prompts_place(policy, tokenizer):
+def test_sampling_is_decided_by_the_seed_and_the_prompts_place(ending_model, tokenizer):
     how = settings_of(do_sample=True, temperature=1.5)
-    made = [generate(policy, tokenizer, PROMPTS[:1] * 3, how, seed=seed) for seed in (3, 3, 2**32 - 1)]
+    made = [generate(ending_model, tokenizer, PROMPTS[:1] * 3, how, seed=seed) for seed in (3, 3, 2**32 - 1)]
     assert made[0] == made[1] != made[2]
     assert len({tuple(g.token_ids) for g in made[0]}) == 3
 
 
-def test_temperature_and_top_p_are_those_of_the_settings(policy, tokenizer):
-    greedy = generate(policy, tokenizer, PROMPTS, settings_of(), seed=0)
+def test_temperature_and_top_p_are_those_of_the_settings(ending_model, tokenizer):
+    greedy = generate(ending_model, tokenizer, PROMPTS, settings_of(), seed=0)
     for nearly_greedy in ({"temperature": 1e-4}, {"top_p": 1e-6}):
-        assert generate(policy, tokenizer, PROMPTS, settings_of(do_sample=True, **nearly_greedy), seed=0) == greedy
+        assert (
+            generate(ending_model, tokenizer, PROMPTS, settings_of(do_sample=True, **nearly_greedy), seed=0) == greedy
+        )
 
 
 class TestResume:
     @pytest.mark.parametrize("do_sample", [False, True])
     @pytest.mark.parametrize("share", [0.01, 0.6, 0.99])
-    def test_from_a_file_cut_anywhere_gives_identical_responses(self, policy, tokenizer, tmp_path, share, do_sample):
+    def test_from_a_file_cut_anywhere_gives_identical_responses(
+        self, ending_model, tokenizer, tmp_path, share, do_sample
+    ):
         how = settings_of(do_sample=do_sample, max_batch_tokens=150)
-        whole = generate(policy, tokenizer, PROMPTS, how, seed=5)
+        whole = generate(ending_model, tokenizer, PROMPTS, how, seed=5)
         file = tmp_path / "generations.jsonl"
-        assert generate(policy, tokenizer, PROMPTS, how, seed=5, checkpoint=file) == whole
+        assert generate(ending_model, tokenizer, PROMPTS, how, seed=5, checkpoint=file) == whole
         content = file.read_bytes()
         file.write_bytes(content[: int(share * len(content))])
-        assert generate(policy, tokenizer, PROMPTS, how, seed=5, checkpoint=file) == whole
+        assert generate(ending_model, tokenizer, PROMPTS, how, seed=5, checkpoint=file) == whole
 
     @pytest.mark.parametrize(("precision", "again"), [("fp32", 1), ("bf16", 4)])
     def test_begins_a_share_of_the_prompts_again_where_rounding_depends_on_the_batch(

@@ -26,22 +26,12 @@ def test_a_rule_that_vllm_does_not_have_is_refused() -> None:
         GenerationSettings(engine="vllm", no_repeat_ngram_size=3)
 
 
-def test_requests_state_every_rule_and_sampling_ones_a_seed_of_their_own() -> None:
-    how = Decoding(max_new_tokens=12, end_id=2, repetition_penalty=1.2, seed=2**32 - 1)
-    always = {
-        "max_tokens": 12,
-        "ignore_eos": True,
-        "stop_token_ids": [2],
-        "repetition_penalty": 1.2,
-        "detokenize": False,
-    }
-    assert sampling_arguments(how, 0) == {"temperature": 0.0, **always}
-    sampled = Decoding(**(vars(how) | {"do_sample": True, "temperature": 0.7, "top_p": 0.9}))
-    first, second = sampling_arguments(sampled, 0), sampling_arguments(sampled, 1)
-    assert (
-        first == {"temperature": 0.7, "top_p": 0.9, "seed": first["seed"], **always} == sampling_arguments(sampled, 0)
-    )
+def test_only_our_end_of_text_token_ends_a_response_and_every_prompt_has_a_seed_of_its_own() -> None:
+    how = Decoding(max_new_tokens=12, end_id=2, do_sample=True, temperature=0.7, seed=2**32 - 1)
+    first, second = sampling_arguments(how, 0), sampling_arguments(how, 1)
+    assert (first["ignore_eos"], first["stop_token_ids"], first["temperature"]) == (True, [2], 0.7)
     assert first["seed"] != second["seed"]
+    assert first == sampling_arguments(how, 0)
 
 
 def test_a_response_holds_the_token_that_ended_it_however_it_is_reported() -> None:

@@ -1,5 +1,4 @@
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +8,7 @@ from peft.tuners.lora import Linear
 from transformers import PreTrainedModel
 
 from helpsteer_assets.modpo.models import fused_lora
-from helpsteer_assets.modpo.models.fused_lora import FusedLoraLinear, fuse_lora
-from helpsteer_assets.modpo.models.loading import attach_lora, load_adapters, load_model
-from helpsteer_assets.modpo.settings import Lora
+from helpsteer_assets.modpo.models.fused_lora import fuse_lora
 from helpsteer_assets_tests.conftest import make_model
 
 IDS = torch.randint(3, 290, (3, 7), generator=torch.Generator().manual_seed(0))
@@ -115,20 +112,6 @@ def test_a_bf16_model_has_pefts_results_up_to_its_rounding(model, adapter_dtype,
     assert error(found) < 1.5 * error(expected)
 
 
-def test_inputs_of_any_shape_and_layout():
-    fused, peft_model = both(make_model(300).double())
-    torch.manual_seed(0)
-    drawn = torch.randn(3, 32, 5, dtype=torch.float64)
-    for x in (drawn.mT, drawn.mT[0], drawn.mT[0, 0], drawn.mT[:, ::2], drawn.mT[:, None]):
-        results = []
-        for layer in (layers(fused)[0], layers(peft_model)[0]):
-            given = x.detach().requires_grad_()
-            y = layer(given)
-            results.append((y, *torch.autograd.grad(y.square().sum(), given)))
-        for our, their in zip(*results, strict=True):
-            torch.testing.assert_close(our, their, atol=1e-12, rtol=1e-12)
-
-
 class TestWhatIsActive:
     @pytest.fixture
     def pair(self, model) -> tuple[PeftModel, PeftModel]:
@@ -200,18 +183,3 @@ class TestFallsBack:
             layers(lora_model)[3].base_layer.weight.requires_grad_(True)
         assert_same(fused, peft_model)
         assert len(fused_calls) == LAYERS - 1
-
-
-def test_the_adapter_saves_and_loads_to_the_same(tiny_model_path: Path, tmp_path: Path):
-    fused = attach_lora(load_model(tiny_model_path, precision="fp32"), Lora(r=4, alpha=8), 0)
-    with torch.no_grad():
-        for name, parameter in fused.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    fused.save_pretrained(tmp_path)
-    loaded = load_adapters(load_model(tiny_model_path, precision="fp32"), {"policy": tmp_path})
-    plain = PeftModel.from_pretrained(load_model(tiny_model_path, precision="fp32"), tmp_path)
-    assert {type(layer) for layer in (*layers(loaded), *layers(fused))} == {FusedLoraLinear}
-    assert {type(layer) for layer in layers(plain)} == {Linear}
-    assert torch.equal(logits(loaded), logits(fused.eval()))
-    torch.testing.assert_close(logits(plain), logits(fused), atol=1e-5, rtol=1e-5)

@@ -1,7 +1,6 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,18 +49,6 @@ def unchanged(model: PreTrainedModel) -> Iterator[None]:
     assert list(after) == list(values)
     assert all(torch.equal(after[name], values[name]) for name in values)
     assert torch.equal(logits(model), answers)
-
-
-@pytest.fixture
-def adapter(tiny_model_path: Path, tmp_path: Path) -> Path:
-    """A LoRA on every linear layer that changes much."""
-    model = attach_lora(load_model(tiny_model_path, precision="fp32"), Lora(r=4, alpha=8), seed=1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.3)
-    model.save_pretrained(tmp_path / "adapter")
-    return tmp_path / "adapter"
 
 
 class TestMerged:
