@@ -117,13 +117,6 @@ def test_pairs_of_every_attribute_and_the_conflict_of_the_objectives_are_counted
     assert "`objective.margin: length_penalty`" in weights, "verbosity as a cost gets a note"
 
 
-def test_a_length_penalty_conflicts_with_longer_chosen_responses(source: Path, tmp_path: Path) -> None:
-    objective = {"weights": [0.2], "margin": "length_penalty", "penalty": 0.01}
-    found = Report(local(source, objective=objective), tmp_path / "home")
-    assert "In 100.0% of the helpfulness pairs the chosen response has more words" in found.under("Pairs by attribute")
-    assert "verbosity (margin)" not in found.text and "margin_adapter" not in found.text
-
-
 def test_bad_rows_are_a_problem_and_the_rest_is_reported(tmp_path: Path) -> None:
     bad = write(tmp_path / "bad", train=[*rows(30, "train"), row("p", "", 1, 1)], validation=list(rows(30, "v")))
     found = Report(local(bad), tmp_path / "home")
@@ -147,10 +140,6 @@ def test_data_of_little_use_is_warned_of_and_of_none_is_a_problem(source: Path, 
     warned = found.under("Warnings")
     assert "the two objectives conflict in 0.0% of the pairs only" in warned
     assert "evaluation.prompts asks for 40 and 1 held-out prompts are there" in warned
-    some = write(tmp_path / "some", train=list(rows(40, "t")), validation=list(rows(10, "v")))
-    found = Report(local(some, {"objective.weights": [0.004, 0.01, 0.02]}), tmp_path / "home")
-    assert found.error == "" and "only 9 validation pairs judge the margin adapter" in found.under("Warnings")
-    assert "at w=0.004, 0.01 the loss and its gradients are multiplied by 1/w, up to 250" in found.under("Warnings")
 
 
 def test_a_model_that_is_gated_does_not_hide_the_data(
@@ -170,22 +159,6 @@ def test_a_model_that_is_gated_does_not_hide_the_data(
 
 
 # Model and rater
-
-
-def test_a_model_on_the_hub_says_what_will_be_downloaded(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    described = tmp_path / "snapshot"
-    shutil.copytree(EMBEDDED_MODEL, described, ignore=shutil.ignore_patterns("*.safetensors"))
-    monkeypatch.setattr(sources, "download", lambda *arguments: described)
-    model = {**LIMITS["model"], "base": "some/model", "revision": COMMIT}
-    found = Report(local(source, model=model), tmp_path / "home")
-    assert found.error == ""
-    said = re.search(r"download: weights of about ([\d.]+) MB to the hub cache", found.under("Machine"))
-    size = (EMBEDDED_MODEL / "model.safetensors").stat().st_size
-    assert said is not None and float(said[1]) == pytest.approx(size / 1e6, rel=0.02)
-    here = Report(local(source, model={**LIMITS["model"], "base": str(described)}), tmp_path / "home")
-    assert "holds no weights" in here.under("Problems (1)")
 
 
 def damaged(folder: Path, damage: str) -> Path:

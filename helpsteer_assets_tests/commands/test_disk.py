@@ -1,7 +1,5 @@
 """The disk that a run needs, by what is not finished."""
 
-import gzip
-import json
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -10,8 +8,7 @@ from typing import Any
 import pytest
 
 from helpsteer_assets.assets.status import status, unfinished
-from helpsteer_assets.commands.disk import disk_need, in_words, needs_model, shortage
-from helpsteer_assets.embedded.generator import build_rows
+from helpsteer_assets.commands.disk import disk_need, in_words, shortage
 from helpsteer_assets.experiment.settings import Experiment
 from helpsteer_assets.modpo.models.loading import ModelSize
 from helpsteer_assets.store.artifacts import ALL
@@ -55,44 +52,6 @@ def test_the_parts_follow_the_settings_and_what_is_left_to_make(tmp_path: Path) 
     assert parts(experiment({"model.precision": "bf16"}), sft, tmp_path)["SFT model"] == 2000
     assert parts(experiment({"sft.enabled": False}), sft, tmp_path) == {"SFT model": 4000}
     assert "2 adapters" in parts(experiment(**LENGTH_PENALTY), None, tmp_path)
-
-
-def test_without_weights_no_model_is_asked_for_and_the_warehouse_is_written_again_if_anything_is_made(
-    tmp_path: Path,
-) -> None:
-    assert needs_model([("scores", "0.1"), ("modpo_models", "0.1")])
-    assert not needs_model([("scores", "0.1"), ("preference_pairs", ALL)])
-    (tmp_path / "warehouse").mkdir()
-    (tmp_path / "warehouse" / "helpsteer.duckdb").write_bytes(bytes(700))
-    assert parts(experiment(), [], tmp_path) == {}
-    assert parts(experiment(), [("tradeoff", ALL)], tmp_path) == {"the warehouse again": 700}
-
-
-def test_data_is_estimated_by_the_size_of_its_files_without_reading_them(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    source.mkdir()
-    (source / "train.jsonl").write_bytes(bytes(1000))  # no JSON: whoever reads it fails
-    found = experiment(data={"source": str(source)}, evaluation={})
-    every = [("helpsteer_ratings", ALL), ("preference_pairs", ALL), ("margin_pairs", ALL)]
-    assert parts(found, every, tmp_path)["data"] == 7 * 1000
-    compressed = gzip.compress(b"x" * 10_000)
-    (source / "train.jsonl").unlink()
-    (source / "train.jsonl.gz").write_bytes(compressed)
-    assert parts(found, every[:1], tmp_path)["data"] == 4 * len(compressed)
-    ratings = tmp_path / "ratings"
-    ratings.mkdir()
-    (ratings / "ratings.parquet").write_bytes(bytes(50))
-    shutil.rmtree(source)
-    assert parts(found, every[1:2], tmp_path, made={"helpsteer_ratings": ratings})["data"] == 3 * 4 * 50
-    embedded = parts(experiment(), every[:1], tmp_path)["data"]
-    assert embedded / 3 < len(json.dumps(build_rows())) < 3 * embedded
-
-
-def test_data_that_is_still_on_the_hub_is_said_to_be_unknown(tmp_path: Path) -> None:
-    found = experiment(data={"source": "some/ratings", "revision": COMMIT}, evaluation={})
-    need = disk_need(found, [("helpsteer_ratings", ALL), ("generations", "0.1")], {}, Home(tmp_path), None)
-    assert set(need.parts) == {"answers"}
-    assert "beside the data (some/ratings has to be downloaded first)" in in_words(need, Home(tmp_path))
 
 
 def test_a_shortage_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

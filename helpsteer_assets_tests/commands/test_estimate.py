@@ -18,7 +18,7 @@ from helpsteer_assets.modpo.data.ratings import rows_to_ratings
 from helpsteer_assets.modpo.models.loading import load_model, model_size
 from helpsteer_assets.store.artifacts import ALL, ArtifactStore
 from helpsteer_assets.store.home import Home as FolderHome
-from helpsteer_assets_tests.assets.test_graph_fingerprints import LENGTH_PENALTY, experiment
+from helpsteer_assets_tests.assets.test_graph_fingerprints import experiment
 
 PROMPT, RESPONSE = 10, 20
 """Tokens of every prompt and response."""
@@ -85,11 +85,6 @@ def test_each_stage_reads_its_texts_as_often_as_it_will(pairs: dict[str, Pairs])
     }
 
 
-def test_stages_that_an_experiment_lacks_cost_nothing(pairs: dict[str, Pairs]) -> None:
-    short = works_of(pairs, experiment({"sft.enabled": False, "evaluation.kl_samples": 0}, **LENGTH_PENALTY))
-    assert short.keys() == {"reference_log_probs", "sft_generations", "modpo_models", "generations", "scores"}
-
-
 def test_texts_are_cut_as_the_stages_cut_them(pairs: dict[str, Pairs]) -> None:
     limits = {"model.max_length": 16, "model.max_prompt_length": 4, "generation.max_prompt_length": 6}
     works = works_of(pairs, experiment({**limits, "generation.max_new_tokens": 5}))
@@ -97,20 +92,6 @@ def test_texts_are_cut_as_the_stages_cut_them(pairs: dict[str, Pairs]) -> None:
 
     assert works["generations"].tokens == len(ASKED) * (6 + 5)
     assert works["reference_log_probs"].tokens == len(set(both["prompt_id"].to_pylist())) * 4 + len(both) * 12
-
-
-@pytest.mark.parametrize(
-    ("changes", "dearer"),
-    [
-        ({"modpo.gradient_checkpointing": True, "modpo.accumulation": 2}, "modpo_models"),
-        ({"margin_adapter.batch_size": 32}, "margin_adapter"),
-    ],
-)
-def test_a_setting_makes_its_own_stage_dearer(pairs: dict[str, Pairs], changes: dict[str, Any], dearer: str) -> None:
-    before, after = works_of(pairs, experiment()), works_of(pairs, experiment(changes))
-
-    assert [name for name in before if after[name].flops > before[name].flops] == [dearer]
-    assert [name for name in before if after[name] != before[name]] == [dearer]
 
 
 # Rates

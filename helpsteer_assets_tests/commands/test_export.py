@@ -8,16 +8,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import ModelCard
 
-from helpsteer_assets.assets.model_card import BaseModel
-from helpsteer_assets.commands.export import PROVENANCE, base_model, chosen_policy, export_policy, take_report
+from helpsteer_assets.commands.export import PROVENANCE, chosen_policy, export_policy, take_report
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.experiment.reading import load_experiment
-from helpsteer_assets.experiment.settings import Experiment
 from helpsteer_assets.files.digests import is_intact
 from helpsteer_assets.store.home import Home
 from helpsteer_assets.store.locks import home_alone
@@ -78,21 +74,6 @@ def test_the_card_has_the_scores_of_this_policy_once_it_is_scored(
     assert "Not scored" in (take(finished, tmp_path / "out").folder / "README.md").read_text()
 
 
-def test_the_base_models_licence_is_read_from_the_card_beside_a_local_one(tmp_path: Path) -> None:
-    def read(source: str, revision: str | None = None) -> BaseModel:
-        data = load_experiment("smollm2").model_dump()
-        data["model"] |= {"base": source, "revision": revision}
-        return base_model(Experiment.model_validate(data))
-
-    assert read(str(tmp_path)) == BaseModel(None, None)
-    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\nbase_model: a/b\n---\n")
-    assert read(str(tmp_path)) == BaseModel("a/b", "apache-2.0")
-    (tmp_path / "README.md").write_text("---\nlicense: [mit, other]\nbase_model: {\n---\n")
-    assert read(str(tmp_path)) == BaseModel(None, None), "a card that cannot be read says nothing"
-    assert read("someone/Model", "0" * 40) == BaseModel("someone/Model", None)
-    assert read("embedded") == BaseModel(None, "apache-2.0")
-
-
 # The place of the folder
 
 
@@ -130,15 +111,6 @@ def test_what_is_not_an_export_is_never_replaced(model: Path, finished_home: Fin
         with pytest.raises(HelpsteerError, match=message):
             take(finished_home, to, force=True)
     assert thesis.read_text() == (export / "notes.txt").read_text() == "mine"
-
-
-def test_a_disk_without_room_is_refused_before_anything_is_written(
-    finished_home: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1))
-    with pytest.raises(HelpsteerError, match=r"about 2\.\d+ MB will be written and .* has 1 bytes free"):
-        take(finished_home, tmp_path / "out")
-    assert not any(tmp_path.iterdir())
 
 
 def test_an_export_that_is_killed_or_interrupted_leaves_no_folder(finished_home: Finished, tmp_path: Path) -> None:
@@ -222,13 +194,3 @@ def test_the_report_is_found_copied_and_opened(finished_home: Finished, tmp_path
     assert copy.read_bytes() == source.read_bytes()
     assert seen.read_text().strip() == copy.as_uri()
     assert take_report(finished_home.experiment, Home(finished_home.home)) == source
-
-
-def test_a_report_that_is_old_or_has_no_place_is_refused(copied: Callable[..., Finished], tmp_path: Path) -> None:
-    changed = copied(evaluation={"bootstrap_samples": 300})
-    for finished, to, message in (
-        (changed, None, r"tradeoff_report .* out of date \(.*bootstrap_samples 200 -> 300"),
-        (copied(), tmp_path, "is a folder; name a file in it"),
-    ):
-        with pytest.raises(HelpsteerError, match=message):
-            take_report(finished.experiment, Home(finished.home), to)

@@ -169,10 +169,6 @@ def test_push_says_what_is_wrong_before_it_exports(command: Any, hub: Hub, tmp_p
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
         return done.stderr.splitlines()[-1]
 
-    assert "nobody is logged in to the hub; run `hf auth login`" in error(*push, token="")
     assert "refuses me/mine" in (wrong := error(*push, token="hf_wrong")) and "HF_TOKEN" in wrong
-    assert "unset HF_HUB_OFFLINE" in error(*push, HF_HUB_OFFLINE="1")
-    assert "check the network" in error(*push, endpoint="http://127.0.0.1:9")
     assert "is no id of a repository" in error("sft", "--push", "a/b/c")
-    assert "--yes goes with --push" in error("sft", "--yes")
     assert hub.repositories == {} and not (tmp_path / "out").exists()
