@@ -1,7 +1,6 @@
 import csv
 import gzip
 import json
-import re
 import tempfile
 from decimal import Decimal
 from pathlib import Path
@@ -147,13 +146,6 @@ class TestFormats:
             table, _ = read(tmp_path / name, validation_share=1e-9)
             assert [table[attribute][0].as_py() for attribute in ATTRIBUTES] == [0, 1, 2, 3, 4]
 
-    def test_a_byte_order_mark_is_no_part_of_the_data(self, tmp_path: Path) -> None:
-        for name in ("rows.jsonl", "rows.json", "rows.csv"):
-            FORMATS[name](tmp_path / name, [row("a")])
-            space = b" " * 5000 if name == "rows.json" else b""  # and a JSON array is one whatever space precedes it
-            (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + space + (tmp_path / name).read_bytes())
-            assert len(read(tmp_path / name, validation_share=1e-9)[0]) == 1
-
 
 class TestSplits:
     def test_a_hash_of_the_prompt_alone_splits_a_single_source(self, tmp_path: Path) -> None:
@@ -257,27 +249,6 @@ class TestBadRows:
         assert report["splits"] == {"train": {"rows": 25, "prompts": 25}, "validation": {"rows": 1, "prompts": 1}}
         assert table["row"].to_pylist() == [*range(1, 51, 2), 2]
 
-    def test_bad_rows_of_csv_and_parquet(self, tmp_path: Path) -> None:
-        header = ",".join(COLUMNS).encode()
-        content = header + b"\n\na,b,1,1,1,1\na,b,1,,1,1,1\na,b,1,two,1,1,1_0\n,\xff,1,1,1,1,1\n"
-        (tmp_path / "rows.csv").write_bytes(content)
-        table = pa.Table.from_pylist([row(verbosity=None), row(helpfulness=9), row("b", "bad")])
-        broken = pa.StringArray.from_buffers(
-            3, pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0\3\0\0\0"), pa.py_buffer(b"xy\xff")
-        )
-        table = table.set_column(table.schema.get_field_index("response"), "response", broken)
-        pq.write_table(table, tmp_path / "rows.parquet")
-        reasons = {
-            "rows.csv": ["6 fields", "correctness is null", "'two'.*'1_0'", "prompt is empty; response is not valid"],
-            "rows.parquet": ["verbosity is null", "helpfulness is 9", "response is not valid UTF-8"],
-        }
-        for name, expected in reasons.items():
-            with pytest.raises(HelpsteerError) as caught:
-                read(tmp_path / name)
-            lines = str(caught.value).splitlines()[1:-1]
-            for number, (line, reason) in enumerate(zip(lines, expected, strict=True), 1):
-                assert re.search(f"{name}, row {number}: .*{reason}", line)
-
     def test_nothing_good_is_an_error_even_where_bad_rows_are_dropped(self, tmp_path: Path) -> None:
         write_jsonl(tmp_path / "train.jsonl", [row(""), row("")])
         with pytest.raises(HelpsteerError, match=r"no train rows are left of 2, 2 of them bad:\n  .* prompt is empty"):
@@ -297,12 +268,6 @@ class TestBadRows:
 
 
 class TestFiles:
-    @pytest.mark.parametrize("name", ["rows.csv", "rows.parquet"])
-    def test_a_column_missing_in_the_whole_file_is_named(self, tmp_path: Path, name: str) -> None:
-        FORMATS[name](tmp_path / name, [{k: v for k, v in r.items() if k != "verbosity"} for r in many_rows(2)])
-        with pytest.raises(HelpsteerError, match=rf"{name} has no column verbosity. It has: coherence, .*response"):
-            read(tmp_path / name, on_bad_rows="drop")
-
     @pytest.mark.parametrize(
         ("name", "content", "message"),
         [

@@ -1,5 +1,3 @@
-import logging
-import math
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -27,7 +25,7 @@ from transformers import (
 )
 
 from helpsteer_assets.modpo.generation import decoding
-from helpsteer_assets.modpo.generation.decoding import Decoding, decode, gumbel_noise, keeps_all_keys
+from helpsteer_assets.modpo.generation.decoding import Decoding, decode
 
 VOCABULARY = 61
 NO_END = VOCABULARY
@@ -198,25 +196,6 @@ class TestBatches:
         _, seen = self.rows_per_forward(model_of("llama"), prompts_of(lengths), decoding_of(7, 5, cap))
         assert all(rows * columns <= cap or rows == 1 for rows, columns in seen)
 
-    def test_a_finished_response_costs_nothing_more_and_a_waiting_prompt_takes_its_room(self):
-        model, prompts = model_of("llama"), prompts_of([4] * 12)
-        end = ending(all_of(model, prompts, decoding_of(12, NO_END, 10**6)))
-        found, seen = self.rows_per_forward(model, prompts, decoding_of(12, end, 4 * 16))
-        assert len({len(ids) for ids in found.values()}) > 2
-        # The prompts' forward gives each its first token; after it one row a token.
-        assert sum(rows for rows, _ in seen) == sum(map(len, found.values()))
-        steps_batch_by_batch = sum(max(map(len, list(found.values())[start : start + 4])) for start in (0, 4, 8))
-        assert max(rows for rows, _ in seen) == 4
-        assert sum(columns > 4 for _, columns in seen) < steps_batch_by_batch - 3
-
-    def test_columns_that_no_row_needs_are_let_go(self):
-        model, prompts = model_of("llama"), prompts_of([40, 2])
-        long, short = all_of(model, prompts, decoding_of(9, NO_END, 10**6)).values()
-        end = next(token for token in long[:7] if token not in short)
-        found, seen = self.rows_per_forward(model, prompts, decoding_of(9, end, 10**6))
-        assert len(found[0]) < len(found[10])
-        assert seen[-1] == (1, 2 + 8), "as wide as the text that is left"
-
 
 class TestSampling:
     how = decoding_of(10, 5, 10**6, do_sample=True, temperature=1.3, seed=3)
@@ -249,28 +228,3 @@ class TestSampling:
         observed, wanted = (torch.cat([x[~rare], x[rare].sum()[None]]) for x in (counts.double(), expected))
         assert (~rare).sum() > 5
         assert stats.chisquare(observed[wanted > 0], wanted[wanted > 0]).pvalue > 1e-4
-
-    def test_noise_is_gumbel_and_independent_between_prompts_steps_tokens_and_seeds(self):
-        like, prompts = torch.empty(40, 500), list(range(40))
-        noise = gumbel_noise(1, prompts, [0] * 40, like)
-        assert stats.kstest(noise.flatten(), "gumbel_r").pvalue > 1e-4
-        others = [
-            gumbel_noise(1, list(range(1, 41)), [0] * 40, like),
-            gumbel_noise(1, prompts, [1] * 40, like),
-            gumbel_noise(2, prompts, [0] * 40, like),
-            noise.roll(1, dims=1),
-        ]
-        for other in others:
-            # The Gumbel distribution function maps it to a uniform distribution.
-            pairs = torch.stack([(-(-drawn).exp()).exp().flatten() for drawn in (noise, other)])
-            assert abs(pairs.corrcoef()[0, 1].item()) < 4 / math.sqrt(pairs.shape[1])
-
-
-def test_models_with_recurrent_states_are_left_to_transformers_with_a_log_line(caplog):
-    assert [keeps_all_keys(model_of(kind)) for kind in CONFIGS] == [True] * 4 + [False]
-    with caplog.at_level(logging.INFO, logger=decoding.__name__):
-        all_of(model_of("llama"), prompts_of([3, 5]), decoding_of(3, NO_END, 100))
-        assert not caplog.records
-        all_of(model_of("lfm2"), prompts_of([3, 5]), decoding_of(3, NO_END, 100))
-    (record,) = caplog.records
-    assert "Lfm2ForCausalLM" in record.getMessage()

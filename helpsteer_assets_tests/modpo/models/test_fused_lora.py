@@ -115,20 +115,6 @@ def test_a_bf16_model_has_pefts_results_up_to_its_rounding(model, adapter_dtype,
     assert error(found) < 1.5 * error(expected)
 
 
-def test_inputs_of_any_shape_and_layout():
-    fused, peft_model = both(make_model(300).double())
-    torch.manual_seed(0)
-    drawn = torch.randn(3, 32, 5, dtype=torch.float64)
-    for x in (drawn.mT, drawn.mT[0], drawn.mT[0, 0], drawn.mT[:, ::2], drawn.mT[:, None]):
-        results = []
-        for layer in (layers(fused)[0], layers(peft_model)[0]):
-            given = x.detach().requires_grad_()
-            y = layer(given)
-            results.append((y, *torch.autograd.grad(y.square().sum(), given)))
-        for our, their in zip(*results, strict=True):
-            torch.testing.assert_close(our, their, atol=1e-12, rtol=1e-12)
-
-
 class TestWhatIsActive:
     @pytest.fixture
     def pair(self, model) -> tuple[PeftModel, PeftModel]:
@@ -145,27 +131,6 @@ class TestWhatIsActive:
         assert (found[0] - found[1]).abs().max() > 0.1
         assert len(fused_calls) == 3 * LAYERS * 2
 
-    def test_none_and_two_at_once_are_pefts_matter(self, pair, fused_calls):
-        with pair[0].disable_adapter(), pair[1].disable_adapter():
-            without = logits(pair[0])
-            assert torch.equal(without, logits(pair[1]))
-        for lora_model in pair:
-            lora_model.base_model.set_adapter(["one", "two"])
-        assert torch.equal(logits(pair[0]), logits(pair[1]))
-        assert fused_calls == []
-        assert (logits(pair[0]) - without).abs().max() > 0.1
-
-    def test_merged_and_unmerged(self, pair):
-        fused = pair[0]
-        before = logits(fused)
-        fused.merge_adapter()
-        torch.testing.assert_close(logits(fused), before, atol=1e-10, rtol=0)
-        fused.unmerge_adapter()
-        torch.testing.assert_close(logits(fused), before, atol=1e-10, rtol=0)
-        merged = fused.merge_and_unload()
-        assert layers(merged) == []
-        torch.testing.assert_close(logits(merged), before, atol=1e-10, rtol=0)
-
 
 class TestFallsBack:
     def test_to_peft_where_dropout_draws(self, model, fused_calls):
@@ -177,12 +142,6 @@ class TestFallsBack:
         assert torch.equal(results[0][0], results[1][0])
         assert all(torch.equal(results[0][1][name], gradient) for name, gradient in results[1][1].items())
 
-    @pytest.mark.parametrize(("dropout", "training"), [(0.3, False), (0.0, True)])
-    def test_not_where_dropout_draws_nothing(self, model, fused_calls, dropout, training):
-        fused, peft_model = both(model.double(), lora_dropout=dropout)
-        assert_same(fused.train(training), peft_model.train(training))
-        assert len(fused_calls) == LAYERS
-
     @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
     @pytest.mark.parametrize(
         ("how", "fused_layers"),
@@ -193,13 +152,6 @@ class TestFallsBack:
         fused, peft_model = both(with_biases().double(), **how)
         assert_same(fused, peft_model)
         assert len(fused_calls) == fused_layers
-
-    def test_where_the_layers_own_weight_is_trained(self, model, fused_calls):
-        fused, peft_model = both(model.double())
-        for lora_model in (fused, peft_model):
-            layers(lora_model)[3].base_layer.weight.requires_grad_(True)
-        assert_same(fused, peft_model)
-        assert len(fused_calls) == LAYERS - 1
 
 
 def test_the_adapter_saves_and_loads_to_the_same(tiny_model_path: Path, tmp_path: Path):

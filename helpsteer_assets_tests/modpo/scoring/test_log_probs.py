@@ -35,7 +35,6 @@ from helpsteer_assets.modpo.scoring.log_probs import (
 )
 from helpsteer_assets.modpo.scoring.trees import pack
 from helpsteer_assets.modpo.settings import Lora
-from helpsteer_assets_tests.conftest import make_model
 from helpsteer_assets_tests.modpo.scoring.test_trees import sequence
 
 PAD, EOS = 0, 2
@@ -269,24 +268,6 @@ class TestTrees:
         model = make_family("Llama", config).double()
         assert_trees_equal_padded(with_lora(model), sequences, 1e-10, 1e-9)
 
-    def test_in_fp32_lose_no_digits_over_hundreds_of_tokens(self):
-        model = with_lora(make_family("Llama", SMALL | {"vocab_size": 300, "max_position_embeddings": 1024}))
-        draw = np.random.default_rng(0)
-        prompts = [draw.integers(3, 300, 150) for _ in range(3)]
-        sequences = [Sequence(prompt, draw.integers(3, 300, 300)) for prompt in prompts for _ in range(2)]
-        batch, rows = pack(sequences)
-        padded = collate(sequences, PAD)
-        with torch.no_grad():
-            found = response_log_probs(model, batch)[rows]
-            logits = model(input_ids=padded.input_ids, attention_mask=padded.attention_mask).logits[:, :-1]
-            of_tokens = torch.log_softmax(logits, dim=-1).gather(2, padded.input_ids[:, 1:, None])[..., 0]
-            in_fp32 = (of_tokens * padded.response_mask[:, 1:]).sum(1)
-            with InDoublePrecision():
-                truth = padded_log_probs(model.double(), padded)
-        assert found.min() < -1000
-        assert (found - truth).norm() <= (in_fp32.double() - truth).norm()
-        assert (found - truth).abs().max() < 1e-6 * truth.abs().max()
-
 
 def uses_fused_head(model: torch.nn.Module) -> bool:
     calls: list[int] = []
@@ -347,38 +328,6 @@ class TestMethods:
                 parameter.mul_(size)
         assert method_for(model.to(dtype)) == PADDED
 
-    def test_is_found_once_per_model(self, model, monkeypatch):
-        tried: list[PreTrainedModel] = []
-        find = log_probs._find_method
-        monkeypatch.setattr(log_probs, "_find_method", lambda model: (tried.append(model), find(model))[1])
-        batch, _ = pack(make_trees(290))
-        peft_model = with_lora(model)
-        for _ in range(3):
-            response_log_probs(peft_model, batch)
-            response_log_probs(model, batch)
-        assert tried == [model]
-        response_log_probs(make_model(300), batch)
-        assert len(tried) == 2
-
-    def test_is_found_without_a_trace(self, model):
-        """No random number drawn, no gradient left, the model as it was."""
-        model = with_lora(model).train()
-        torch.manual_seed(0)
-        expected = torch.rand(3)
-        torch.manual_seed(0)
-        implementation = model.config._attn_implementation
-        method_for(model)
-        assert torch.equal(torch.rand(3), expected)
-        assert model.training and all(module.training for module in model.modules())
-        assert model.config._attn_implementation == implementation
-        assert all(parameter.grad is None for parameter in model.parameters())
-
-    def test_a_model_that_was_scored_before_is_trained_with_a_fused_head(self, model):
-        score_sequences(model, make_sequences(2))
-        with torch.no_grad():
-            assert uses_fused_head(model)
-        assert uses_fused_head(with_lora(model))
-
     @pytest.mark.parametrize("change", ["trained", "under a lora"])
     def test_a_head_that_changed_since_the_method_was_found_is_right_too(self, model, change):
         model = with_lora(model.double())
@@ -426,17 +375,6 @@ class TestScoreSequences:
         order = random.Random(1).sample(range(len(sequences)), len(sequences))
         scored = score_sequences(model, [sequences[index] for index in order], batch_tokens=batch_tokens)[BASE]
         assert scored == pytest.approx([expected[index] for index in order], abs=1e-9)
-
-    def test_compute_each_prompt_and_each_response_to_it_once(self, model, monkeypatch):
-        computed: list[int] = []
-        monkeypatch.setattr(
-            log_probs,
-            "response_log_probs",
-            lambda model, batch: computed.append(batch.tokens) or response_log_probs(model, batch),
-        )
-        prompt = list(range(5, 15))
-        score_sequences(model, [sequence(prompt, [n % 4, EOS]) for n in range(3, 15)])
-        assert computed == [10 + 4 * 2]
 
     def test_score_each_adapter_and_the_model_without_any(self, model):
         sequences = make_sequences(6)

@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
-from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -197,12 +195,3 @@ def test_sharded_weights_lie_in_parts(tiny_model_path, tmp_path) -> None:
 
     for here, whole in in_processes(2, tmp_path, held, sharded=True):
         assert here * 2 == whole
-
-
-@given(lengths=st.lists(st.integers(1, 500), max_size=40), size=st.integers(1, 5))
-def test_items_are_dealt_out_once_and_evenly(lengths: list[int], size: int) -> None:
-    hands = World(0, size).deal(lengths)
-    assert sorted(index for hand in hands for index in hand) == list(range(len(lengths)))
-    assert all(hand == sorted(hand) for hand in hands)
-    loads = [sum(lengths[index] for index in hand) for hand in hands]
-    assert max(loads) - min(loads) <= max(lengths, default=0)

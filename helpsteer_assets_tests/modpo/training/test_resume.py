@@ -11,12 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
 
 from helpsteer_assets.modpo.models.loading import attach_lora, load_model, load_tokenizer
 from helpsteer_assets.modpo.progress import silent
 from helpsteer_assets.modpo.settings import Lora, Training
-from helpsteer_assets.modpo.training import checkpoints
 from helpsteer_assets.modpo.training import loop as training
 from helpsteer_assets.modpo.training.checkpoints import (
     checkpoint_progress,
@@ -127,35 +125,6 @@ class TestKilled:
         assert self.resumes_to_the_same(train, tmp_path, whole).resumed_from == resumes_from
 
     @preference_only
-    def test_while_a_checkpoint_is_written(self, train, tmp_path, whole):
-        def save_half(trainer: transformers.Trainer, folder: str) -> None:
-            Path(folder, "rng_state.pth").write_bytes(b"half")
-            if trainer.state.global_step == 6:
-                die()
-
-        with pytest.MonkeyPatch.context() as patch:
-            original = transformers.Trainer._save_rng_state
-            patch.setattr(
-                transformers.Trainer,
-                "_save_rng_state",
-                lambda trainer, folder: (save_half if trainer.state.global_step == 6 else original)(trainer, folder),
-            )
-            self.kill(train, tmp_path)
-        assert checkpoint_progress(tmp_path / "killed/checkpoints") == (3, 10)
-        assert self.resumes_to_the_same(train, tmp_path, whole).resumed_from == 3
-
-    @preference_only
-    def test_while_an_old_checkpoint_is_deleted(self, train, tmp_path, whole):
-        def delete_half(folder: Path) -> None:
-            next(Path(folder).glob("*.safetensors")).unlink()
-            die()
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(checkpoints.shutil, "rmtree", delete_half)
-            self.kill(train, tmp_path)
-        assert self.resumes_to_the_same(train, tmp_path, whole).resumed_from >= 6
-
-    @preference_only
     @pytest.mark.parametrize("selection", [True, False])
     def test_after_the_last_step(self, train, tmp_path, selection):
         whole = Whole(tmp_path / "whole", train(tmp_path / "whole", selection=selection))
@@ -199,24 +168,6 @@ class TestKilled:
             shutil.rmtree(tmp_path / "killed", ignore_errors=True)
             self.kill(train, tmp_path, progress=at_step(step), **how)
             self.resumes_to_the_same(train, tmp_path, whole, **how)
-
-    @preference_only
-    def test_after_it_stopped_early(self, train, tmp_path):
-        how = {"steps": 60, "evaluate_every": 2, "early_stopping": 1, "learning_rate": 0.1}
-        whole = Whole(tmp_path / "whole", train(tmp_path / "whole", **how))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(training, "set_peft_model_state_dict", lambda *_: die())
-            self.kill(train, tmp_path, **how)
-        assert self.resumes_to_the_same(train, tmp_path, whole, **how).resumed_from == whole.result.steps < 60
-
-
-@preference_only
-def test_dropout_and_data_order_matter_here(train, tmp_path):
-    """Were they without effect, the tests above could not see whether random state is restored."""
-    plain = Lora(r=4, alpha=8)
-    for name, how in (("as is", {}), ("no dropout", {"lora": plain}), ("other order", {"lora": plain, "seed": 1})):
-        train(tmp_path / name, steps=3, **how)
-    assert len({adapter(folder) for folder in tmp_path.iterdir()}) == 3
 
 
 class TestCheckpoints:
