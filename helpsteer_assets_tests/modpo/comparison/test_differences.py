@@ -76,12 +76,6 @@ def test_a_shown_difference_names_its_side_its_size_and_its_interval() -> None:
     )
 
 
-def test_a_distance_to_sft_is_told_as_a_value() -> None:
-    kl = Measure("kl", "KL to SFT", "nats", "lower", to_sft=True)
-    assert told(kl, 2.13, 1.9, 2.36) == "KL to SFT: 2.13 nats [1.90, 2.36]."
-    assert told(kl, 0.02, -0.1, 0.14) == "KL to SFT: 0.02 nats [-0.10, 0.14]."
-
-
 def test_no_difference_shown_is_not_called_equal_and_says_how_large_one_could_be() -> None:
     assert told(HELP, -0.05, -0.2, 0.1) == (
         "Rated helpfulness: no difference shown (-0.05 points [-0.20, 0.10]); one of up to 0.20 points is not ruled "

@@ -80,21 +80,6 @@ def test_without_enough_change_of_length_there_is_no_line_and_no_claim() -> None
     assert moved.adjusted is None and "20 responses changed their length, all by the same" in moved.sentence
 
 
-def test_a_line_that_prompts_of_about_equal_length_contradict_gives_no_verdict() -> None:
-    rng = np.random.default_rng(8)
-    tokens = np.full(100, 100.0)
-    more = np.where(np.arange(100) < 30, 0, rng.integers(-40, 60, 100))
-    rating = np.where(more == 0, 0.0, 1.0 + 0.001 * more)  # unchanged responses are no better, changed ones are
-    (answer,) = compare(scores(None, np.zeros(100), tokens), scores("0.3", rating, tokens + more))
-    assert answer.adjusted is not None and answer.adjusted.low > 0 and answer.close is not None
-    close = [(r, m) for r, m in zip(rating, more, strict=True) if abs(m) <= 0.1 * max(100, 100 + m)]
-    assert answer.close.mean == pytest.approx(np.mean([r for r, _ in close])) and answer.close_prompts == len(close)
-    rating = np.where(np.abs(more) <= 11, 0.0, rating)
-    (flat,) = compare(scores(None, np.zeros(100), tokens), scores("0.3", rating, tokens + more))
-    assert flat.adjusted is not None and flat.adjusted.low > 0 and flat.verdict == "undecided"
-    assert "is higher than SFT's by the line, which prompts of about equal length do not show" in flat.sentence
-
-
 def test_a_line_beyond_what_was_seen_says_that_it_extrapolates() -> None:
     (far,) = compare(*changed(5, 60, gain=0.0, per_token=0.01, longer=200))
     assert far.extrapolated and "this is extrapolated" in far.sentence

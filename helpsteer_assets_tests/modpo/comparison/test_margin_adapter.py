@@ -56,9 +56,7 @@ def test_pairs_of_one_prompt_are_resampled_together() -> None:
     [
         ([3.0, 2.0, 1.0] * 70, 0.5, []),
         ([3.0, 2.0, -1.0] * 70, 0.99, ["66.7% of 210 .* 99.0%"]),
-        ([5.0, -1.0] * 100, 0.5, ["asks for more than 50.0%"]),  # not as much
         ([-3.0, -2.0, 1.0] * 70, 0.5, ["margin_adapter_min_accuracy", "does not lie above 0"]),
-        ([3.0, 2.0, 1.0, -4.0], 0.5, [r"mean margin is 0.5 with the 95% interval \[-"]),
         ([], 0.5, ["n = 0"]),
     ],
 )
@@ -124,14 +122,6 @@ def test_an_adapter_that_measures_its_attribute_is_not_called_a_ruler_although_l
     measured = quality(data, chosen, 0.01 * data["rejected_tokens"] + rng.normal(0, 1.5, 360))
     assert measured["only_length"] is False and measured["length_rule_wrong"]["low"] > 0.5
     assert "measures more than length" in measured["sentence"] and "it gains" in measured["sentence"]
-
-
-def test_an_adapter_that_knows_better_where_length_misleads_is_no_ruler_although_length_alone_does_better() -> None:
-    data = pairs(12, longer_chosen=0.9)
-    right = np.random.default_rng(13).random(360) < 0.75
-    measured = quality(data, right.astype(float), np.full(360, 0.5))
-    assert measured["gain_over_length"]["high"] < 0 and measured["length_rule_wrong"]["low"] > 0.5
-    assert measured["only_length"] is False
 
 
 def test_an_adapter_that_knows_nothing_or_was_asked_too_little_gets_no_verdict() -> None:

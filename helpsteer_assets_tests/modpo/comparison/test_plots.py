@@ -62,29 +62,6 @@ def test_the_tradeoff_plot_shows_points_intervals_front_and_note() -> None:
     assert legend == ["on the Pareto front", "dominated", "SFT model", "95% interval"]
 
 
-KL_POINTS = [
-    point("w = 0.1", "0.1", 9.0, 3.0, True, spread=0.5),
-    point("SFT", None, 0.0, 2.0, False, spread=0.0),
-    point("w = 0.9", "0.9", 1.0, 2.5, True, spread=0.2),
-]
-
-
-def test_the_kl_plot_spaces_kl_by_its_root_and_joins_the_weights_in_order() -> None:
-    figure = plots.reward_against_kl_plot(KL_POINTS, "rated helpfulness", "Title", "a note")
-    axes = figure.axes[0]
-    figure.canvas.draw()
-    zero, one, nine = (axes.transData.transform((kl, 2.0))[0] for kl in (0, 1, 9))
-    assert nine - zero == pytest.approx(3 * (one - zero))
-    path = next(line for line in axes.lines if len(line.get_xdata()) == 2 and line.get_linestyle() == "-")
-    assert (list(path.get_xdata()), list(path.get_ydata())) == ([9.0, 1.0], [3.0, 2.5])
-    level = next(line for line in axes.lines if line.get_linestyle() == "--")
-    assert list(level.get_ydata()) == [2.0, 2.0]
-    ticks = [text.get_text() for text in axes.get_xticklabels()]
-    assert ticks[0] == "0" and len(ticks) == len(set(ticks)) >= 4
-    assert "square-root" in axes.get_xlabel() and axes.get_ylabel() == "rated helpfulness"
-    assert {text.get_text() for text in axes.texts} == {"SFT", "w = 0.1", "w = 0.9"}
-
-
 def test_an_svg_keeps_letters_as_text_and_names_its_points() -> None:
     labelled = [p | {"label": f"<{p['label']}>"} for p in POINTS]
     svg = plots.svg_bytes(draw(labelled))

@@ -85,15 +85,6 @@ def test_where_nothing_moves_nothing_is_claimed() -> None:
     assert result["direction"]["verdict"] is False
 
 
-def test_a_policy_that_is_better_on_both_axes_has_an_area_above_sft() -> None:
-    better = {"helpfulness": {"0.5": 0.5}, "margin_reward": {"0.5": -0.5}}
-    result = analyse(SETTINGS, policies(**better))
-    area = result["hypervolume_above_sft"]
-    assert area["low"] > 0.15 and area["low"] < 0.25 < area["high"]
-    assert [point["label"] for point in result["points"] if point["on_front"]] == ["w=0.5"]
-    assert any("Shown to be better than SFT in both" in sentence for sentence in result["headlines"])
-
-
 def test_without_a_rater_or_an_adapter_less_is_compared_and_that_is_said() -> None:
     result = analyse(SETTINGS, policies(rated=False, **TRADE))
     assert not result["preference_measured"]

@@ -148,12 +148,6 @@ class TestGreedy:
         assert found == {index: generate_alone(model, ids, how) for index, ids in prompts.items()}
         assert found != all_of(model, prompts, decoding_of(20, 0, 10**6)), "the rule changed nothing"
 
-    def test_prefills_in_several_forwards_and_goes_on_past_the_room_that_a_cache_begins_with(self, monkeypatch):
-        monkeypatch.setattr(decoding, "PREFILL_TOKENS", 20)
-        monkeypatch.setattr(decoding, "SPARE_COLUMNS", 4)
-        model, prompts, how = model_of("llama"), prompts_of(LENGTHS), decoding_of(20, NO_END, 10**6)
-        assert all_of(model, prompts, how) == {i: generate_alone(model, ids, how) for i, ids in prompts.items()}
-
     @pytest.mark.parametrize("kind", ["llama", "lfm2"])
     def test_nothing_in_the_models_generation_config_changes_how_it_decodes(self, kind, monkeypatch):
         model, prompts, how = model_of(kind), prompts_of([3, 5]), decoding_of(8, NO_END, 100)

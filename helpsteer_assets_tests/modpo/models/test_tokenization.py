@@ -7,7 +7,6 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.models.tokenization import (
     count_response_tokens,
-    encode_prompt,
     encode_prompts,
     encode_response,
     encode_responses,
@@ -15,7 +14,6 @@ from helpsteer_assets.modpo.models.tokenization import (
 )
 from helpsteer_assets_tests.conftest import make_tokenizer
 
-EOS = 2
 TOKENIZER = make_tokenizer()
 """Session fixtures and hypothesis don't mix."""
 TOKENIZERS = {
@@ -55,11 +53,6 @@ def responses(*rows: tuple[str, str]) -> pa.Table:
 def test_a_prompt_is_rendered_by_the_chat_template_or_the_described_pipelines():
     assert render_prompt(TOKENIZER, "Fold it?") == "<s>user: Fold it?\nassistant: "
     assert render_prompt(make_tokenizer(chat_template=None), "Fold it?") == "\n\nHuman:\nFold it?\n\nAssistant:\n"
-
-
-def test_a_prompt_begins_with_one_begin_of_text_token_and_not_two():
-    encoded, cut = encode_prompt(TOKENIZER, "Fold it?", 100)
-    assert (encoded.tolist().count(1), encoded[0], cut) == (1, 1, False)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

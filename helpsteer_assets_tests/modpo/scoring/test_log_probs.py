@@ -17,7 +17,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import helpsteer_assets
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.models.loading import attach_lora
 from helpsteer_assets.modpo.models.tokenization import Sequence
@@ -39,7 +38,6 @@ from helpsteer_assets_tests.modpo.scoring.test_trees import sequence
 
 PAD, EOS = 0, 2
 LORA = Lora(r=4, alpha=8)
-EMBEDDED_MODEL = Path(helpsteer_assets.__file__).parent / "embedded" / "model"
 
 
 def make_sequences(count: int, seed: int = 0) -> list[Sequence]:
@@ -129,12 +127,10 @@ SMALL: dict[str, Any] = {
 GPT: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 1}
 # A window of 7 is shorter than most of the texts here.
 TREE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama, grouped queries": ("Llama", SMALL),
     "llama, tied embeddings, biases": (
         "Llama",
         SMALL | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
     ),
-    "qwen2": ("Qwen2", SMALL),
     "qwen2, windows in some layers": (
         "Qwen2",
         SMALL | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
@@ -246,11 +242,10 @@ class TestTrees:
     @pytest.mark.parametrize("family", TREE_FAMILIES)
     def test_equal_padded_sequences(self, family, caplog):
         sequences = make_trees(97)
-        for dtype, tolerances in ((torch.float32, (1e-5, 1e-5)), (torch.float64, (1e-10, 1e-9))):
-            model = with_lora(make_family(*TREE_FAMILIES[family]).to(dtype))
-            assert method_for(model) == Method("split", fused=True)
-            assert uses_fused_head(model)
-            assert_trees_equal_padded(model, sequences, *tolerances)
+        model = with_lora(make_family(*TREE_FAMILIES[family]).double())
+        assert method_for(model) == Method("split", fused=True)
+        assert uses_fused_head(model)
+        assert_trees_equal_padded(model, sequences, 1e-10, 1e-9)
         assert caplog.records == []
 
     TOKENS = st.lists(st.integers(3, 8), max_size=6)
@@ -318,15 +313,14 @@ class TestMethods:
         assert reason in line
 
     @pytest.mark.filterwarnings("ignore")
-    @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1.0), (torch.bfloat16, 0.2)])
     @pytest.mark.parametrize("family", ["Bloom", "Lfm2", "Mamba", "Qwen3Next"])
-    def test_a_model_with_more_than_plain_attention_is_noticed_however_little_that_shows(self, family, dtype, size):
+    def test_a_model_with_more_than_plain_attention_is_noticed_however_little_that_shows(self, family):
         config = {"Bloom": GPT, "Lfm2": SMALL | {"layer_types": ["conv", "full_attention"]}}.get(family, SMALL)
         model = make_family(family, {k: v for k, v in config.items() if family != "Mamba" or "intermediate" not in k})
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.mul_(size)
-        assert method_for(model.to(dtype)) == PADDED
+                parameter.mul_(0.2)
+        assert method_for(model.bfloat16()) == PADDED
 
     @pytest.mark.parametrize("change", ["trained", "under a lora"])
     def test_a_head_that_changed_since_the_method_was_found_is_right_too(self, model, change):
@@ -341,7 +335,7 @@ class TestMethods:
         assert_trees_equal_padded(model, make_trees(290), 1e-10, 1e-9)
 
     @pytest.mark.filterwarnings("ignore")
-    @pytest.mark.parametrize("family", ["Qwen2Moe", "Phimoe", "Doge", "Llama4Text"])
+    @pytest.mark.parametrize("family", ["Qwen2Moe", "Llama4Text"])
     def test_a_window_that_a_model_keeps_from_its_attention_function_is_not_overlooked(self, family):
         """These apply it in the mask alone, which tree attention does without."""
         windows = {"use_sliding_window": True, "sliding_window": 13, "max_window_layers": 0, "attention_chunk_size": 13}

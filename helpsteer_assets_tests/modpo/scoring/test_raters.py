@@ -171,7 +171,7 @@ def test_ratings_are_the_heads_at_the_last_token_scaled_and_shifted(tmp_path: Pa
     assert max(rated["helpfulness"]) - min(rated["helpfulness"]) > 0.1
 
 
-@pytest.mark.parametrize("pad_token_id", [None, 0, 256, -1])
+@pytest.mark.parametrize("pad_token_id", [None, 256])
 def test_the_batch_size_changes_no_rating(tmp_path: Path, pad_token_id: int | None) -> None:
     folder = save_classifier(tmp_path, pad_token_id=pad_token_id)
     one, three = rate(folder, batch_size=1), rate(folder, batch_size=3)
@@ -200,7 +200,6 @@ def test_a_language_model_is_refused_for_its_missing_heads(tmp_path: Path) -> No
     ("changes", "message"),
     [
         ({"heads": {"helpfulness": 0, "coherence": 5}}, r"evaluation.rater.heads.coherence is 5.*has 5 heads, 0 to 4"),
-        ({"heads": {"coherence": -1}}, "heads.coherence is -1"),
         ({"output": "rewards"}, r"no `rewards`.*found: logits.*evaluation.rater.output"),
         ({"max_length": 4096}, r"max_length is 4096.*reads 256 tokens; set it to 256"),
     ],
@@ -208,20 +207,6 @@ def test_a_language_model_is_refused_for_its_missing_heads(tmp_path: Path) -> No
 def test_settings_that_the_model_does_not_fit_are_refused(tmp_path: Path, changes: Any, message: str) -> None:
     with pytest.raises(HelpsteerError, match=message):
         rate(save_classifier(tmp_path), **changes)
-
-
-def test_a_folder_without_config_tokenizer_or_weights_is_refused(tmp_path: Path) -> None:
-    for content in (None, "{", "[]"):
-        if content is not None:
-            (tmp_path / "config.json").write_text(content)
-        with pytest.raises(HelpsteerError, match="not a folder with a model"):
-            rate(tmp_path)
-    config().save_pretrained(tmp_path)
-    with pytest.raises(HelpsteerError, match=r"tokenizer of the reward model .* cannot be loaded"):
-        rate(tmp_path)
-    save_tokenizer(tmp_path)
-    with pytest.raises(HelpsteerError, match=r"holds no weights"):
-        rate(tmp_path)
 
 
 def test_a_rating_that_is_no_number_is_refused(tmp_path: Path) -> None:

@@ -305,13 +305,6 @@ class TestTraining:
             for whole, parts in zip(results[first].history, results[other].history, strict=True):
                 assert whole == pytest.approx(parts, rel=1e-3)
 
-    def test_activation_checkpointing_is_switched_on_and_changes_no_result(self, tiny_model_path, pairs, tmp_path):
-        for name, checkpointing in (("with", True), ("without", False)):
-            model, _ = train(tiny_model_path, tmp_path / name, pairs, [], gradient_checkpointing=checkpointing)
-            layers = model.get_base_model().model.layers
-            assert all(layer.gradient_checkpointing == checkpointing for layer in layers)
-        assert furthest(weights(tmp_path / "with"), weights(tmp_path / "without")) < 1e-6
-
     def test_no_train_pair_is_an_error(self, tiny_model_path, pairs, tmp_path):
         with pytest.raises(HelpsteerError, match=r"training w=0.5: there is no train pair"):
             train(tiny_model_path, tmp_path, [], pairs)

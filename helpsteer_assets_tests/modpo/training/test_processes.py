@@ -128,8 +128,8 @@ def assert_same_training(one: TrainingResult, several: TrainingResult) -> None:
 
 
 # Pairs, batch size, accumulation and processes. In the last step of a pass there is one batch of two, the second one
-# with a single pair; one pair for two processes; nothing short at all, for three processes.
-SHAPES = [(15, 3, 2, 2), (13, 1, 4, 2), (12, 2, 3, 3)]
+# with a single pair; nothing short at all, for three processes.
+SHAPES = [(15, 3, 2, 2), (12, 2, 3, 3)]
 
 
 class TestSteps:
@@ -168,11 +168,6 @@ class TestSteps:
     def test_of_preference_trainings_with_sharded_weights(self, tiny_model_path, pairs, tmp_path) -> None:
         how = FIVE | {"batch_size": 8, "gradient_checkpointing": True}
         make = partial(by_preference, tiny_model_path, pairs=pairs, lora=LORA, **how)
-        self.compare(tmp_path, 2, lambda folder: make(folder=folder), sharded=True)
-
-    def test_of_sft_with_sharded_weights(self, tiny_model_path, tokenizer, tmp_path) -> None:
-        how = FIVE | {"batch_size": 2, "accumulation": 4}
-        make = partial(by_sft, tiny_model_path, tokenizer=tokenizer, count=20, **how)
         self.compare(tmp_path, 2, lambda folder: make(folder=folder), sharded=True)
 
 
