@@ -1,6 +1,3 @@
-import math
-
-import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -22,25 +19,8 @@ def test_the_role_turns_the_margin_and_a_penalty_encourages_short_responses(
     assert margins_by_response(table, margin) == expected
 
 
-@pytest.mark.parametrize("missing", [None, math.nan])
-def test_a_length_penalty_reads_no_log_ratios(missing: float | None) -> None:
-    table = pa.table(
-        {
-            "response_id": ["a", "b"],
-            "log_ratio": pa.array([missing, missing], pa.float64()),
-            "response_tokens": pa.array([10, 30], pa.int32()),
-        }
-    )
-    assert margins_by_response(table, length_penalty(0.5)) == {"a": -5.0, "b": -15.0}
-
-
 @pytest.mark.parametrize(("role", "share"), [("cost", 0.6), ("reward", 0.3)])
 def test_the_conflict_is_where_the_preferred_response_has_the_lower_margin(role: str, share: float) -> None:
     pairs = {"other": {"agrees": 0.6, "opposes": 0.3, "ties": 0.1}, "chosen_longer": 0.8}
     assert implicit_reward(0.1, role, "verbosity").conflict("helpfulness", pairs)[0] == share
     assert length_penalty(0.1).conflict("helpfulness", pairs)[0] == 0.8
-
-
-def test_the_reward_of_an_adapter_is_its_scaled_log_ratio() -> None:
-    rewards = implicit_reward(0.2, "cost", "verbosity").reward(np.array([2.0, -1.0]), np.array([10.0, 30.0]))
-    assert rewards.tolist() == pytest.approx([0.4, -0.2])

@@ -41,18 +41,6 @@ with ProgressReporter("training", console.say, console.terminal) as report:
     assert (tmp_path / "captured").read_text() == ""
 
 
-def test_work_in_two_parts_counts_each_anew(monkeypatch) -> None:
-    lines: list[str] = []
-    clock = iter([0.0, 0.0, 20.0, 21.0, 40.0])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
-    report = ProgressReporter("scores", lines.append)
-    report(40, 80)
-    report(80, 80)
-    report(10, 300)
-    report(20, 300)
-    assert lines == ["scores: 80 of 80", "scores: 20 of 300, about 8 min 52 s left"]
-
-
 def test_a_log_gets_the_last_line_and_lines_at_intervals_with_the_time_left(monkeypatch) -> None:
     lines: list[str] = []
     clock = iter([0.0, 0.0, 6.0, 12.0, 30.0])

@@ -51,19 +51,6 @@ def test_probabilities_and_area_agree_with_a_loop_over_moocore() -> None:
     assert front.hypervolume.high == pytest.approx(max(high, 2 * estimate - low))
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.integers(0, 1000))
-def test_the_front_turns_with_its_axes_and_ignores_what_all_policies_share(seed: int) -> None:
-    scores = scattered(seed)
-    front = fronts.front_with_uncertainty(scores, 100, seed)
-    hard_prompts = np.random.default_rng(seed).normal(0, 9, (len(scores), 1, 1))
-    for changed in (scores[:, :, ::-1], scores + hard_prompts, scores - [0, 3]):
-        other = fronts.front_with_uncertainty(changed, 100, seed)
-        assert other.on_front.tolist() == front.on_front.tolist()
-        assert other.probability.tolist() == front.probability.tolist()
-        assert tuple(vars(other.hypervolume).values()) == pytest.approx(tuple(vars(front.hypervolume).values()))
-
-
 def test_scores_that_differ_by_rounding_alone_tie() -> None:
     ratings = np.random.default_rng(9).integers(0, 5, 40) / 10
     rounded = (ratings + 0.7) - 0.7
@@ -73,24 +60,6 @@ def test_scores_that_differ_by_rounding_alone_tie() -> None:
     front = fronts.front_with_uncertainty(scores, 200, 0)
     assert front.on_front.tolist() == [True, True, False] and front.probability.tolist() == [1, 1, 0]
     assert front.hypervolume.high == 0
-
-
-def test_the_interval_of_the_hypervolume_covers_the_true_area() -> None:
-    rng = np.random.default_rng(4)
-    w = np.linspace(0, 1, 5)
-    scenes = {
-        "apart": (np.column_stack([w, 1 - w]), 0.375),
-        "tied": (np.full((5, 2), 0.1), 0.01),
-        "none above": (np.column_stack([w - 0.5, 0.5 - w]), 0.0),
-    }
-    for name, (truth, area) in scenes.items():
-        covered = 0
-        for trial in range(100):
-            base = rng.normal(size=(60, 1, 2))
-            scores = np.concatenate([base, base + truth + rng.normal(size=(60, 5, 2))], axis=1)
-            shown = fronts.front_with_uncertainty(scores, 200, trial).hypervolume
-            covered += shown.low <= area <= shown.high
-        assert covered >= 92, name
 
 
 # Movement with w
@@ -132,7 +101,6 @@ FALLING = {w: -mean for w, mean in RISING.items()}
         (RISING, Interval(1.5, 1.0, 2.0), -1, True, "rises with w, as the role cost asks"),
         (FALLING, Interval(-1.5, -2.0, -1.0), 1, True, "falls with w"),
         (RISING, Interval(1.5, 1.0, 2.0), 1, False, "moves against it"),
-        (RISING, Interval(1.5, -0.2, 2.0), -1, False, "not do so clearly"),
         (RISING | {"0.3": 9.0, "0.5": -3.0, "0.9": 1.0}, Interval(3, 0.5, 4.0), -1, False, "between the ends only"),
         ({"0.1": 0.0}, Interval(0, 0, 0), -1, None, "at least two weights"),
     ],

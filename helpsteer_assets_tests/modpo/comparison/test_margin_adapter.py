@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy import stats
 
 from helpsteer_assets.errors import HelpsteerError
@@ -58,9 +56,7 @@ def test_pairs_of_one_prompt_are_resampled_together() -> None:
     [
         ([3.0, 2.0, 1.0] * 70, 0.5, []),
         ([3.0, 2.0, -1.0] * 70, 0.99, ["66.7% of 210 .* 99.0%"]),
-        ([5.0, -1.0] * 100, 0.5, ["asks for more than 50.0%"]),  # not as much
         ([-3.0, -2.0, 1.0] * 70, 0.5, ["margin_adapter_min_accuracy", "does not lie above 0"]),
-        ([3.0, 2.0, 1.0, -4.0], 0.5, [r"mean margin is 0.5 with the 95% interval \[-"]),
         ([], 0.5, ["n = 0"]),
     ],
 )
@@ -126,14 +122,6 @@ def test_an_adapter_that_measures_its_attribute_is_not_called_a_ruler_although_l
     measured = quality(data, chosen, 0.01 * data["rejected_tokens"] + rng.normal(0, 1.5, 360))
     assert measured["only_length"] is False and measured["length_rule_wrong"]["low"] > 0.5
     assert "measures more than length" in measured["sentence"] and "it gains" in measured["sentence"]
-
-
-def test_an_adapter_that_knows_better_where_length_misleads_is_no_ruler_although_length_alone_does_better() -> None:
-    data = pairs(12, longer_chosen=0.9)
-    right = np.random.default_rng(13).random(360) < 0.75
-    measured = quality(data, right.astype(float), np.full(360, 0.5))
-    assert measured["gain_over_length"]["high"] < 0 and measured["length_rule_wrong"]["low"] > 0.5
-    assert measured["only_length"] is False
 
 
 def test_an_adapter_that_knows_nothing_or_was_asked_too_little_gets_no_verdict() -> None:
@@ -211,17 +199,6 @@ def test_correlations_are_scipys_over_distinct_responses_and_their_intervals_wid
     assert repeated["pearson"]["value"] == pytest.approx(measured["pearson"]["value"])
 
 
-def test_the_interval_of_an_accuracy_resamples_prompts_and_not_pairs() -> None:
-    rng = np.random.default_rng(7)
-    data = pairs(8, prompts=40, per_prompt=10)
-    wins = np.repeat(rng.random(40) < 0.6, 10).astype(float)
-    measured = quality(data, wins, np.full(400, 0.5), samples=2000)["accuracy"]
-    per_prompt = stats.bootstrap(
-        (wins.reshape(40, 10).mean(axis=1),), np.mean, method="percentile", rng=np.random.default_rng(1)
-    ).confidence_interval
-    assert (measured["low"], measured["high"]) == pytest.approx((per_prompt.low, per_prompt.high), abs=0.03)
-
-
 def test_all_right_is_no_certainty() -> None:
     data = pairs(9, prompts=20, per_prompt=1)
     measured = quality(data, np.ones(20), np.zeros(20))
@@ -229,22 +206,6 @@ def test_all_right_is_no_certainty() -> None:
     assert (measured["accuracy"]["low"], measured["accuracy"]["high"]) == pytest.approx((exact.low, exact.high))
     inverted = quality(data, np.zeros(20), np.ones(20))["accuracy"]
     assert (inverted["low"], inverted["high"]) == pytest.approx((1 - exact.high, 1 - exact.low))
-
-
-@settings(max_examples=15, deadline=None)
-@given(st.integers(0, 1000), st.floats(0.1, 10))
-def test_the_verdict_depends_on_neither_the_order_of_pairs_nor_the_scale_of_the_reward(seed: int, scale: float) -> None:
-    data, rng = pairs(seed, prompts=20), np.random.default_rng(seed)
-    chosen, rejected = rng.normal(0.5, 1, 60), rng.normal(0, 1, 60)
-    measured = quality(data, chosen, rejected, samples=50)
-    order = rng.permutation(60)
-    turned = {name: values[order] for name, values in data.items()}
-    again = quality(turned, scale * chosen[order], scale * rejected[order], samples=50)
-    assert again["only_length"] == measured["only_length"]
-    for key in ("accuracy", "prefers_longer", "gain_over_length"):
-        assert again[key] == pytest.approx(measured[key])
-    for key in ("pearson", "spearman"):
-        assert again[key] == pytest.approx(measured[key], abs=1e-9)
 
 
 def test_no_pairs_one_length_and_broken_numbers_are_told_apart() -> None:

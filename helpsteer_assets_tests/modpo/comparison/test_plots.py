@@ -1,16 +1,10 @@
 """Figures: what they show, that bytes are reproducible, that labels can be read."""
 
-import base64
-import io
-import itertools
 import math
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
-from PIL import Image
 
 from helpsteer_assets.modpo.comparison import plots
 
@@ -68,73 +62,6 @@ def test_the_tradeoff_plot_shows_points_intervals_front_and_note() -> None:
     assert legend == ["on the Pareto front", "dominated", "SFT model", "95% interval"]
 
 
-@settings(max_examples=5, deadline=None)
-@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=9))
-@example([(0.04 * i, -0.04 * (i % 3)) for i in range(7)])
-def test_labels_of_any_points_do_not_overlap_when_the_figure_is_saved(places: list[tuple[float, float]]) -> None:
-    figure = draw([point(f"w = 0.{n}", f"0.{n}", x, y, True, spread=0.3) for n, (x, y) in enumerate(places, 1)])
-    figure.canvas.draw()
-    boxes = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text()]
-    assert len(boxes) == len(places)
-    assert not any(box.overlaps(other) for box, other in itertools.combinations(boxes, 2))
-
-
-KL_POINTS = [
-    point("w = 0.1", "0.1", 9.0, 3.0, True, spread=0.5),
-    point("SFT", None, 0.0, 2.0, False, spread=0.0),
-    point("w = 0.9", "0.9", 1.0, 2.5, True, spread=0.2),
-]
-
-
-def test_the_kl_plot_spaces_kl_by_its_root_and_joins_the_weights_in_order() -> None:
-    figure = plots.reward_against_kl_plot(KL_POINTS, "rated helpfulness", "Title", "a note")
-    axes = figure.axes[0]
-    figure.canvas.draw()
-    zero, one, nine = (axes.transData.transform((kl, 2.0))[0] for kl in (0, 1, 9))
-    assert nine - zero == pytest.approx(3 * (one - zero))
-    path = next(line for line in axes.lines if len(line.get_xdata()) == 2 and line.get_linestyle() == "-")
-    assert (list(path.get_xdata()), list(path.get_ydata())) == ([9.0, 1.0], [3.0, 2.5])
-    level = next(line for line in axes.lines if line.get_linestyle() == "--")
-    assert list(level.get_ydata()) == [2.0, 2.0]
-    ticks = [text.get_text() for text in axes.get_xticklabels()]
-    assert ticks[0] == "0" and len(ticks) == len(set(ticks)) >= 4
-    assert "square-root" in axes.get_xlabel() and axes.get_ylabel() == "rated helpfulness"
-    assert {text.get_text() for text in axes.texts} == {"SFT", "w = 0.1", "w = 0.9"}
-
-
-@pytest.mark.parametrize("kl", [-0.4, 0.0, 1e-6, 3e4])
-def test_the_kl_plot_holds_estimates_of_any_size_below_zero_and_outside_their_interval_by_rounding(kl: float) -> None:
-    ends = {"x_low": kl - 0.1, "x_high": kl + 0.1, "y_high": 2.0 - 1e-16}
-    points = [KL_POINTS[1], point("w = 0.5", "0.5", kl, 2.0, True, spread=0.0) | ends]
-    figure = plots.reward_against_kl_plot(points, "y", "t")
-    figure.canvas.draw()
-    axes = figure.axes[0]
-    low, high = axes.get_xlim()
-    assert low < kl - 0.1 and high > kl + 0.1
-    labels = [tick.get_window_extent() for tick in axes.get_xticklabels()]
-    assert not any(label.overlaps(following) for label, following in itertools.pairwise(labels))
-
-
-def test_the_lengths_plot_shows_means_intervals_quartiles_and_the_level_of_sft() -> None:
-    points = [
-        {"label": label, "w": w, "is_sft": not w, "quartiles": quartiles}
-        | {"mean": mean, "mean_low": mean - 2, "mean_high": mean + 3}
-        for label, w, mean, quartiles in (("SFT", None, 40.0, (30, 38, 52)), ("w = 0.1", "0.1", 21.0, (12, 20, 28)))
-    ]
-    axes = plots.lengths_plot(points, "Lengths").axes[0]
-    means = {line.get_xdata()[0]: line.get_ydata()[0] for line in axes.lines if line.get_marker() in (CIRCLE, DIAMOND)}
-    assert means == {0: 40.0, 1: 21.0}
-    assert [text.get_text() for text in axes.get_xticklabels()] == ["SFT", "w = 0.1"]
-    assert [(bar.get_y(), bar.get_height()) for bar in axes.patches] == [(30, 22), (12, 16)]
-    segments = [segment.tolist() for lines in axes.collections for segment in lines.get_segments()]
-    assert [[1, 19.0], [1, 24.0]] in segments
-    assert any(segment[0][1] == segment[1][1] == 20 for segment in segments)
-    level = next(line for line in axes.lines if line.get_linestyle() == "--")
-    assert list(level.get_ydata()) == [40.0, 40.0]
-    assert axes.get_ylim()[0] == 0
-    assert "middle half" in [text.get_text() for text in axes.get_legend().get_texts()]
-
-
 def test_an_svg_keeps_letters_as_text_and_names_its_points() -> None:
     labelled = [p | {"label": f"<{p['label']}>"} for p in POINTS]
     svg = plots.svg_bytes(draw(labelled))
@@ -146,16 +73,6 @@ def test_an_svg_keeps_letters_as_text_and_names_its_points() -> None:
     assert points[0].get("data-details") == details
     assert points[0][0].text == f"<w = 0.9>: {details}"
     assert "helpfulness" in [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
-
-
-def test_a_png_has_the_same_few_bytes_each_time() -> None:
-    png = plots.png_bytes(draw(POINTS))
-    assert plots.png_bytes(draw(POINTS)) == png and len(png) < 50_000
-    image = Image.open(io.BytesIO(png))
-    assert image.format == "PNG" and len(image.convert("RGB").getcolors(1 << 20)) > 50  # not a blank page
-    text = plots.markdown_image(png, "loss")
-    assert text.startswith("![loss](data:image/png;base64,")
-    assert base64.b64decode(text[text.index(",") + 1 : -1]) == png
 
 
 def test_the_loss_curve_shows_what_was_logged() -> None:

@@ -53,8 +53,3 @@ def test_a_score_table_pairs_policies_by_prompt_id() -> None:
 def test_scores_that_cannot_be_compared_are_refused_by_name(others: list[PolicyScores], message: str) -> None:
     with pytest.raises(HelpsteerError, match=message):
         score_table([policy(None, m=[1, 2, 3]), *others], ["m"])
-
-
-def test_scores_of_no_prompts_are_refused() -> None:
-    with pytest.raises(HelpsteerError, match="no scored prompts"):
-        score_table([policy(None, m=[])], ["m"])

@@ -14,9 +14,7 @@ from helpsteer_assets.modpo.comparison.tradeoff import (
     analyse,
     axis_label,
     caveats,
-    length_points,
     measures_of,
-    points_on,
 )
 from helpsteer_assets.modpo.margins import implicit_reward, length_penalty
 from helpsteer_assets_tests.modpo.comparison.policies import policy, shuffled
@@ -87,32 +85,6 @@ def test_where_nothing_moves_nothing_is_claimed() -> None:
     assert result["direction"]["verdict"] is False
 
 
-def test_a_policy_that_is_better_on_both_axes_has_an_area_above_sft() -> None:
-    better = {"helpfulness": {"0.5": 0.5}, "margin_reward": {"0.5": -0.5}}
-    result = analyse(SETTINGS, policies(**better))
-    area = result["hypervolume_above_sft"]
-    assert area["low"] > 0.15 and area["low"] < 0.25 < area["high"]
-    assert [point["label"] for point in result["points"] if point["on_front"]] == ["w=0.5"]
-    assert any("Shown to be better than SFT in both" in sentence for sentence in result["headlines"])
-
-
-def test_a_gain_that_is_length_alone_is_gone_at_equal_length() -> None:
-    rng = np.random.default_rng(1)
-    made = policies()
-    for scores in made[1:]:
-        longer = rng.normal(3, 6, PROMPTS)
-        scores.measures["response_tokens"] = made[0].measures["response_tokens"] + longer
-        scores.measures["helpfulness"] = made[0].measures["helpfulness"] + 0.05 * longer
-    result = analyse(SETTINGS, made)
-    assert result["differences"]["0.5"]["helpfulness"]["verdict"] == "higher"
-    at_equal = next(e for e in result["equal_length"] if e["measure"] == "helpfulness" and e["w"] == "0.5")
-    assert at_equal["verdict"] == "undecided"
-    assert abs(at_equal["adjusted"]["mean"]) < 0.02 < at_equal["raw"]
-    assert "At equal length no difference to SFT in rated helpfulness is shown at w=0.1, w=0.5" in result["caveats"][-1]
-    gained = analyse(SETTINGS, policies(helpfulness={"0.9": 0.4}))
-    assert not any("At equal length" in caveat for caveat in gained["caveats"])
-
-
 def test_without_a_rater_or_an_adapter_less_is_compared_and_that_is_said() -> None:
     result = analyse(SETTINGS, policies(rated=False, **TRADE))
     assert not result["preference_measured"]
@@ -127,15 +99,6 @@ def test_the_result_is_json_and_the_same_whatever_the_order_of_prompts() -> None
     expected = json.dumps(analyse(SETTINGS, given), allow_nan=False)
     turned = [shuffled(scores, seed) for seed, scores in enumerate(given)]
     assert json.dumps(analyse(SETTINGS, turned), allow_nan=False) == expected
-
-
-def test_points_of_plots_are_the_means_with_their_intervals() -> None:
-    given = policies(**TRADE)
-    points = zip(points_on(given, "kl_to_sft", "helpfulness", 300, 0), length_points(given, 300, 0), given, strict=True)
-    for point, lengths, scores in points:
-        assert point["x"] == pytest.approx(scores.measures["kl_to_sft"].mean())
-        assert point["y_low"] <= point["y"] <= point["y_high"]
-        assert lengths["quartiles"] == pytest.approx(np.quantile(scores.measures["response_tokens"], [0.25, 0.5, 0.75]))
 
 
 def flawed(**flaws: float) -> list[PolicyScores]:

@@ -15,12 +15,10 @@ from hypothesis import strategies as st
 from helpsteer_assets.embedded.generator import build_rows
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.data import pairs as pairs_module
-from helpsteer_assets.modpo.data import tables
 from helpsteer_assets.modpo.data.attributes import ATTRIBUTES
 from helpsteer_assets.modpo.data.pairs import (
     PAIRS_SCHEMA,
     RATED,
-    SPLITS,
     count_pairs,
     count_texts,
     describe_pairs,
@@ -122,22 +120,6 @@ class TestBuildPairs:
         assert len({r["pair_id"] for r in rows}) == len(rows)
         order = [(r["split"], r["prompt_id"], r["pair_id"]) for r in rows]
         assert order == sorted(order)
-
-    def test_of_files_are_those_of_tables_however_many_rows_are_read_at_a_time(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        source, file = tmp_path / "ratings[0].parquet", tmp_path / "pairs.parquet"
-        ratings = ratings_of(many_rows(25), many_rows(5, tag="new "))
-        pq.write_table(ratings, source)
-        pairs = build_pairs(ratings, "helpfulness", 0.3)
-        responses = unique_responses(pairs)
-        for module, name in ((tables, "BATCH_ROWS"), (tables, "ROW_GROUP_ROWS"), (pairs_module, "_STRETCH_ROWS")):
-            monkeypatch.setattr(module, name, 7)
-        counts = pairs_module.build_pairs(source, "helpfulness", 0.3, file)
-        assert pq.read_table(file) == pairs
-        assert counts == {split: pairs["split"].to_pylist().count(split) for split in SPLITS}
-        assert unique_responses(file) == responses
-        assert sorted(tmp_path.iterdir()) == [file, source]
 
     def test_selection_holds_out_whole_train_prompts_and_a_larger_share_adds_to_them(self) -> None:
         ratings = ratings_of(many_rows(300), many_rows(40, tag="new "))

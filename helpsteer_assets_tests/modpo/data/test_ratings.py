@@ -1,7 +1,6 @@
 import csv
 import gzip
 import json
-import re
 import tempfile
 from decimal import Decimal
 from pathlib import Path
@@ -124,20 +123,6 @@ class TestFormats:
         assert table["row"].to_pylist() == [*range(1, 61), *range(1, 13)]
         json.dumps(report)
 
-    def test_shards_in_a_data_folder_are_read_in_name_order(self, tmp_path: Path) -> None:
-        rows = many_rows(6)
-        for shard in (2, 0, 1):
-            write_parquet(tmp_path / f"data/train-0000{shard}-of-00003.parquet", rows[6 * shard : 6 * shard + 6])
-        write_parquet(tmp_path / "data/validation-00000-of-00001-0123456789abcdef.parquet", many_rows(2, tag="other "))
-        table, _ = read(tmp_path)
-        assert table["response"].to_pylist()[:18] == [r["response"] for r in rows]
-        assert table["file"].to_pylist()[::6] == [
-            "data/train-00000-of-00003.parquet",
-            "data/train-00001-of-00003.parquet",
-            "data/train-00002-of-00003.parquet",
-            "data/validation-00000-of-00001-0123456789abcdef.parquet",
-        ]
-
     def test_integers_may_be_spelled_as_floats_and_in_csv_as_text(self, tmp_path: Path) -> None:
         write_jsonl(tmp_path / "rows.jsonl", [row("a", "b", 0, 1.0, 2, 3.0, 4)])
         write_csv(tmp_path / "rows.csv", [row("a", "b", "0", "1.0", " 2 ", "3", "4.00")])
@@ -146,13 +131,6 @@ class TestFormats:
         for name in ("rows.jsonl", "rows.csv", "rows.parquet"):
             table, _ = read(tmp_path / name, validation_share=1e-9)
             assert [table[attribute][0].as_py() for attribute in ATTRIBUTES] == [0, 1, 2, 3, 4]
-
-    def test_a_byte_order_mark_is_no_part_of_the_data(self, tmp_path: Path) -> None:
-        for name in ("rows.jsonl", "rows.json", "rows.csv"):
-            FORMATS[name](tmp_path / name, [row("a")])
-            space = b" " * 5000 if name == "rows.json" else b""  # and a JSON array is one whatever space precedes it
-            (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + space + (tmp_path / name).read_bytes())
-            assert len(read(tmp_path / name, validation_share=1e-9)[0]) == 1
 
 
 class TestSplits:
@@ -166,13 +144,6 @@ class TestSplits:
         assert 20 < report["splits"]["validation"]["prompts"] < 60
         for prompt, split in zip(part["prompt_id"].to_pylist(), part["split"].to_pylist(), strict=True):
             assert split_of[prompt] == split
-
-    def test_a_larger_share_takes_more_prompts_and_keeps_the_earlier_ones(self) -> None:
-        def validation(share: float) -> set[str]:
-            table, _ = rows_to_ratings({"train": many_rows(100)}, validation_share=share)
-            return {r["prompt_id"] for r in table.to_pylist() if r["split"] == "validation"}
-
-        assert validation(0.1) < validation(0.3) < validation(0.8)
 
     def test_validation_prompts_that_stand_in_train_are_removed_and_counted(self) -> None:
         rows = {"train": many_rows(10, 2), "validation": [*many_rows(3, 4), *many_rows(2, 2, tag="new ")]}
@@ -207,11 +178,7 @@ class TestSplits:
 BAD_ROWS = [
     (row(prompt=None), "prompt is null"),
     (row(coherence=2.5), "coherence is 2.5, not an integer 0 to 4"),
-    (row(coherence=10**400), "coherence is 1000"),
     (row(complexity="3"), "complexity is the text '3', not an integer 0 to 4"),
-    (row(complexity=True), "complexity is True, not an integer 0 to 4"),
-    (row(response=" \n\u3000"), "response is empty"),
-    (row(prompt=[{"role": "user", "content": "hi"}]), "prompt is [{'role': 'user', 'content': 'hi'}], not text"),
     (row(response="\ud800"), "response is not valid UTF-8"),
     (row(prompt="", verbosity=9), "prompt is empty; verbosity is 9, not an integer 0 to 4"),
     ({"prompt": "a"}, "column response, helpfulness, correctness, coherence, complexity, verbosity is missing"),
@@ -219,9 +186,6 @@ BAD_ROWS = [
 BAD_LINES = [
     (b'{"prompt": "a", ', "not valid JSON"),
     (b'{"prompt": "\xff"}', "not valid UTF-8"),
-    (b"[1, 2]", "a JSON array, not an object"),
-    (b"[" * 100_000, "JSON nested too deeply"),
-    (b"1" * 5000, "limit"),
 ]
 
 
@@ -242,42 +206,6 @@ class TestBadRows:
         assert table["row"].to_pylist() == [1, 4], "a blank line is a line and no row"
         assert report["bad_rows"]["count"] == 1
 
-    def test_ten_are_listed_with_the_total_and_drop_drops_and_counts_them(self, tmp_path: Path) -> None:
-        rows = [row(f"prompt {number}", verbosity=7 if number % 2 else 1) for number in range(50)]
-        write_jsonl(tmp_path / "train.jsonl", rows)
-        write_jsonl(tmp_path / "validation.jsonl", [row("v", ""), row("w")])
-        with pytest.raises(HelpsteerError) as caught:
-            read(tmp_path)
-        lines = str(caught.value).splitlines()
-        assert "26 of 52 rows are bad" in lines[0]
-        assert [line.split(":")[0] for line in lines[1:11]] == [f"  train.jsonl, row {n}" for n in range(2, 21, 2)]
-        assert lines[11] == "  ... and 16 more"
-        table, report = read(tmp_path, on_bad_rows="drop")
-        assert (report["bad_rows"]["count"], len(report["bad_rows"]["first"])) == (26, 10)
-        assert report["splits"] == {"train": {"rows": 25, "prompts": 25}, "validation": {"rows": 1, "prompts": 1}}
-        assert table["row"].to_pylist() == [*range(1, 51, 2), 2]
-
-    def test_bad_rows_of_csv_and_parquet(self, tmp_path: Path) -> None:
-        header = ",".join(COLUMNS).encode()
-        content = header + b"\n\na,b,1,1,1,1\na,b,1,,1,1,1\na,b,1,two,1,1,1_0\n,\xff,1,1,1,1,1\n"
-        (tmp_path / "rows.csv").write_bytes(content)
-        table = pa.Table.from_pylist([row(verbosity=None), row(helpfulness=9), row("b", "bad")])
-        broken = pa.StringArray.from_buffers(
-            3, pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0\3\0\0\0"), pa.py_buffer(b"xy\xff")
-        )
-        table = table.set_column(table.schema.get_field_index("response"), "response", broken)
-        pq.write_table(table, tmp_path / "rows.parquet")
-        reasons = {
-            "rows.csv": ["6 fields", "correctness is null", "'two'.*'1_0'", "prompt is empty; response is not valid"],
-            "rows.parquet": ["verbosity is null", "helpfulness is 9", "response is not valid UTF-8"],
-        }
-        for name, expected in reasons.items():
-            with pytest.raises(HelpsteerError) as caught:
-                read(tmp_path / name)
-            lines = str(caught.value).splitlines()[1:-1]
-            for number, (line, reason) in enumerate(zip(lines, expected, strict=True), 1):
-                assert re.search(f"{name}, row {number}: .*{reason}", line)
-
     def test_nothing_good_is_an_error_even_where_bad_rows_are_dropped(self, tmp_path: Path) -> None:
         write_jsonl(tmp_path / "train.jsonl", [row(""), row("")])
         with pytest.raises(HelpsteerError, match=r"no train rows are left of 2, 2 of them bad:\n  .* prompt is empty"):
@@ -297,22 +225,12 @@ class TestBadRows:
 
 
 class TestFiles:
-    @pytest.mark.parametrize("name", ["rows.csv", "rows.parquet"])
-    def test_a_column_missing_in_the_whole_file_is_named(self, tmp_path: Path, name: str) -> None:
-        FORMATS[name](tmp_path / name, [{k: v for k, v in r.items() if k != "verbosity"} for r in many_rows(2)])
-        with pytest.raises(HelpsteerError, match=rf"{name} has no column verbosity. It has: coherence, .*response"):
-            read(tmp_path / name, on_bad_rows="drop")
-
     @pytest.mark.parametrize(
         ("name", "content", "message"),
         [
             ("rows.jsonl", b"", "rows.jsonl is empty: it has 0 bytes"),
-            ("rows.jsonl.gz", gzip.compress(b"", mtime=0), "rows.jsonl.gz is empty: it holds no rows"),
-            ("rows.csv", ",".join(COLUMNS).encode(), "rows.csv is empty: it holds no rows"),
-            ("rows.jsonl.gz", b'{"prompt": 1}\n', "rows.jsonl.gz is not gzip, though its name says so"),
             ("rows.jsonl.gz", gzip.compress(b"x" * 9999, mtime=0)[:-9], "rows.jsonl.gz is damaged gzip"),
             ("rows.parquet", b"PAR1 damaged PAR1", "rows.parquet is no readable parquet file"),
-            ("rows.json", b'[{"prompt":\n 1},', "rows.json is not valid JSON: .* at line 2, character 5. Mend it"),
             ("rows.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer.*git lfs pull"),
             ("rows.txt", b"prompt", "rows.txt is of no known format. Known are .jsonl, .json, .csv, .parquet"),
         ],
@@ -328,7 +246,6 @@ class TestFiles:
             ([], r"data.source: .* does not exist"),
             (["training.jsonl", "validation.jsonl"], "holds no train file.*found training.jsonl, validation.jsonl"),
             (["train.jsonl", "train.jsonl.gz"], "more than one set of train files"),
-            (["train.jsonl", "train-00000-of-00001.jsonl"], "more than one set of train files"),
             (["train-00001-of-00003.jsonl", "train-00002-of-00003.jsonl"], "holds 2 train shards .* there are 3"),
         ],
     )

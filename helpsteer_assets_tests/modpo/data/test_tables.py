@@ -1,5 +1,3 @@
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpsteer_assets.modpo.data.tables import database, query, stream, write_parquet
+from helpsteer_assets.modpo.data.tables import query, write_parquet
 
 SCHEMA = pa.schema([pa.field("text", pa.string(), nullable=False), pa.field("number", pa.int8(), nullable=False)])
 
@@ -35,27 +33,6 @@ class TestQuery:
             words=pa.table({"n": [3, 2, 1], "word": ["three", "two", "one"]}),
         )
         assert joined.to_pylist() == [{"n": 2, "word": "two"}, {"n": 3, "word": "three"}]
-
-    def test_draws_no_bar_in_a_step_or_a_session(self) -> None:
-        program = (
-            "from helpsteer_assets.modpo.data.tables import query\n"
-            "print(query(\"SELECT current_setting('enable_progress_bar') AS bar\").to_pylist())"
-        )
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-        assert done.stdout == "[{'bar': False}]\n"
-
-
-def test_what_exceeds_a_databases_memory_goes_to_its_folder_and_leaves_it(tmp_path: Path) -> None:
-    with database(tmp_path) as connection:
-        connection.execute("SET memory_limit = '64MB'")
-        batches = stream(connection, "SELECT sha256(i::VARCHAR) AS hash FROM range(1_000_000) AS r (i) ORDER BY hash")
-        first = batches.read_next_batch()["hash"].to_pylist()
-        spilled = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
-        rest = [hash for batch in batches for hash in batch["hash"].to_pylist()]
-    assert spilled > 2**20
-    assert not list(tmp_path.iterdir())
-    assert len(first + rest) == 1_000_000
-    assert first + rest == sorted(first + rest)
 
 
 class TestWriteParquet:

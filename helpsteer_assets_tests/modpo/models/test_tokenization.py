@@ -1,4 +1,3 @@
-import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -7,9 +6,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.models.tokenization import (
-    Sequence,
     count_response_tokens,
-    encode_prompt,
     encode_prompts,
     encode_response,
     encode_responses,
@@ -17,7 +14,6 @@ from helpsteer_assets.modpo.models.tokenization import (
 )
 from helpsteer_assets_tests.conftest import make_tokenizer
 
-EOS = 2
 TOKENIZER = make_tokenizer()
 """Session fixtures and hypothesis don't mix."""
 TOKENIZERS = {
@@ -29,10 +25,6 @@ TEXTS = st.one_of(
     st.sampled_from(["", " ", "\n", "\x00", "A?", "e\u0301", "👩\u200d👩", "\ufeff", "fold " * 3000, "<s></s>"]),
     st.text(max_size=30),
 )
-
-
-def ids(text: str) -> list[int]:
-    return TOKENIZER(text, add_special_tokens=False)["input_ids"]
 
 
 def one_by_one(
@@ -63,11 +55,6 @@ def test_a_prompt_is_rendered_by_the_chat_template_or_the_described_pipelines():
     assert render_prompt(make_tokenizer(chat_template=None), "Fold it?") == "\n\nHuman:\nFold it?\n\nAssistant:\n"
 
 
-def test_a_prompt_begins_with_one_begin_of_text_token_and_not_two():
-    encoded, cut = encode_prompt(TOKENIZER, "Fold it?", 100)
-    assert (encoded.tolist().count(1), encoded[0], cut) == (1, 1, False)
-
-
 @pytest.mark.parametrize("name", TOKENIZERS)
 @settings(max_examples=25, deadline=None)
 @given(
@@ -91,23 +78,6 @@ def test_many_at_a_time_are_what_each_is_alone(name, rows, max_prompt_length, ro
     assert list(counts.values()) == [len(one_by_one(tokenizer, *row, 10**6, 1)[1]) for row in rows]
 
 
-@settings(max_examples=50, deadline=None)
-@given(text=st.text(max_size=30), room=st.integers(1, 40))
-def test_a_cut_response_has_no_end_of_text_token(text, room):
-    whole = [*ids(text), EOS]
-    encoded, cut = encode_response(TOKENIZER, text, room)
-    assert (encoded.tolist(), cut) == (whole[:room], len(whole) > room)
-
-
-def test_every_response_of_a_prompt_has_the_same_prompt_and_the_same_room():
-    # As one text "clean" and "er" would share a token with what stands before.
-    rows = [("How do I clean", text) for text in ("er", "\n", "", "flat " * 30, "rinse " * 30)]
-    encoded = list(encode_responses(TOKENIZER, responses(*rows), max_length=30, max_prompt_length=20).values())
-    assert all(np.shares_memory(sequence.prompt_ids, encoded[0].prompt_ids) for sequence in encoded)
-    assert [len(sequence) for sequence in encoded[3:]] == [30, 30]
-    assert {(a.dtype, a.ndim) for s in encoded for a in (s.prompt_ids, s.response_ids)} == {(np.dtype(np.int32), 1)}
-
-
 def test_a_tokenizer_without_end_of_text_token_is_refused():
     for encode in (
         lambda tokenizer: encode_response(tokenizer, "Lay it flat", 10),
@@ -115,10 +85,3 @@ def test_a_tokenizer_without_end_of_text_token_is_refused():
     ):
         with pytest.raises(HelpsteerError, match="has no end-of-text token"):
             encode(make_tokenizer(eos=False))
-
-
-def test_a_sequence_equals_one_of_the_same_tokens_that_was_cut_alike():
-    one, two = np.array([1], np.int32), np.array([1, 2], np.int32)
-    assert Sequence(one, two) == Sequence(one.copy(), two.copy())
-    for other in (Sequence(two, one), Sequence(one, one), Sequence(one, two, truncated=True), (one, two)):
-        assert Sequence(one, two) != other

@@ -64,17 +64,6 @@ def test_log_probabilities_and_gradients_equal_log_softmax_and_gather(kind, dtyp
     torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.usefixtures("chunks")
-def test_without_gradients_is_the_same(targets):
-    head, hidden = make_head(**HEADS["all"]), draw(TOKENS, HIDDEN)
-    expected = head(hidden.clone().requires_grad_(), targets)
-    for context in (torch.no_grad(), torch.inference_mode()):
-        with context:
-            found = head(hidden, targets)
-        assert torch.equal(found, expected)
-        assert not found.requires_grad
-
-
 def test_logits_of_any_size_have_finite_results(targets):
     """A softmax of saturated logits neither overflows nor makes a NaN of 0 times infinity."""
     head = LogProbHead(1e4 * draw(VOCABULARY, HIDDEN, seed=1).float())

@@ -17,7 +17,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import helpsteer_assets
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.modpo.models.loading import attach_lora
 from helpsteer_assets.modpo.models.tokenization import Sequence
@@ -35,12 +34,10 @@ from helpsteer_assets.modpo.scoring.log_probs import (
 )
 from helpsteer_assets.modpo.scoring.trees import pack
 from helpsteer_assets.modpo.settings import Lora
-from helpsteer_assets_tests.conftest import make_model
 from helpsteer_assets_tests.modpo.scoring.test_trees import sequence
 
 PAD, EOS = 0, 2
 LORA = Lora(r=4, alpha=8)
-EMBEDDED_MODEL = Path(helpsteer_assets.__file__).parent / "embedded" / "model"
 
 
 def make_sequences(count: int, seed: int = 0) -> list[Sequence]:
@@ -130,12 +127,10 @@ SMALL: dict[str, Any] = {
 GPT: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 1}
 # A window of 7 is shorter than most of the texts here.
 TREE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama, grouped queries": ("Llama", SMALL),
     "llama, tied embeddings, biases": (
         "Llama",
         SMALL | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
     ),
-    "qwen2": ("Qwen2", SMALL),
     "qwen2, windows in some layers": (
         "Qwen2",
         SMALL | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
@@ -247,11 +242,10 @@ class TestTrees:
     @pytest.mark.parametrize("family", TREE_FAMILIES)
     def test_equal_padded_sequences(self, family, caplog):
         sequences = make_trees(97)
-        for dtype, tolerances in ((torch.float32, (1e-5, 1e-5)), (torch.float64, (1e-10, 1e-9))):
-            model = with_lora(make_family(*TREE_FAMILIES[family]).to(dtype))
-            assert method_for(model) == Method("split", fused=True)
-            assert uses_fused_head(model)
-            assert_trees_equal_padded(model, sequences, *tolerances)
+        model = with_lora(make_family(*TREE_FAMILIES[family]).double())
+        assert method_for(model) == Method("split", fused=True)
+        assert uses_fused_head(model)
+        assert_trees_equal_padded(model, sequences, 1e-10, 1e-9)
         assert caplog.records == []
 
     TOKENS = st.lists(st.integers(3, 8), max_size=6)
@@ -268,24 +262,6 @@ class TestTrees:
         config = SMALL | {"tie_word_embeddings": tied, "num_key_value_heads": 4 // query_groups}
         model = make_family("Llama", config).double()
         assert_trees_equal_padded(with_lora(model), sequences, 1e-10, 1e-9)
-
-    def test_in_fp32_lose_no_digits_over_hundreds_of_tokens(self):
-        model = with_lora(make_family("Llama", SMALL | {"vocab_size": 300, "max_position_embeddings": 1024}))
-        draw = np.random.default_rng(0)
-        prompts = [draw.integers(3, 300, 150) for _ in range(3)]
-        sequences = [Sequence(prompt, draw.integers(3, 300, 300)) for prompt in prompts for _ in range(2)]
-        batch, rows = pack(sequences)
-        padded = collate(sequences, PAD)
-        with torch.no_grad():
-            found = response_log_probs(model, batch)[rows]
-            logits = model(input_ids=padded.input_ids, attention_mask=padded.attention_mask).logits[:, :-1]
-            of_tokens = torch.log_softmax(logits, dim=-1).gather(2, padded.input_ids[:, 1:, None])[..., 0]
-            in_fp32 = (of_tokens * padded.response_mask[:, 1:]).sum(1)
-            with InDoublePrecision():
-                truth = padded_log_probs(model.double(), padded)
-        assert found.min() < -1000
-        assert (found - truth).norm() <= (in_fp32.double() - truth).norm()
-        assert (found - truth).abs().max() < 1e-6 * truth.abs().max()
 
 
 def uses_fused_head(model: torch.nn.Module) -> bool:
@@ -337,47 +313,14 @@ class TestMethods:
         assert reason in line
 
     @pytest.mark.filterwarnings("ignore")
-    @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1.0), (torch.bfloat16, 0.2)])
     @pytest.mark.parametrize("family", ["Bloom", "Lfm2", "Mamba", "Qwen3Next"])
-    def test_a_model_with_more_than_plain_attention_is_noticed_however_little_that_shows(self, family, dtype, size):
+    def test_a_model_with_more_than_plain_attention_is_noticed_however_little_that_shows(self, family):
         config = {"Bloom": GPT, "Lfm2": SMALL | {"layer_types": ["conv", "full_attention"]}}.get(family, SMALL)
         model = make_family(family, {k: v for k, v in config.items() if family != "Mamba" or "intermediate" not in k})
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.mul_(size)
-        assert method_for(model.to(dtype)) == PADDED
-
-    def test_is_found_once_per_model(self, model, monkeypatch):
-        tried: list[PreTrainedModel] = []
-        find = log_probs._find_method
-        monkeypatch.setattr(log_probs, "_find_method", lambda model: (tried.append(model), find(model))[1])
-        batch, _ = pack(make_trees(290))
-        peft_model = with_lora(model)
-        for _ in range(3):
-            response_log_probs(peft_model, batch)
-            response_log_probs(model, batch)
-        assert tried == [model]
-        response_log_probs(make_model(300), batch)
-        assert len(tried) == 2
-
-    def test_is_found_without_a_trace(self, model):
-        """No random number drawn, no gradient left, the model as it was."""
-        model = with_lora(model).train()
-        torch.manual_seed(0)
-        expected = torch.rand(3)
-        torch.manual_seed(0)
-        implementation = model.config._attn_implementation
-        method_for(model)
-        assert torch.equal(torch.rand(3), expected)
-        assert model.training and all(module.training for module in model.modules())
-        assert model.config._attn_implementation == implementation
-        assert all(parameter.grad is None for parameter in model.parameters())
-
-    def test_a_model_that_was_scored_before_is_trained_with_a_fused_head(self, model):
-        score_sequences(model, make_sequences(2))
-        with torch.no_grad():
-            assert uses_fused_head(model)
-        assert uses_fused_head(with_lora(model))
+                parameter.mul_(0.2)
+        assert method_for(model.bfloat16()) == PADDED
 
     @pytest.mark.parametrize("change", ["trained", "under a lora"])
     def test_a_head_that_changed_since_the_method_was_found_is_right_too(self, model, change):
@@ -392,7 +335,7 @@ class TestMethods:
         assert_trees_equal_padded(model, make_trees(290), 1e-10, 1e-9)
 
     @pytest.mark.filterwarnings("ignore")
-    @pytest.mark.parametrize("family", ["Qwen2Moe", "Phimoe", "Doge", "Llama4Text"])
+    @pytest.mark.parametrize("family", ["Qwen2Moe", "Llama4Text"])
     def test_a_window_that_a_model_keeps_from_its_attention_function_is_not_overlooked(self, family):
         """These apply it in the mask alone, which tree attention does without."""
         windows = {"use_sliding_window": True, "sliding_window": 13, "max_window_layers": 0, "attention_chunk_size": 13}
@@ -426,17 +369,6 @@ class TestScoreSequences:
         order = random.Random(1).sample(range(len(sequences)), len(sequences))
         scored = score_sequences(model, [sequences[index] for index in order], batch_tokens=batch_tokens)[BASE]
         assert scored == pytest.approx([expected[index] for index in order], abs=1e-9)
-
-    def test_compute_each_prompt_and_each_response_to_it_once(self, model, monkeypatch):
-        computed: list[int] = []
-        monkeypatch.setattr(
-            log_probs,
-            "response_log_probs",
-            lambda model, batch: computed.append(batch.tokens) or response_log_probs(model, batch),
-        )
-        prompt = list(range(5, 15))
-        score_sequences(model, [sequence(prompt, [n % 4, EOS]) for n in range(3, 15)])
-        assert computed == [10 + 4 * 2]
 
     def test_score_each_adapter_and_the_model_without_any(self, model):
         sequences = make_sequences(6)

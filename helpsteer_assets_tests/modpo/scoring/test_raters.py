@@ -171,7 +171,7 @@ def test_ratings_are_the_heads_at_the_last_token_scaled_and_shifted(tmp_path: Pa
     assert max(rated["helpfulness"]) - min(rated["helpfulness"]) > 0.1
 
 
-@pytest.mark.parametrize("pad_token_id", [None, 0, 256, -1])
+@pytest.mark.parametrize("pad_token_id", [None, 256])
 def test_the_batch_size_changes_no_rating(tmp_path: Path, pad_token_id: int | None) -> None:
     folder = save_classifier(tmp_path, pad_token_id=pad_token_id)
     one, three = rate(folder, batch_size=1), rate(folder, batch_size=3)
@@ -179,30 +179,11 @@ def test_the_batch_size_changes_no_rating(tmp_path: Path, pad_token_id: int | No
         assert three[name] == pytest.approx(one[name], abs=1e-4)
 
 
-def test_progress_counts_responses(tmp_path: Path) -> None:
-    steps: list[tuple[int, int]] = []
-    rater = rater_of(save_classifier(tmp_path), batch_size=2)
-    rater(PROMPTS, RESPONSES, lambda done, total, **numbers: steps.append((done, total)))
-    assert steps == [(2, 5), (4, 5), (5, 5)]
-    assert rater([], []) == {"helpfulness": [], "verbosity": []}
-
-
 def test_long_texts_keep_their_last_tokens(tmp_path: Path) -> None:
     folder = save_classifier(tmp_path)
     heads = load_file(folder / "model.safetensors")["score.weight"]
     expected = (last_token_states(folder, chats(), keep=20) @ heads.T)[:, 0]
     assert rate(folder, max_length=20)["helpfulness"] == pytest.approx(expected.tolist(), abs=1e-4)
-
-
-def test_a_half_precision_checkpoint_runs_in_fp32_on_a_cpu(tmp_path: Path) -> None:
-    folder = save_classifier(tmp_path)
-    LlamaForSequenceClassification.from_pretrained(folder).to(torch.bfloat16).save_pretrained(folder)
-    heads = load_file(folder / "model.safetensors")["score.weight"].float()
-    halves = {name: value.float() for name, value in load_file(folder / "model.safetensors").items()}
-    rated = rate(folder)
-    save_file(halves, folder / "model.safetensors", metadata={"format": "pt"})
-    expected = (last_token_states(folder, chats()) @ heads.T)[:, 0]
-    assert rated["helpfulness"] == pytest.approx(expected.tolist(), abs=1e-4)
 
 
 # What is refused
@@ -219,7 +200,6 @@ def test_a_language_model_is_refused_for_its_missing_heads(tmp_path: Path) -> No
     ("changes", "message"),
     [
         ({"heads": {"helpfulness": 0, "coherence": 5}}, r"evaluation.rater.heads.coherence is 5.*has 5 heads, 0 to 4"),
-        ({"heads": {"coherence": -1}}, "heads.coherence is -1"),
         ({"output": "rewards"}, r"no `rewards`.*found: logits.*evaluation.rater.output"),
         ({"max_length": 4096}, r"max_length is 4096.*reads 256 tokens; set it to 256"),
     ],
@@ -227,20 +207,6 @@ def test_a_language_model_is_refused_for_its_missing_heads(tmp_path: Path) -> No
 def test_settings_that_the_model_does_not_fit_are_refused(tmp_path: Path, changes: Any, message: str) -> None:
     with pytest.raises(HelpsteerError, match=message):
         rate(save_classifier(tmp_path), **changes)
-
-
-def test_a_folder_without_config_tokenizer_or_weights_is_refused(tmp_path: Path) -> None:
-    for content in (None, "{", "[]"):
-        if content is not None:
-            (tmp_path / "config.json").write_text(content)
-        with pytest.raises(HelpsteerError, match="not a folder with a model"):
-            rate(tmp_path)
-    config().save_pretrained(tmp_path)
-    with pytest.raises(HelpsteerError, match=r"tokenizer of the reward model .* cannot be loaded"):
-        rate(tmp_path)
-    save_tokenizer(tmp_path)
-    with pytest.raises(HelpsteerError, match=r"holds no weights"):
-        rate(tmp_path)
 
 
 def test_a_rating_that_is_no_number_is_refused(tmp_path: Path) -> None:
@@ -301,11 +267,6 @@ def test_a_model_of_armorms_kind_rates_all_attributes_on_helpsteers_scale(armo: 
 def test_a_models_own_code_runs_only_where_it_is_trusted(armo: Path) -> None:
     with pytest.raises(HelpsteerError, match=r"code of its own \(modeling_tiny.TinyArmo\).*trust_remote_code: true"):
         rate(armo, **ARMO | {"trust_remote_code": False})
-
-
-def test_a_text_that_the_models_code_cannot_read_is_explained(armo: Path) -> None:
-    with pytest.raises(HelpsteerError, match=r"no assistant turn in the text.*evaluation.rater.max_length"):
-        rate(armo, **ARMO | {"max_length": 30})
 
 
 def test_the_single_score_of_such_a_model_is_not_taken_for_heads(armo: Path) -> None:

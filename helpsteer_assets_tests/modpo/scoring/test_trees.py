@@ -1,14 +1,11 @@
 import itertools
-import random
 
 import numpy as np
-import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpsteer_assets.modpo.models.tokenization import Sequence
-from helpsteer_assets.modpo.scoring.trees import Forest, TreeBatch, pack, plan_trees, unpack
+from helpsteer_assets.modpo.scoring.trees import TreeBatch, pack, plan_trees, unpack
 
 
 def sequence(prompt_ids: list[int], response_ids: list[int]) -> Sequence:
@@ -72,24 +69,6 @@ class TestPack:
         found = zip(batch.predictors.tolist(), batch.targets.tolist(), batch.rows.tolist(), strict=True)
         assert sorted(found) == sorted(expected)
 
-    @pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs CUDA")
-    def test_pin_memory_pins_every_tensor(self):
-        pinned = pack([sequence([7, 8], [1])])[0].pin_memory()
-        assert all(value.is_pinned() for value in vars(pinned).values() if isinstance(value, torch.Tensor))
-
-
-@settings(deadline=None)
-@given(SEQUENCES, SEQUENCES)
-def test_growth_is_what_adding_adds(before, after):
-    forest = Forest()
-    for each in before:
-        forest.add(each)
-    tokens, growth = forest.tokens, forest.growth(after)
-    assert forest.tokens == tokens == tokens_of(before)  # asking adds nothing
-    for each in after:
-        forest.add(each)
-    assert forest.tokens - tokens == growth
-
 
 CAP = st.integers(1, 20)
 
@@ -111,10 +90,3 @@ class TestPlanTrees:
     def test_the_largest_tree_comes_first_and_equal_ones_keep_their_order(self):
         small, large = [sequence([n], [n]) for n in (1, 2, 3)], sequence([4, 5], [6, 7])
         assert plan_trees([small[0], large, small[1], small[2]], 4) == [[1], [0, 2], [3]]
-
-    def test_neighbouring_trees_that_fit_into_one_batch_are_in_one(self):
-        draw = random.Random(0)
-        sequences = [sequence([n], [n] * draw.randint(1, 9)) for n in range(50)]
-        planned = plan_trees(sequences, 30)
-        sizes = [[len(sequences[index]) for index in batch] for batch in planned]
-        assert all(sum(batch) + after[0] > 30 for batch, after in itertools.pairwise(sizes))

@@ -3,8 +3,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from helpsteer_assets.modpo.training.losses import modpo_loss
 
@@ -42,47 +40,3 @@ class TestModpoLoss:
 
     def test_stays_finite_for_large_margins(self):
         assert modpo_loss(*tensors(0, 0, 500, -500), w=0.1, beta=0.1).item() == pytest.approx(9000)
-
-
-REWARDS = st.lists(st.floats(-2, 2), min_size=3, max_size=4)
-
-
-def optimum(preference: torch.Tensor, margin: torch.Tensor, reference: torch.Tensor, w: float, beta: float):
-    """log(pi / pi_sft) of the softmax policy that minimises the expected MODPO loss.
-
-    Labels are Bradley-Terry's under the preference reward, over all pairs of responses; the logits are free.
-    """
-    first, second = torch.triu_indices(len(preference), len(preference), 1)
-    wins = torch.sigmoid(preference[first] - preference[second])
-    logits = torch.zeros_like(preference, requires_grad=True)
-    descent = torch.optim.LBFGS(
-        [logits], max_iter=500, tolerance_grad=1e-11, tolerance_change=1e-16, line_search_fn="strong_wolfe"
-    )
-
-    def expected_loss() -> torch.Tensor:
-        descent.zero_grad()
-        ratios = torch.log_softmax(logits, 0) - reference
-
-        def loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-            return modpo_loss(ratios[chosen], ratios[rejected], margin[chosen], margin[rejected], w=w, beta=beta)
-
-        total = (wins * loss(first, second) + (1 - wins) * loss(second, first)).sum()
-        total.backward()
-        return total
-
-    for _ in range(3):
-        descent.step(expected_loss)
-    return torch.log_softmax(logits.detach(), 0) - reference
-
-
-@settings(max_examples=30, deadline=None)
-@given(data=st.data(), w=st.sampled_from([0.2, 0.5, 0.8, 1.0]))
-def test_a_policy_with_free_logits_has_the_weighted_sum_of_both_rewards_as_its_optimum(data, w):
-    preference = torch.tensor(data.draw(REWARDS), dtype=torch.float64)
-    size = dict(min_size=len(preference), max_size=len(preference))
-    margin = torch.tensor(data.draw(st.lists(st.floats(-2, 2), **size)), dtype=torch.float64)
-    reference = torch.log_softmax(torch.tensor(data.draw(st.lists(st.floats(-2, 2), **size))).double(), 0)
-    beta = 0.5
-    rewards = beta * optimum(preference, margin, reference, w, beta)
-    expected = w * preference + (1 - w) * margin
-    torch.testing.assert_close(rewards - rewards.mean(), expected - expected.mean(), atol=1e-5, rtol=0)

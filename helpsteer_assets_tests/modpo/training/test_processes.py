@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
-from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -130,8 +128,8 @@ def assert_same_training(one: TrainingResult, several: TrainingResult) -> None:
 
 
 # Pairs, batch size, accumulation and processes. In the last step of a pass there is one batch of two, the second one
-# with a single pair; one pair for two processes; nothing short at all, for three processes.
-SHAPES = [(15, 3, 2, 2), (13, 1, 4, 2), (12, 2, 3, 3)]
+# with a single pair; nothing short at all, for three processes.
+SHAPES = [(15, 3, 2, 2), (12, 2, 3, 3)]
 
 
 class TestSteps:
@@ -172,11 +170,6 @@ class TestSteps:
         make = partial(by_preference, tiny_model_path, pairs=pairs, lora=LORA, **how)
         self.compare(tmp_path, 2, lambda folder: make(folder=folder), sharded=True)
 
-    def test_of_sft_with_sharded_weights(self, tiny_model_path, tokenizer, tmp_path) -> None:
-        how = FIVE | {"batch_size": 2, "accumulation": 4}
-        make = partial(by_sft, tiny_model_path, tokenizer=tokenizer, count=20, **how)
-        self.compare(tmp_path, 2, lambda folder: make(folder=folder), sharded=True)
-
 
 def test_a_training_goes_on_in_another_number_of_processes(tiny_model_path, pairs, tmp_path) -> None:
     how = {"batch_size": 2, "accumulation": 2, "steps": 10, "evaluate_every": 3, "learning_rate": 5e-3}
@@ -197,12 +190,3 @@ def test_sharded_weights_lie_in_parts(tiny_model_path, tmp_path) -> None:
 
     for here, whole in in_processes(2, tmp_path, held, sharded=True):
         assert here * 2 == whole
-
-
-@given(lengths=st.lists(st.integers(1, 500), max_size=40), size=st.integers(1, 5))
-def test_items_are_dealt_out_once_and_evenly(lengths: list[int], size: int) -> None:
-    hands = World(0, size).deal(lengths)
-    assert sorted(index for hand in hands for index in hand) == list(range(len(lengths)))
-    assert all(hand == sorted(hand) for hand in hands)
-    loads = [sum(lengths[index] for index in hand) for hand in hands]
-    assert max(loads) - min(loads) <= max(lengths, default=0)

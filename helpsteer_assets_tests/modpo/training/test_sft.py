@@ -54,13 +54,10 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
     return seen
 
 
-@pytest.mark.parametrize("pad_is_eos", [False, True])
-def test_sequences_train_untouched_and_the_loss_is_on_the_response_only(
-    tiny_model_path, tokenizer, tmp_path, batches, pad_is_eos
-):
+def test_sequences_train_untouched_and_the_loss_is_on_the_response_only(tiny_model_path, tokenizer, tmp_path, batches):
     sequences = make_sequences(tokenizer, 8)
-    padding = make_tokenizer(pad=not pad_is_eos)
-    padding.pad_token = padding.pad_token or padding.eos_token
+    padding = make_tokenizer(pad=False)
+    padding.pad_token = padding.eos_token
     train(tiny_model_path, tmp_path, sequences, tokenizer=padding, steps=2)
     found = set()
     for batch in batches:
@@ -113,11 +110,6 @@ def test_training_lowers_the_loss_and_keeps_the_best_checkpoint(tiny_model_path,
     assert all({"loss", "grad_norm"} <= row.keys() for row in result.history)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tiny_model_path, tokenizer, tmp_path):
-    with pytest.raises(HelpsteerError, match=r"training sft_model: \w+ is (nan|inf) by step \d of 6.*1e\+30"):
-        train(tiny_model_path, tmp_path, make_sequences(tokenizer, 8), learning_rate=1e30)
-
-
 def test_a_loss_far_above_that_of_guessing_stops_the_run(tiny_model_path, tokenizer, tmp_path):
     loud = tmp_path / "loud"
     model = load_model(tiny_model_path, precision="fp32")
@@ -127,15 +119,3 @@ def test_a_loss_far_above_that_of_guessing_stops_the_run(tiny_model_path, tokeni
         HelpsteerError, match=r"training sft_model: loss is \S+, beyond 100, .* by step 1 of 6\. .*sft\.l"
     ):
         train(loud, tmp_path / "checkpoints", make_sequences(tokenizer, 8), tokenizer=tokenizer)
-
-
-def test_a_tokenizer_that_knows_more_than_the_model_is_refused(tiny_model_path, tokenizer, tmp_path):
-    other = make_tokenizer(pad=False)
-    other.add_special_tokens({"pad_token": "[PAD]"})
-    with pytest.raises(HelpsteerError, match=r"1 token\(s\) that the model does not embed .*'\[PAD\]'"):
-        train(tiny_model_path, tmp_path, make_sequences(tokenizer, 8), tokenizer=other)
-
-
-def test_nothing_to_train_on_is_an_error(tiny_model_path, tmp_path):
-    with pytest.raises(HelpsteerError, match="training sft_model: there is no chosen response"):
-        train(tiny_model_path, tmp_path, [])
