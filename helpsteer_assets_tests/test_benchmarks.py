@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,10 +12,9 @@ from benchmarks.__main__ import main
 from benchmarks.gemm_floor import GemmFloor, count_tokens
 from benchmarks.models import Contenders, contenders, in_fp64
 from benchmarks.optimizer import take_gradient
-from benchmarks.pairs import END_OF_TEXT, MIXES, Pair, RandomText
+from benchmarks.pairs import MIXES, Pair, RandomText
 from benchmarks.reference_procedure import exact_step
-from benchmarks.timing import interleave, peak_memory, ratio
-from helpsteer_assets.errors import HelpsteerError
+from benchmarks.timing import peak_memory
 
 CPU = torch.device("cpu")
 
@@ -96,23 +94,6 @@ def test_trl_does_the_same_work_at_w_1(models: Contenders, text: RandomText) -> 
     assert found["gradient_difference"] < 2e-5
 
 
-@pytest.mark.parametrize("mix", MIXES)
-def test_random_pairs_keep_to_the_limit_and_end(mix: str) -> None:
-    pairs = RandomText(300, MIXES[mix], max_tokens=64).pairs(50)
-
-    assert all(len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) <= 64 for p in pairs)
-    assert all(ids[-1] == END_OF_TEXT and END_OF_TEXT not in ids[:-1] for p in pairs for ids in (p.chosen_ids,))
-    assert pairs == RandomText(300, MIXES[mix], max_tokens=64).pairs(50)
-
-
-def test_helpsteer_like_steps_have_each_prompt_once() -> None:
-    pairs = RandomText(300, MIXES["mid prompts"], max_tokens=64).helpsteer_like(8)
-
-    assert len({tuple(pair.prompt_ids) for pair in pairs}) == 8
-    for start in (0, 8, 16):
-        assert len({tuple(pair.prompt_ids) for pair in pairs[start : start + 8]}) == 8
-
-
 def test_the_floor_counts_each_prompt_token_once(models: Contenders) -> None:
     pair = Pair([10] * 5, [11] * 2, [12] * 3)
     # Llama of 2 layers, d = 32: q and o 32 x 32, k and v 16 x 32, three of 64 x 32; vocabulary 300.
@@ -120,15 +101,6 @@ def test_the_floor_counts_each_prompt_token_once(models: Contenders) -> None:
 
     assert count_tokens([pair]) == (10, 5)
     assert GemmFloor(models.reference.get_base_model()).flops([pair]) == 4 * (body * 10 + head * 5)
-
-
-def test_contenders_take_turns_and_a_ratio_is_taken_round_by_round() -> None:
-    order: list[str] = []
-    measured = interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3, CPU)
-
-    assert order == ["a", "b", "b", "a", "a", "b"]
-    assert [len(seconds) for seconds in measured.values()] == [3, 3]
-    assert ratio([4.0, 9.0, 20.0], [2.0, 3.0, 2.0]) == {"median": 3.0, "low": 2.0, "high": 10.0}
 
 
 def test_the_cases_of_data_and_start_up_run(tmp_path: Path) -> None:
@@ -145,18 +117,6 @@ def test_peak_memory_sees_what_was_freed_again() -> None:
     assert peak is None or 60 < peak < 100
 
 
-def test_report_and_json_come_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "results" / "benchmarks.json"
-    main(["--case", "scoring", "--model", "tiny", "--device", "cpu", "--json", str(file)])
-    results, printed = json.loads(file.read_text(encoding="utf-8")), capsys.readouterr().out
-
-    assert results["form"] == "short"
-    assert results["versions"]["torch"] == torch.__version__
-    (row,) = results["cases"]["scoring"]["log_prob_table"]
-    assert {"median", "low", "high"} == set(row["ratio"])
-    assert f"{row['ratio']['median']:.2f} ({row['ratio']['low']:.2f} to" in printed
-
-
 def test_the_parts_for_a_gpu_run_on_a_cpu_with_a_tiny_model(tmp_path: Path) -> None:
     file = tmp_path / "gpu.json"
     main(["gpu", "--tiny", "--json", str(file)])
@@ -167,21 +127,3 @@ def test_the_parts_for_a_gpu_run_on_a_cpu_with_a_tiny_model(tmp_path: Path) -> N
     assert parts["noise"]["log_ratio"] < 0.1
     assert parts["merging"]["weights_put_back_exactly"] and parts["merging"]["log_ratio_of_the_policy"] > 0.1
     assert parts["training"]["last_loss"] < parts["training"]["first_loss"]
-
-
-def test_a_part_that_fails_is_reported_and_the_next_one_runs(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def broken(place: gpu.Place) -> dict[str, Any]:
-        raise ZeroDivisionError("no such kernel")
-
-    def whole(place: gpu.Place) -> dict[str, Any]:
-        return {"answer": 42}
-
-    monkeypatch.setattr(gpu, "PARTS", {broken: 1, whole: 1})
-    with pytest.raises(HelpsteerError, match=r"1 part\(s\) failed: broken"):
-        main(["gpu", "--tiny"])
-
-    printed = capsys.readouterr().out
-    assert "failed: ZeroDivisionError: no such kernel" in printed
-    assert "answer: 42" in printed

@@ -12,7 +12,6 @@ from tools.make_model import (
     build_config,
     build_tokenizer,
     file_digest,
-    make_model,
     text_digest,
     training_text,
 )
@@ -54,16 +53,6 @@ def test_tokenizer_and_config_of_the_script_are_the_shipped_ones(tmp_path):
     }
 
 
-def test_tokenizer_encodes_any_text_and_knows_its_chat_form(tokenizer):
-    text = "Völlig anderes 文字 🚲\n"
-    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False
-    )
-    assert prompt == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    assert tokenizer.pad_token_id != tokenizer.eos_token_id
-
-
 def test_shipped_model_answers_a_held_out_prompt_and_stops(tokenizer):
     import torch
     from transformers import AutoModelForCausalLM
@@ -81,17 +70,3 @@ def test_shipped_model_answers_a_held_out_prompt_and_stops(tokenizer):
     answers = tokenizer.batch_decode(outputs, skip_special_tokens=True)
     whole = [rate(prompt, answer)["coherence"] >= 2.5 for prompt, answer in zip(prompts, answers, strict=True)]
     assert sum(whole) >= 0.75 * len(whole)
-
-
-def test_script_writes_a_loadable_model_repeatably(tmp_path):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    short = Settings(text_seeds=(1,), text_prompts=8, vocabulary=300, hidden_size=32, steps=3, batch_size=4)
-    for name in ("first", "second"):
-        (tmp_path / name).mkdir()
-        make_model(tmp_path / name, short)
-    for file in ("model.safetensors", "tokenizer.json", "provenance.json"):
-        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
-    assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(tmp_path / "first"))
-    assert model.generation_config.do_sample is False

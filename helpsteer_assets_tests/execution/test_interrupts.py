@@ -1,7 +1,6 @@
 """Signals end a run in words, wherever its main thread is."""
 
 import os
-import pty
 import signal
 import subprocess
 import sys
@@ -39,12 +38,6 @@ with raise_interrupts_as(RuntimeError):
 """
 WAITING = AS_DAGSTER_DOES.format("time.sleep(60)")
 IN_C = AS_DAGSTER_DOES.format("__import__('hashlib').pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)")  # for hours
-AFTER_A_CAPTURE = """
-with capture_interrupts():
-    pass
-print("ready", flush=True)
-time.sleep(60)
-"""
 
 started: list[subprocess.Popen[bytes]] = []
 
@@ -112,38 +105,12 @@ def test_the_second_signal_ends_it_at_once() -> None:
     assert code == 143 and "left" not in said
 
 
-def test_processes_started_meanwhile_do_not_hear_ctrl_c() -> None:
-    child = "import time; print('ready', flush=True); time.sleep(3); print('unharmed', flush=True)"
-    process = start(f"subprocess.run([sys.executable, '-c', {child!r}])", process_group=0)
-    os.killpg(process.pid, signal.SIGINT)
-    code, said = end(process)
-    assert code == 130
-    assert "unharmed" in said and not any("Traceback" in line for line in said)
-
-
 def test_what_was_ignored_stays_so_whatever_dagster_does() -> None:
     """A stage that a script runs in its background would fail by Ctrl-C."""
     process = start(AS_DAGSTER_DOES.format("time.sleep(2)"), ignored=(signal.SIGINT, signal.SIGHUP))
     for number in (signal.SIGINT, signal.SIGHUP):
         process.send_signal(number)
     assert end(process) == (0, ["at its end"])
-
-
-def test_where_ctrl_c_is_ignored_kill_still_ends_it_whatever_dagster_does() -> None:
-    process = start(AFTER_A_CAPTURE, ignored=(signal.SIGINT,))
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGTERM)
-    assert end(process) == (143, ["told to end", "left"])
-
-
-def test_it_ends_with_nobody_left_to_tell() -> None:
-    ours, theirs = pty.openpty()
-    process = start(stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
-    os.close(theirs)
-    assert os.read(ours, 5) == b"ready"
-    os.close(ours)
-    process.send_signal(signal.SIGHUP)
-    assert process.wait(timeout=60) == 129
 
 
 def test_afterwards_signals_are_what_they_were_and_outside_the_main_thread_they_stay_so() -> None:

@@ -5,9 +5,6 @@ import csv
 import gzip
 import io
 import json
-import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.modpo.data.pairs import build_pairs
 from helpsteer_assets.modpo.data.readers import COLUMNS
 from helpsteer_assets_tests.hostile.inputs import TEXTS, examples, jsonl, read, row
 
@@ -137,50 +133,3 @@ def test_what_would_be_read_wrong_is_refused_in_few_words(
     with pytest.raises(HelpsteerError, match=message) as caught:
         read(tmp_path / name, "error")
     assert name in str(caught.value) and len(str(caught.value)) < 1500
-
-
-MEASURED = """
-import sys
-from pathlib import Path
-from helpsteer_assets.modpo.data import ratings, tables
-
-def kilobytes():
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
-
-ratings._BATCH_CHARACTERS = tables.ROW_GROUP_BYTES = 2**22
-before = kilobytes()
-try:
-    ratings.read_ratings(
-        Path(sys.argv[1]), Path(sys.argv[1]).with_name("ratings.parquet"), on_bad_rows="error", validation_share=0.1,
-        max_train_prompts=None, max_validation_prompts=None,
-    )
-except Exception as error:
-    print(error)
-print((kilobytes() - before) // 1024)
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is measured as Linux tells it")
-@pytest.mark.parametrize(
-    ("name", "content", "message", "limit"),
-    [
-        ("rows.jsonl.gz", lambda: gzip.compress(b"x" * 600 * 2**20, 1), r"line 1 is longer than", 500),
-        ("rows.jsonl", lambda: jsonl([row("x" * 2**20, f"{n}") for n in range(2)]) * 100, r"^\d+$", 180),
-    ],
-    ids=["a gzip bomb", "200 MB of long texts"],
-)
-def test_memory_stays_bounded(tmp_path: Path, name: str, content: Any, message: str, limit: int) -> None:
-    """In MB, in a process of its own."""
-    (tmp_path / name).write_bytes(content())
-    command = [sys.executable, "-c", MEASURED, str(tmp_path / name)]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert re.search(message, printed) and int(printed.split()[-1]) < limit, printed
-
-
-def test_thousands_of_equal_rows_take_no_longer_than_one(tmp_path: Path) -> None:
-    """Every two of them compared, as rows, would be ten thousand million comparisons for each attribute."""
-    repeated = [row("asked", f"answer {n}", n, 2, 2, 2, n) for n in range(3)]
-    (tmp_path / "rows.jsonl").write_bytes(jsonl(repeated) * 9_000 + jsonl([row("v", "w")]))
-    table, _ = read(tmp_path / "rows.jsonl", "error")
-    pq.write_table(table, tmp_path / "ratings.parquet")
-    assert build_pairs(tmp_path / "ratings.parquet", "helpfulness", 0.0, tmp_path / "pairs.parquet")["train"] == 3
