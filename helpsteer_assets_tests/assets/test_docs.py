@@ -111,7 +111,7 @@ def carry_out(folder: Path, line: str) -> None:
     if " -m benchmarks " in line:
         arguments = line.partition(" -m benchmarks ")[2].partition(" #")[0].split()  # test_benchmarks.py runs them
         if arguments[0] == "gpu":
-            gpu.parse(arguments[1:])
+            gpu._parse(arguments[1:])
         else:
             _parse(arguments)
         return

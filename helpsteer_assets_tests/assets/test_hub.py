@@ -4,15 +4,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
-
-import huggingface_hub
-import pytest
-from huggingface_hub import errors
-
-from helpsteer_assets.assets.hub import download
-from helpsteer_assets.errors import HelpsteerError
 
 REVISION = "3ca5d59c1bc1080af195b4254e7407db60b6f450"
 
@@ -49,38 +40,3 @@ def test_offline_a_cached_revision_is_found_and_another_is_refused_in_words(tmp_
         assert str(tmp_path / "hub") in refused and "unset HF_HUB_OFFLINE" in refused
         assert refused.endswith("or give the path of a local folder as `data.source`")
     assert no_id.startswith("`data.source`: 'one/two/three' is no id on the hub")
-
-
-def http(kind: type[errors.HfHubHTTPError], status: int) -> errors.HfHubHTTPError:
-    class Response:
-        headers = MappingProxyType({})
-        request = None
-        status_code = status
-
-    return kind(f"{status} from the server", response=Response())  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("error", "said"),
-    [
-        (http(errors.GatedRepoError, 403), "is gated: accept its licence on https://huggingface.co/owner/name, then"),
-        (http(errors.RepositoryNotFoundError, 401), "does not exist on the hub, or is private"),
-        (http(errors.RevisionNotFoundError, 404), "a commit hash from https://huggingface.co/owner/name/commits/main"),
-        (http(errors.HfHubHTTPError, 503), "could not be downloaded: 503 from the server"),
-        (OSError(28, "No space left on device"), "could not be downloaded: [Errno 28] No space left on device"),
-        (errors.LocalEntryNotFoundError("no network"), "https://huggingface.co cannot be reached (no network)"),
-    ],
-    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
-)
-def test_what_the_hub_refuses_is_told_with_a_remedy(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
-) -> None:
-    def refuse(*arguments: object, **options: Any) -> str:
-        raise error
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "https://huggingface.co")
-    with pytest.raises(HelpsteerError) as caught:
-        download("owner/name", REVISION, "model")
-    assert said in str(caught.value) and f"model owner/name at revision {REVISION}" in str(caught.value)
-    assert "a local folder as `model.base`" in str(caught.value)

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import pytest
 from huggingface_hub import ModelCard
 
 from helpsteer_assets.assets.model_card import BaseModel, export_card, model_card
@@ -48,20 +47,6 @@ def exported_card(experiment: Experiment, base: BaseModel = LLAMA, **changes: An
     return export_card(experiment, base, **(facts | changes))
 
 
-@pytest.mark.parametrize(
-    ("experiment", "w", "words"),
-    [
-        (HELPSTEER, "0.1", "w=0.1: 0.9 of the weight discourages verbosity, 0.1 is on helpfulness"),
-        (changed(objective={"margin_role": "reward"}), "0.1", "w=0.1: 0.9 of the weight encourages verbosity"),
-        (PENALTY, "0.3", "w=0.3: 0.7 of the weight encourages shorter responses"),
-        (HELPSTEER, "1", "w=1: all of the weight is on helpfulness (plain DPO)"),
-    ],
-)
-def test_a_weight_is_told_in_words(experiment: Experiment, w: str, words: str) -> None:
-    for card in (adapter_card(experiment, w), exported_card(experiment, w=w)):
-        assert f"# MODPO policy, w = {w}\n" in card and words in card
-
-
 def test_both_cards_tell_objective_origin_and_licences() -> None:
     for card in (adapter_card(HELPSTEER), exported_card(HELPSTEER)):
         assert "beta 0.1, margin_beta 0.1" in card
@@ -91,22 +76,6 @@ def test_the_hub_reads_base_licence_library_and_data() -> None:
     assert ModelCard(exported_card(HELPSTEER, w=None)).data.tags == ["sft", "alignment"]
 
 
-def test_a_card_in_the_home_tells_how_the_training_went_and_how_to_load_the_adapter() -> None:
-    card = adapter_card(HELPSTEER)
-    assert "the weights of step 20 were kept, loss on held-out train prompts 0.6123, accuracy there 0.71\n" in card
-    assert 'AutoModelForCausalLM.from_pretrained("/home/sft/model"' in card
-    assert 'PeftModel.from_pretrained(base, "<this folder>")\n```' in card
-    unjudged = TrainingResult(steps=4, best_step=4, best_loss=None, resumed_from=None, history=[{"step": 4}])
-    assert "- Training: 4 steps; the weights of step 4 were kept\n" in adapter_card(HELPSTEER, result=unjudged)
-
-
-def test_a_model_that_is_no_policy_is_called_what_it_is() -> None:
-    reward = adapter_card(HELPSTEER, w=None)
-    assert "# Margin adapter for verbosity\n" in reward and "not meant to generate" in reward
-    assert "The base model fine-tuned on the preferred responses" in exported_card(HELPSTEER, w=None)
-    assert "The base model, as it is: the" in exported_card(changed(sft={"enabled": False}), w=None)
-
-
 def test_local_sources_are_named_without_their_path_and_nothing_is_guessed_of_them() -> None:
     source = {"source": "/home/alice/ratings", "revision": None}
     local = changed(data=source, model={"base": "/home/alice/model", "revision": None})
@@ -115,18 +84,3 @@ def test_local_sources_are_named_without_their_path_and_nothing_is_guessed_of_th
     assert "Made from a local model: its own licence holds." in card
     assert "Trained on local data: its terms may bind these weights." in card
     assert not {"license", "base_model", "base_model_relation", "datasets"} & ModelCard(card).data.to_dict().keys()
-
-
-def test_an_exported_card_tells_scores_and_how_to_generate() -> None:
-    card = exported_card(HELPSTEER, scores=[SCORE, SCORE | {"measure": "verbosity", "delta": None}])
-    rows = ["| helpfulness | 2.5 [2.41, 2.59] | -0.2 [-0.3, -0.1] |", "| verbosity | 2.5 [2.41, 2.59] |  |", ""]
-    assert "\n".join([*rows, "Over 300 held-out prompts"]) in card
-    assert "greedy (vLLM reads no such setting" in card and "the last 1536 tokens were kept" in card
-    sampled = changed(generation={"do_sample": True, "temperature": 0.7, "no_repeat_ngram_size": 3}, lora={"r": 20})
-    card = exported_card(sampled, scores=[], merged=False, prompt_template="Q: {prompt}\n")
-    assert "Not scored" in card
-    assert "sampled at temperature 0.7, top_p 1.0, no_repeat_ngram_size 3, at most" in card
-    assert r"""tokenizer('Q: {prompt}\n'.format(prompt="..."), return_tensors="pt")""" in card
-    assert "there is no chat template" in card and "apply_chat_template" not in card
-    # vLLM has kernels for 16 and 32.
-    assert "--enable-lora --max-lora-rank 32 --lora-modules w0.2=<this folder>" in card

@@ -13,11 +13,10 @@ from helpsteer_assets.assets.graph import Fingerprint, fingerprints
 from helpsteer_assets.assets.status import Status, label, status
 from helpsteer_assets.cli import main
 from helpsteer_assets.experiment.settings import Experiment
-from helpsteer_assets.modpo.training.checkpoints import mark_complete
-from helpsteer_assets.store.artifacts import ALL, ArtifactStore
+from helpsteer_assets.store.artifacts import ArtifactStore
 from helpsteer_assets.store.home import Home
 from helpsteer_assets.store.warehouse import Warehouse
-from helpsteer_assets_tests.assets.test_graph_fingerprints import ADAPTER, POLICIES, experiment, raise_version
+from helpsteer_assets_tests.assets.test_graph_fingerprints import experiment
 from helpsteer_assets_tests.read_only import run_read_only
 
 PRESENT = experiment({"objective.weights": [0.1, 0.9], "objective.beta": 0.2})
@@ -64,13 +63,6 @@ def out_of_date(found: Experiment, home: Path) -> dict[str, str]:
     return {item.asset: item.detail for item in status(found, Home(home)) if item.state == "out of date"}
 
 
-def test_an_empty_home_misses_everything_in_topological_order(tmp_path: Path) -> None:
-    found = status(PRESENT, Home(tmp_path / "home"))
-    assert {(item.state, item.detail, item.path) for item in found} == {("missing", "", None)}
-    assert [(item.asset, item.partition) for item in found] == list(fingerprints(PRESENT))
-    assert list(tmp_path.iterdir()) == []  # only looking makes no home
-
-
 def test_a_recorded_artifact_is_complete_and_out_of_date_once_it_is_damaged_or_deleted(home: Path) -> None:
     found = states(PRESENT, home)
     assert {item.state for item in found.values()} == {"complete"}
@@ -83,15 +75,6 @@ def test_a_recorded_artifact_is_complete_and_out_of_date_once_it_is_damaged_or_d
         assert gone.state == "out of date" and gone.path is None
         assert gone.detail == "its artifact is gone from the disk, or damaged"
     assert {item.state for item in found.values()} == {"complete"}
-
-
-def test_a_changed_setting_names_itself_where_it_counts_and_its_asset_below(home: Path) -> None:
-    reasons = out_of_date(change({"objective.beta": 0.1}), home)
-    assert reasons.keys() == POLICIES
-    assert reasons["modpo_models"] == "objective.beta 0.2 -> 0.1"
-    assert reasons["tradeoff_report"] == "objective.beta 0.2 -> 0.1", "it tells beta, too"
-    below = {reasons[asset] for asset in POLICIES - {"modpo_models", "tradeoff_report"}}
-    assert below == {"modpo_models: objective.beta 0.2 -> 0.1"}
 
 
 @pytest.mark.parametrize(
@@ -114,69 +97,6 @@ def test_a_new_weight_is_missing_and_another_name_finds_the_others_reusable(home
     other = states(change({"name": "other"}), home)
     assert {other.pop(asset).state for asset in ("tradeoff", "tradeoff_report")} == {"missing"}  # they bear the name
     assert {item.state for item in other.values()} == {"reusable"}
-
-
-def test_changed_code_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    raise_version(monkeypatch, "margin_adapter")
-    reasons = out_of_date(PRESENT, home)
-    assert reasons.keys() == ADAPTER
-    assert reasons["margin_adapter"] == "its code, version 1 -> 99"
-    assert reasons["sft_scores"] == "margin_adapter: its code, version 1 -> 99"
-
-
-def test_a_changed_source_is_named_without_its_digest(tmp_path: Path) -> None:
-    source = tmp_path / "ratings"
-    source.mkdir()
-    (source / "train.jsonl").write_text("{}\n")
-    found = experiment({"data.source": str(source), "evaluation.rater": "none"})
-    for fingerprint in fingerprints(found).values():
-        if fingerprint.asset in ("helpsteer_ratings", "preference_pairs"):
-            finish(found, fingerprint, tmp_path / "home")
-    (source / "train.jsonl").write_text("[]\n")
-    assert out_of_date(found, tmp_path / "home") == {
-        "helpsteer_ratings": "the content of data.source",
-        "preference_pairs": "helpsteer_ratings: the content of data.source",
-    }
-    hub = experiment({"data.source": "some/ratings", "data.revision": "ab" * 20, "evaluation.rater": "none"})
-    expected = f"data.source a local path -> some/ratings@{'ab' * 20}"
-    assert out_of_date(hub, tmp_path / "home")["helpsteer_ratings"] == expected
-
-
-def test_a_change_whose_earlier_artifact_is_gone_says_that_nobody_knows(home: Path) -> None:
-    shutil.rmtree(home / "artifacts" / "modpo_models")
-    reasons = out_of_date(change({"objective.beta": 0.1}), home)
-    assert reasons["modpo_models"].startswith("other settings (the earlier artifact is gone")
-    assert reasons["scores"].startswith("modpo_models: other settings")
-
-
-def test_partial_work_says_how_far_it_is(tmp_path: Path) -> None:
-    home = tmp_path / "home"
-    found = fingerprints(PRESENT)
-
-    def begun(asset: str, partition: str) -> Path:
-        folder = ArtifactStore(home).partial(asset, partition, found[asset, partition].value) / "checkpoints"
-        folder.mkdir(parents=True)
-        return folder
-
-    training = begun("modpo_models", "0.1")
-    for step in (15, 30):
-        (training / f"checkpoint-{step}").mkdir()
-        mark_complete(training / f"checkpoint-{step}", step, 150)
-    (training / "checkpoint-45").mkdir()  # its process died while writing it
-    for step, garbled in ((60, "{"), (75, '{"step": "x", "of": null, "sha256": 1}'), (90, "[" * 100_000)):
-        (training / f"checkpoint-{step}").mkdir()
-        (training / f"checkpoint-{step}" / "complete.json").write_text(garbled)
-    (begun("generations", "0.1") / "generations.jsonl").write_text('{"index": 0}\n{"index": 1}\n{"in')
-    begun("sft_model", ALL)
-    (begun("scores", "0.1") / "rows.jsonl").symlink_to("gone")  # it is finished while one looks
-    shown = {name: item for name, item in states(PRESENT, home).items() if item.state == "partial"}
-    assert {name: item.detail for name, item in shown.items()} == {
-        "sft_model": "just begun",
-        "modpo_models w=0.1": "step 30 of 150",
-        "generations w=0.1": "2 rows done",
-        "scores w=0.1": "just begun",
-    }
-    assert shown["modpo_models w=0.1"].path == str(training.parent)
 
 
 def test_alien_files_are_no_matter_and_a_garbled_record_leaves_the_artifact_reusable(home: Path) -> None:

@@ -35,13 +35,6 @@ def test_measures_are_those_of_the_scores_the_text_and_the_samples(finished_home
             assert kl == pytest.approx(np.mean(drawn)) and (kl != 0) == bool(samples)
 
 
-def test_the_trade_off_is_kept_as_strict_json_and_as_pictures(finished_home: Finished) -> None:
-    tradeoff = finished_home.artifact("tradeoff")
-    pictures = {f"{name}.{kind}" for name in ("front", "kl", "lengths") for kind in ("png", "svg")}
-    assert pictures < set(tradeoff.manifest["files"])
-    json.loads(tradeoff.file("tradeoff.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
-
-
 def test_the_report_holds_every_response_and_nothing_of_this_machine(finished_home: Finished) -> None:
     file = finished_home.artifact("tradeoff_report").file("report.html")
     page = file.read_text(encoding="utf-8")

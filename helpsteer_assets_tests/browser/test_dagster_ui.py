@@ -214,18 +214,6 @@ def test_checks_show_their_verdict_in_words(ui: HomeUi, page: Page) -> None:
     expect(page.get_by_text("Under the role cost the margin reward").first).to_be_visible()
 
 
-@pytest.mark.parametrize(("asset", "plot"), [("tradeoff_report", "kl"), ("modpo_models", "loss_curve")])
-def test_plots_are_seen_in_the_metadata(ui: HomeUi, page: Page, asset: str, plot: str) -> None:
-    page.goto(f"{ui.url}/assets/{asset}")
-    row = page.get_by_role("row").filter(has=page.get_by_text(plot, exact=True))
-    row.get_by_text("[Show Markdown]").click()
-    image = page.get_by_role("dialog").locator("img")
-    expect(image).to_be_visible()
-    box = image.bounding_box()
-    assert image.evaluate("image => image.naturalWidth") > 0, "it was decoded"
-    assert box is not None and box["width"] > 100 and box["height"] > 100
-
-
 def test_the_metadata_of_a_weight_are_the_warehouses_numbers(ui: HomeUi, page: Page) -> None:
     weight = "0.9"
     page.goto(f"{ui.url}/assets/scores?view=partitions&partition={weight}")

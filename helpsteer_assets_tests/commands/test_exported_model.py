@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from helpsteer_assets.commands.exported_model import give_chat_template, merge_e
 from helpsteer_assets.experiment.reading import load_experiment
 from helpsteer_assets.modpo.models.loading import attach_lora, load_model
 from helpsteer_assets.modpo.models.tokenization import FALLBACK_TEMPLATE, encode_prompt
+from helpsteer_assets_tests.commands.conftest import take
 from helpsteer_assets_tests.conftest import make_tokenizer
 from helpsteer_assets_tests.finished import Finished
 
@@ -77,6 +79,31 @@ def test_both_forms_load_in_transformers_and_peft_and_score_as_the_evaluation_di
     ratios = [policy - base for policy, base in zip(result["merged"], result["base"], strict=True)]
     assert ratios == pytest.approx(scores["log_ratio_to_sft"].to_pylist(), abs=1e-3)
     assert max(map(abs, ratios)) > 0.01, "the adapter does something"
+
+
+GENERATE = """
+import json, sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+answers = []
+for prompt in json.loads(sys.argv[2]):
+    messages = [{"role": "user", "content": prompt}]
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    output = model.generate(**inputs)
+    answers.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+print(json.dumps({"answers": answers, "cache": model.config.use_cache}))
+"""
+
+
+def test_transformers_answers_as_the_evaluation_did(copied: Callable[..., Finished], tmp_path: Path) -> None:
+    finished = copied(generation={"do_sample": False, "max_new_tokens": 12, "repetition_penalty": 1.1})
+    assert finished.run(select="generations", weights=["0.9"]), finished.announced
+    rows = finished.artifact("generations", "0.9").table("generations.parquet").to_pylist()
+    folder = take(finished, tmp_path / "greedy", "w=0.9").folder
+    result = run_offline(GENERATE, folder, json.dumps([row["prompt"] for row in rows]))
+    assert result["answers"] == [row["response"] for row in rows]
+    assert result["cache"], "training had switched the cache off"
 
 
 def test_merging_rounds_once(tiny_model_path: Path, tmp_path: Path) -> None:

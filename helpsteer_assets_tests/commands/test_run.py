@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections import namedtuple
@@ -16,6 +17,7 @@ from helpsteer_assets.assets.sources import local_path
 from helpsteer_assets.assets.status import Status
 from helpsteer_assets.commands.run import plan_lines
 from helpsteer_assets.errors import HelpsteerError
+from helpsteer_assets.files.rows import ResumableRows
 from helpsteer_assets.modpo.training.checkpoints import checkpoint_folder, mark_complete
 from helpsteer_assets.store.artifacts import ALL, CHECKPOINTS, ArtifactStore
 from helpsteer_assets_tests.finished import Finished
@@ -51,6 +53,35 @@ def test_the_plan_groups_assets_and_their_weights() -> None:
         "to resume:  modpo_models w=0.2 (step 40 of 200)",
         "to compute: modpo_models w=0.5, 0.8; scores w=0.5; tradeoff",
     ]
+
+
+def test_a_changed_setting_is_told_once_and_a_lost_artifact_of_each_asset() -> None:
+    changed, lost = "objective.beta 0.1 -> 0.3", "its artifact is gone from the disk, or damaged"
+    lines = list(
+        plan_lines(
+            [
+                item("sft_model", "out of date", lost),
+                item("modpo_models", "out of date", f"{changed}; sft_model: {lost}", "0.5"),
+                item("modpo_models", "out of date", changed, "0.8"),
+                item("generations", "out of date", lost, "0.5"),
+                item("scores", "out of date", f"modpo_models: {changed}", "0.5"),
+                item("score_summary", "out of date", f"{changed}, seed 0 -> 1"),
+            ]
+        )
+    )
+    assert lines[1:] == [
+        f"changed:    sft_model: {lost}",
+        f"changed:    modpo_models: {changed}",
+        f"changed:    generations: {lost}",
+        f"changed:    score_summary: {changed}, seed 0 -> 1",
+    ]
+
+
+def test_a_first_run_says_what_it_computes_and_the_disk_it_needs(finished_home: Finished) -> None:
+    said = " ".join(plan(finished_home).split())
+    assert said.startswith("to compute: helpsteer_ratings; preference_pairs; ")
+    assert "modpo_models w=0.1, 0.9" in said and "to reuse" not in said
+    assert "disk: about " in said and "3 adapters" in said and " free in " in said
 
 
 REUSE = """
@@ -148,3 +179,52 @@ def test_a_run_that_fails_says_what_failed_what_is_kept_and_how_to_go_on(copied:
         "the same command again: it reuses them, and a training goes on from its last checkpoint."
     )
     assert any("training w=0.9: " in line and "lower learning_rate" in line for line in broken.announced)
+
+
+def test_a_stage_that_is_tried_once_more_says_why(
+    copied: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = copied(generation={"max_new_tokens": 5})
+    append, failures = ResumableRows.append, iter([MemoryError("of the device")])
+
+    def appending(self: ResumableRows, rows: list[dict[str, object]]) -> None:
+        append(self, rows)
+        for failure in failures:
+            raise failure
+
+    monkeypatch.setattr(ResumableRows, "append", appending)
+    assert changed.run(select='key:"sft_generations"'), changed.announced
+    said = "\n".join(changed.announced)
+    assert "sft_generations: failed by MemoryError: of the device; it is tried once more, from where it was" in said
+    assert "sft_generations: computing, going on from " in said
+
+
+INTERRUPTED = """
+import os, signal, sys, time
+from helpsteer_assets.defs.lab import Lab
+from helpsteer_assets.store.home import Home
+from helpsteer_assets.commands import run as running
+from helpsteer_assets.experiment.reading import load_experiment
+
+def interrupted(*_):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+
+Lab._compute = interrupted
+running.cancel_runs = lambda *_: time.sleep(3)  # what a busy machine makes of it: the main thread goes on meanwhile
+say = lambda line: print(line, flush=True)
+running.run_experiment(load_experiment("demo"), Home(sys.argv[1]), select='key:"helpsteer_ratings"', announce=say)
+"""
+
+
+def test_after_an_interrupt_nothing_is_said_of_the_stage_that_it_broke(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, str(tmp_path / "home")],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert done.returncode == 130, done.stderr
+    assert "interrupted; what is finished is kept" in done.stdout
+    assert "failed" not in done.stdout and 'File "' not in done.stdout + done.stderr

@@ -98,6 +98,7 @@ def test_a_flipped_bit_is_found_and_the_next_run_mends_it(finished: Finished) ->
     [
         (lambda path: (path / MANIFEST).unlink(), "damaged", "manifest.json is missing"),
         (lambda path: change_manifest(path, settings={"seed": 7}), "damaged", "not those that its fingerprint"),
+        (lambda path: change_manifest(path, schema_version=99), "alien", "written by a newer helpsteer_assets"),
         (shutil.rmtree, "missing", "experiment quick materialized it, and it is gone from "),
     ],
 )
@@ -109,6 +110,26 @@ def test_what_is_no_longer_an_artifact_is_named(
     (problem,) = check(finished).problems
     assert (problem.kind, problem.subject) == (kind, f"tradeoff {tradeoff.name}")
     assert what in problem.what
+
+
+def test_foreign_files_and_lost_inputs_are_noted_and_other_machines_are_told(finished: Finished) -> None:
+    scores = folder(finished, "scores", "0.1")
+    (scores / "mine.txt").write_text("x")
+    (scores.parent / ("0" * 32)).symlink_to("/etc")
+    manifest = json.loads((scores / MANIFEST).read_text(encoding="utf-8"))
+    machine, versions = manifest["environment"] | {"threads": 64}, manifest["versions"] | {"torch": "1.0"}
+    change_manifest(scores, versions=versions, environment=machine)
+    shutil.rmtree(folder(finished, "helpsteer_ratings"))
+
+    report = check(finished)
+
+    assert [problem.kind for problem in report.problems] == ["missing"]
+    notes = "\n".join(report.notes)
+    assert f"scores w=0.1 {scores.name} has files that its manifest does not list: mine.txt" in notes
+    assert f"{scores.parent / ('0' * 32)} is no artifact" in notes
+    assert "3 whole artifacts were made from some that are gone or damaged: evaluation_prompts, margin_p" in notes
+    assert "the experiment's artifacts differ in torch: " in notes and "1.0 (1)" in notes
+    assert "differ in threads: 1 (" in notes and "64 (1)" in notes
 
 
 def test_tables_and_entries_that_differ_from_the_artifacts_are_found(finished: Finished) -> None:
@@ -234,6 +255,21 @@ def test_a_changed_result_is_found_though_every_digest_fits(finished: Finished) 
     assert not told.keys() & {"generations w=0.1", "generations w=0.9"}
     assert "'No.'" in told["kl_to_sft w=0.9"] and "more values differ" in told["score_summary"]
     assert "result: reference_log_probs: log_prob of prompt_id " in "\n".join(lines(report))
+
+
+def test_values_that_are_not_finite_unknown_rows_and_lost_inputs_are_told(finished: Finished) -> None:
+    scores, log_probs = folder(finished, "scores", "0.1"), folder(finished, "reference_log_probs")
+    change_column(scores, "scores.parquet", "log_ratio_to_sft", lambda value: float("nan"))
+    change_column(log_probs, "log_probs.parquet", "response_id", lambda response_id: "0" * 16)
+    shutil.rmtree(folder(finished, "modpo_models", "0.9"))
+
+    report = check(finished, samples=1)
+
+    told = results(report)
+    assert "8 values of log_ratio_to_sft are not finite" in told["scores w=0.1"]
+    assert f"cannot be recomputed: HelpsteerError: no pair has a response_id {'0' * 16}" in told["reference_log_probs"]
+    notes = {done.subject: done.note for done in report.recomputed}
+    assert notes["generations w=0.9"] == "not possible: modpo_models is missing or damaged"
 
 
 # The command

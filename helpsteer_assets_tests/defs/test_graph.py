@@ -1,6 +1,5 @@
 """The whole graph on a real Dagster instance: what it leaves, what it reuses, what a changed setting recomputes."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -170,37 +169,10 @@ def test_a_changed_evaluation_leaves_training_alone_and_going_back_finds_the_ear
     assert query(back, "SELECT count(*) FROM scores") == [(24,)]
 
 
-def test_a_length_penalty_without_rater_and_kl_tells_what_is_unmeasured(copied: Callable[..., Finished]) -> None:
-    penalty = {"margin": "length_penalty", "penalty": 0.01, "margin_role": None, "margin_beta": None}
-    run = copied(objective={"weights": [0.5], **penalty}, evaluation={"rater": "none", "kl_samples": 0})
-    assert run.run(), run.announced
-    absent = {"margin_pairs", "margin_adapter", "margin_adapter_quality", "kl_to_sft"}
-    assert stages(run.experiment).keys() == stages(copied().experiment).keys() - absent
-    penalties = "SELECT max(abs(margin_reward + 0.01 * response_tokens)) < 1e-12, count(helpfulness) FROM scores"
-    assert query(run, f"{penalties} WHERE w = 0.5") == [(True, 0)]
-    tradeoff = run.artifact("tradeoff")
-    assert "front.png" in tradeoff.manifest["files"] and "kl.svg" not in tradeoff.manifest["files"]
-    result = json.loads(tradeoff.file("tradeoff.json").read_text())
-    assert [point["label"] for point in result["points"]] == ["SFT", "w=0.5"]
-    assert "unmeasured" in result["note"] and result["note"] in run.announced
-    page = run.artifact("tradeoff_report").file("report.html").read_text(encoding="utf-8")
-    assert "preference quality is unmeasured" in page and "below and to the right" in page
-
-
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     """A copy of the embedded base model."""
     return shutil.copytree(local_path("model.base", "embedded"), tmp_path / "base")
-
-
-def test_a_base_whose_generation_defaults_contradict_each_other_can_be_the_reference_policy(
-    base: Path, copied: Callable[..., Finished]
-) -> None:
-    # Many a model on the hub states a temperature and no sampling, and transformers refuses to save that.
-    (base / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.9, "do_sample": false}')
-    changed = copied(model={"base": str(base)}, sft={"enabled": False})
-    assert changed.run(select='key:"sft_model"'), changed.announced
-    assert changed.artifact("sft_model").manifest["metrics"] == {}
 
 
 def test_a_chat_template_that_writes_the_date_is_refused(base: Path, copied: Callable[..., Finished]) -> None:

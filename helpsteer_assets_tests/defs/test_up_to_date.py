@@ -102,24 +102,6 @@ def test_a_changed_setting_is_reported_once_with_all_weights_and_goes_as_they_ar
     assert reported["modpo_models"] == (False, f"w=0.1: {back}; w=0.9: up to date")
 
 
-def test_a_changed_grid_or_graph_asks_for_a_reload(watched: Watched) -> None:
-    watched.change(objective={"weights": [0.1, 0.5, 0.9]}, evaluation={"kl_samples": 0})
-    reported = watched.tick()
-    assert all(not passed for passed, _ in reported.values())
-    _, scores = reported["scores"]
-    assert scores is not None and scores.startswith("objective.weights 0.1, 0.9 -> 0.1, 0.5, 0.9: reload the")
-    assert scores.endswith("w=0.1, 0.9: up to date; w=0.5: not made yet")
-    _, kl = reported["kl_to_sft"]
-    assert kl is not None and kl.startswith("the experiment no longer has this asset: reload the definitions")
-
-
-def test_a_file_that_cannot_be_read_is_waited_for(watched: Watched) -> None:
-    watched.change(sft={"steps": "many"})
-    skipped = build_up_to_date(watched.run.experiment)(dg.build_sensor_context(instance=watched.instance))
-    assert isinstance(skipped, dg.SkipReason) and skipped.skip_message is not None
-    assert "sft.steps" in skipped.skip_message and str(watched.run.file) in skipped.skip_message
-
-
 def test_while_a_run_is_to_report_the_sensor_does_not_and_after_its_death_it_does(watched: Watched) -> None:
     watched.change(objective={"beta": 0.3})
     defs = dg.Definitions(build_assets(watched.run.experiment), resources={"lab": watched.run.home})

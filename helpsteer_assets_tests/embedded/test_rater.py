@@ -1,6 +1,5 @@
 """The rater: the generator's latent ratings on its own answers, sensible ones on everything else."""
 
-import itertools
 import statistics
 
 import pytest
@@ -16,7 +15,7 @@ from helpsteer_assets.embedded.generator import (
     build_rows,
     useful_sentences,
 )
-from helpsteer_assets.embedded.rater import rate, subject_of
+from helpsteer_assets.embedded.rater import rate
 
 PROMPT = "How do I clean my kettle?"
 _, LEAD, DETAILS = useful_sentences("clean", "kettle")
@@ -60,15 +59,6 @@ def test_every_generated_answer_is_read_as_whole_and_about_its_prompt():
         assert ratings["correctness"] in {0.0, 1.0, 3.0, 4.0}
 
 
-@pytest.mark.parametrize(("task", "left_to_details"), [("clean", 1.6), ("sell", 2.4), ("paint", 3.2)])
-def test_each_further_fact_helps_less_and_adds_words_and_helps_more_the_harder_the_task(task, left_to_details):
-    _, lead, details = useful_sentences(task, "kettle")
-    ratings = [rate(f"How do I {task} my kettle?", " ".join([lead, *details[:count]])) for count in range(5)]
-    gains = [after["helpfulness"] - before["helpfulness"] for before, after in itertools.pairwise(ratings)]
-    assert gains == pytest.approx([left_to_details * share for share in (0.34, 0.28, 0.22, 0.16)])
-    assert [rating["verbosity"] for rating in ratings] == sorted({rating["verbosity"] for rating in ratings})
-
-
 @pytest.mark.parametrize(
     ("flaw", "is_foreign"),
     [
@@ -86,19 +76,6 @@ def test_foreign_damaged_and_repeated_sentences_are_worth_less_than_nothing(flaw
     assert flawed["coherence"] < whole["coherence"]
     assert not is_foreign or flawed["correctness"] == 2.5
     assert not is_foreign or rate(PROMPT, flaw)["helpfulness"] == 0.0
-
-
-def test_of_unknown_prompts_only_form_is_rated():
-    ratings = rate("What is the capital of France?", LEAD)
-    assert ratings["helpfulness"] is ratings["correctness"] is ratings["complexity"] is None
-    assert ratings["coherence"] == 4.0
-    assert ratings["verbosity"] is not None
-
-
-def test_prompts_in_other_words_are_understood_where_they_are_unambiguous():
-    assert subject_of("  PLEASE: clean kettle!\n") == ("clean", "kettle")
-    assert subject_of("clean the kettle or the sofa?") is None
-    assert subject_of("the kettle") is None
 
 
 @settings(max_examples=200, deadline=None)

@@ -10,7 +10,6 @@ import pytest
 from helpsteer_assets.defs.assets import build_assets
 from helpsteer_assets.defs.checks import build_checks
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.execution.executor import chosen_executor, step_executor
 from helpsteer_assets.execution.ray_cluster import HOME_TOKEN, require_shared_home
 from helpsteer_assets.execution.recovery import PROCESS_TAG, alive
 from helpsteer_assets.store.home import Home
@@ -18,14 +17,6 @@ from helpsteer_assets_tests.finished import quick_experiment
 
 ROOT = Path(__file__).parents[2]
 RAY_TAG = "dagster-ray/config"
-
-
-def test_only_the_executors_that_there_are_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HELPSTEER_EXECUTOR", "")
-    assert chosen_executor() is step_executor
-    monkeypatch.setenv("HELPSTEER_EXECUTOR", "slurm")
-    with pytest.raises(HelpsteerError, match=r"HELPSTEER_EXECUTOR is 'slurm'; set it to `ray`"):
-        chosen_executor()
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,9 @@ FAULT_TRIALS=N runs the long campaign: N trials, all faults in turn, with the se
 import os
 from pathlib import Path
 
-import dagster as dg
 import pytest
 
-from helpsteer_assets.execution.dagster_home import dagster_home, make_dagster_home
-from helpsteer_assets.store.home import Home
-from helpsteer_assets_tests.faults.campaign import NAME, Trial, Undisturbed, try_fault
+from helpsteer_assets_tests.faults.campaign import Undisturbed, try_fault
 from helpsteer_assets_tests.faults.faults import FAULTS, can_mount
 
 CASES = [(name, seed) for name, (_, seeds) in FAULTS.items() for seed in seeds]
@@ -32,15 +29,3 @@ def test_the_same_command_again_ends_like_a_run_that_nothing_happened_to(
         pytest.skip("needs to mount a tmpfs: as root, or in `unshare -Urm`")
     note, problems = try_fault(FAULTS[name][0], f"{name} {seed}", undisturbed, tmp_path / "trial")
     assert not problems, "\n".join([note, *problems])
-
-
-def test_what_is_left_behind_or_still_taken_is_a_problem(undisturbed: Undisturbed, tmp_path: Path) -> None:
-    def harm(trial: Trial) -> None:
-        trial.choose("score_summary", finished=True)
-        (trial.home / "artifacts" / "left-behind").write_text("")
-        make_dagster_home(Home(trial.home), NAME)
-        with dg.DagsterInstance.from_config(str(dagster_home(Home(trial.home), NAME))) as instance:
-            instance.add_run(dg.DagsterRun("job", "endless", status=dg.DagsterRunStatus.STARTED))
-
-    _, problems = try_fault(harm, "0", undisturbed, tmp_path / "trial")
-    assert set(problems) == {"left behind: artifacts/left-behind", "run endless is DagsterRunStatus.STARTED"}

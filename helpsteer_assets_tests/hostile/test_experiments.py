@@ -1,7 +1,6 @@
 """Experiment files: whatever stands in one, it ends in a valid experiment or in words that name the file."""
 
 import re
-from decimal import Decimal
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment.reading import SHIPPED, load_experiment
-from helpsteer_assets.experiment.settings import Experiment, canonical_weight
+from helpsteer_assets.experiment.settings import Experiment
 from helpsteer_assets_tests.experiment.test_experiment import VALID, changed
 from helpsteer_assets_tests.hostile.inputs import TEXTS, any_text, examples
 
@@ -120,23 +119,3 @@ def test_a_hostile_file_is_refused(file: Path, text: str, message: str) -> None:
 def test_numbers_are_decimal_and_dates_are_text(file: Path, key: str, written: str, value: object) -> None:
     text = yaml.safe_dump({k: v for k, v in VALID.items() if k != key}) + f"{key}: {written}\n"
     assert getattr(load_or_refuse(file, text), key) == value
-
-
-weight_texts = st.tuples(
-    st.sampled_from(["", " ", "+", "-", "0", "\n"]),
-    st.floats(0, 2).map(str),
-    st.sampled_from(["", " ", "0", "/..", ",0.2", "\x00", "e-3", "e-99999999999999999999"]),
-).map("".join)
-
-
-@examples(300)
-@given(value=any_text | weight_texts | st.floats() | st.integers() | st.decimals())
-def test_a_weight_is_a_plain_decimal_or_refused(value: Any) -> None:
-    """It is a folder, a partition and a number in SQL."""
-    try:
-        weight = canonical_weight(value)
-    except ValueError as error:
-        assert "a weight " in str(error) and len(str(error)) < 300
-        return
-    assert re.fullmatch(WEIGHT, weight)
-    assert Decimal(weight) == Decimal(str(value).strip())

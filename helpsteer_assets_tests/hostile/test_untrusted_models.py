@@ -13,8 +13,7 @@ from huggingface_hub.utils import filter_repo_objects
 from helpsteer_assets.assets import hub
 from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.experiment.settings import RewardModelSettings
-from helpsteer_assets.modpo.models.loading import load_model, load_tokenizer
-from helpsteer_assets.modpo.models.tokenization import encode_prompt
+from helpsteer_assets.modpo.models.loading import load_model
 from helpsteer_assets.modpo.scoring.raters import RewardModelRater
 from helpsteer_assets_tests.hostile.planted import Planted
 
@@ -55,14 +54,3 @@ def test_no_pickle_is_fetched_from_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     hub.download("owner/name", "0" * 40, "model")
     assert fetched == ["model.safetensors"]
-
-
-@pytest.mark.parametrize(
-    "template",
-    ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{% for i in range(10**9) %}x{% endfor %}", "{% for"],
-)
-def test_a_hostile_chat_template_ends_in_words(planted: Planted, template: str) -> None:
-    base = planted.model("base")
-    (base / "chat_template.jinja").write_text(template)
-    with pytest.raises(HelpsteerError, match=f"chat template of .*{base.name} fails"):
-        encode_prompt(load_tokenizer(base), "a", 8)

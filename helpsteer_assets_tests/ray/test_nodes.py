@@ -4,16 +4,13 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import dagster as dg
 import pytest
 import yaml
 from dagster._config import process_config, resolve_to_config_type
-from dagster._core.definitions.job_base import InMemoryJob
 from dagster._core.instance.ref import InstanceRef
 from dagster_postgres import DagsterPostgresStorage
 from dagster_postgres.utils import pg_url_from_config
 
-from helpsteer_assets.errors import HelpsteerError
 from helpsteer_assets.execution.ray_cluster import (
     HOME_TOKEN,
     Node,
@@ -22,7 +19,6 @@ from helpsteer_assets.execution.ray_cluster import (
     forwarded_variables,
     judge,
 )
-from helpsteer_assets.execution.ray_executor import ray_step_executor
 from helpsteer_assets.execution.recovery import PROCESS_TAG, alive
 from helpsteer_assets.experiment.settings import RunSettings
 from helpsteer_assets.store.home import Home
@@ -66,18 +62,6 @@ def test_steps_get_our_environment_and_what_dagster_yaml_names(tmp_path: Path, m
     found = forwarded_variables()
     assert {"DAGSTER_HOME", "HELPSTEER_EXPERIMENT", "HF_HUB_OFFLINE", "SECRET", HOME_TOKEN} <= set(found)
     assert not {"UNRELATED", "PATH", "RAY_ADDRESS"} & set(found)
-
-
-def test_resources_of_the_executor_are_refused_since_they_would_hide_those_of_the_assets() -> None:
-    @dg.job
-    def anything() -> None: ...
-
-    with dg.DagsterInstance.ephemeral() as instance:
-        context = dg.InitExecutorContext(
-            InMemoryJob(anything), ray_step_executor, {"ray": {"num_gpus": 1.0}, "retries": {}}, instance
-        )
-        with pytest.raises(HelpsteerError, match=r"^num_gpus of the executor would take the place of .* run\.gpus"):
-            ray_step_executor.executor_creation_fn(context)
 
 
 @pytest.mark.parametrize(
@@ -166,13 +150,6 @@ def test_a_node_that_sees_another_home_is_named_by_the_check_and_does_nothing(
     assert f"HelpsteerError: node stranger does not see the home of this run at {deployment.home}" in said
     assert said.strip().splitlines()[-1] == str(deployment.home), "something was written there"
     cluster.kill("stranger")
-
-
-def test_a_cluster_that_does_not_answer_is_a_problem(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(deployment.environment, "RAY_ADDRESS", "http://127.0.0.1:9")
-    code, said = check(deployment)
-    assert code == 2
-    assert "no Ray cluster answers (RAY_ADDRESS is http://127.0.0.1:9): start one" in said
 
 
 def test_helpsteer_run_does_not_compute_here_what_was_meant_for_the_cluster(deployment: Deployment) -> None:

@@ -8,7 +8,6 @@ from html.parser import HTMLParser
 
 import pytest
 
-from helpsteer_assets.modpo.comparison.plots import policy_colour
 from helpsteer_assets.report import render
 from helpsteer_assets.report.figures import inline_figure
 from helpsteer_assets_tests.browser.report_data import HOSTILE, SCRIPT, hostile_data, report_data
@@ -113,56 +112,6 @@ def test_scores_of_a_response_stand_in_the_order_of_the_measures(html: str) -> N
     assert render(report_data()) == html, "the same input gives the same bytes"
 
 
-def test_numbers_of_a_measure_have_the_same_decimals_and_verdicts_a_sign_and_words(html: str) -> None:
-    rows = re.findall(r'<tr class="p(\d)"><th scope="row" data-value.*?</tr>', html, re.DOTALL)
-    assert rows == ["0", "1", "2", "3"]
-    table = html[html.index('id="score-table"') :]
-    assert "higher than SFT, which is better" in table
-    assert "lower than SFT, which is worse" in table
-    assert "lower than SFT, which is better" in table  # capped
-    assert "higher than SFT</span>" in table  # length: neither
-    assert {"▲", "△", "▼", "▽"} <= set(table)
-    texts = re.findall(r'<span class="mean"><b>([^<]*)</b>', table)
-    assert texts[0::5] == ["2.00", "2.10", "2.50", "2.90"]
-    assert texts[4::5] == ["0.0%", "1.0%", "5.0%", "9.0%"]
-
-
-def test_numbers_of_a_table_column_have_the_same_decimals_and_policies_have_their_colour() -> None:
-    rows = [["w=0.5", 0.61234, 3, -1200.0, (-0.02, "-0.02 [-0.11, 0.08]")], ["other", 0.7, 4, 5, None]]
-    table = {"title": "t", "caption": "c", "columns": ["policy", "a", "b", "c", "d"], "rows": rows}
-    html = render(report_data() | {"tables": [table]})
-    shown = html[html.index('id="tables"') : html.index('id="browser"')]
-    assert '<span class="policy p2">' in shown and "<td>other</td>" in shown
-    assert re.findall(r'<td class="number" data-value="([^"]*)">([^<]*)</td>', shown) == [
-        ("0.61234", "0.612"),
-        ("3", "3"),
-        ("-1200.0", "\u22121200"),
-        ("-0.02", "\u22120.02 [\u22120.11, 0.08]"),
-        ("0.7", "0.700"),
-        ("4", "4"),
-        ("5", "5"),
-        ("", "\u2013"),
-    ]
-    assert shown.count('class="sort number"') == 4
-
-
-def test_figures_take_the_colours_of_the_page_and_names_of_their_own(html: str) -> None:
-    drawn = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
-    assert len(drawn) == 2
-    for svg, name in zip(drawn, ("front", "kl"), strict=True):
-        assert all(value.startswith(f"{name}-") for value in re.findall(r'\bid="([^"]+)"', svg))
-        assert "var(--ink)" in svg and "var(--paper)" in svg and "var(--p3t)" in svg
-        for hex_colour in ("#ffffff", "#1f2933", policy_colour("0.9")):
-            assert hex_colour not in svg
-        assert "<style" not in svg and "metadata" not in svg
-        assert f'<title id="{name}-title">Figure {name}</title>' in svg
-        drawing = svg[svg.index("</desc>") :]
-        assert "A title of its own" not in svg and "A note." not in drawing
-        note = f"In brackets: the share of resamples in which the policy is on the front. {' '.join(['A note.'] * 16)}"
-        assert f"What {name} shows. {note}</figcaption>" in html
-        assert re.findall(r'aria-label="([^:]+): rated helpfulness: ', svg) == ["SFT", "w=0.1", "w=0.5", "w=0.9"]
-
-
 def test_an_svg_brings_neither_script_nor_address() -> None:
     svg = (
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 9 9" '
@@ -174,19 +123,3 @@ def test_an_svg_brings_neither_script_nor_address() -> None:
     assert "attack" not in kept and "example" not in kept and "image" not in kept and "foreign" not in kept
     assert '<path id="x-y-a"' in kept and 'href="#x-y-a"' in kept
     assert "&lt;t&gt;" in kept and 'role="img"' in kept
-
-
-def test_colours_of_policies_can_be_told_from_the_page_in_light_and_dark() -> None:
-    def luminance(colour: str) -> float:  # WCAG 2.2, relative luminance
-        parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
-        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    def contrast(a: str, b: str) -> float:
-        high, low = sorted((luminance(a), luminance(b)), reverse=True)
-        return (high + 0.05) / (low + 0.05)
-
-    for w in (None, "0.01", "0.1", "0.25", "0.5", "0.75", "1"):
-        assert contrast(policy_colour(w, text=True), "#ffffff") >= 4.5, w
-        assert contrast(policy_colour(w, dark=True, text=True), "#1c2127") >= 4.5, w
-        assert contrast(policy_colour(w, dark=True), "#1c2127") >= 3, w

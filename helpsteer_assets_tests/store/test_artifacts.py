@@ -169,14 +169,6 @@ def test_a_result_that_is_not_finite_is_named(store: ArtifactStore) -> None:
     assert store.get(*NAME) is None
 
 
-@pytest.mark.parametrize("bad", ["", "..", "a/b", "a\\b", ".hidden", "nul\0"])
-def test_names_that_leave_their_folder_are_refused(store: ArtifactStore, bad: str) -> None:
-    for position, kind in enumerate(("asset", "partition", "fingerprint")):
-        name = (*NAME[:position], bad, *NAME[position + 1 :])
-        with pytest.raises(HelpsteerError, match=f"{kind} .* cannot be a folder's name"):
-            store.build(*name, manifest={}, compute=must_not_compute, on_wait=must_not_wait)
-
-
 @pytest.mark.parametrize("last_step", ["_remove", "sync"])
 def test_a_process_stopped_while_finishing_leaves_work_that_is_only_renamed(
     store: ArtifactStore, monkeypatch: pytest.MonkeyPatch, last_step: str
@@ -200,22 +192,6 @@ def test_a_process_stopped_while_finishing_leaves_work_that_is_only_renamed(
     assert reused
     assert store.verify(artifact) == []
     assert not (artifact.path / "checkpoints").exists()
-
-
-def test_a_complete_partial_artifact_that_is_damaged_is_made_anew(
-    store: ArtifactStore, caplog: pytest.LogCaptureFixture
-) -> None:
-    artifact, _ = make(store)
-    truncate(artifact)
-    (artifact.path / "checkpoints").mkdir()
-    (artifact.path / "checkpoints" / "half").touch()
-    artifact.path.rename(store.partial(*NAME))
-
-    again, reused = make(store)
-
-    assert not reused
-    assert again.manifest["resumed"] is False
-    assert "scores.parquet has 999 bytes" in caplog.text
 
 
 # In other processes.

@@ -5,7 +5,6 @@ import fcntl
 import json
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import threading
@@ -18,7 +17,6 @@ from pathlib import Path
 import pytest
 
 from helpsteer_assets.errors import HelpsteerError
-from helpsteer_assets.store import locks
 from helpsteer_assets.store.locks import (
     exclusive_lock,
     home_alone,
@@ -66,16 +64,6 @@ def kill(pid: int) -> None:
 
 
 # Exclusive locks
-
-
-def test_a_waiting_process_is_told_who_holds_the_lock(lock: Path) -> None:
-    told: list[str] = []
-    with inside(lambda: exclusive_lock(lock)) as (pid, leave):
-        threading.Timer(0.3, leave.set).start()
-        with exclusive_lock(lock, told.append):
-            assert leave.is_set()
-    assert told == [f"waiting for process {pid} on {os.uname().nodename}"]
-    assert [path.name for path in lock.parent.iterdir()] == ["a.lock"]
 
 
 @pytest.mark.parametrize("kind", [FORK.Process, threading.Thread])
@@ -136,13 +124,6 @@ def test_a_file_system_without_locks_is_refused_in_words(
         home_in_use(lock.parent, "training").__enter__()
 
 
-def test_a_file_system_that_locks_a_file_twice_is_refused_in_words(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locks, "_working_devices", set())
-    monkeypatch.setattr(fcntl, "flock", lambda file, operation: None)
-    with pytest.raises(HelpsteerError, match=r"no working locks \(a file that is locked can be locked a second time\)"):
-        exclusive_lock(lock).__enter__()
-
-
 def test_a_forked_child_keeps_neither_the_lock_nor_the_home(lock: Path, tmp_path: Path) -> None:
     with exclusive_lock(lock), home_in_use(tmp_path, "training"):
         child = FORK.Process(target=time.sleep, args=(60,))
@@ -186,11 +167,3 @@ def test_a_killed_process_uses_nothing_and_its_lock_is_removed_while_those_of_th
             assert json.loads(process_lock(tmp_path, name).read_text())["doing"] == "living"
     with home_alone(tmp_path):
         pass
-
-
-@pytest.mark.parametrize("content", ["", "[]"])
-def test_a_holder_that_does_not_say_who_it_is_is_another_process(tmp_path: Path, content: str) -> None:
-    with home_in_use(tmp_path, "training") as name:
-        process_lock(tmp_path, name).write_text(content)
-        with pytest.raises(HelpsteerError, match=re.escape(f"{tmp_path} is in use: another process. ")):
-            home_alone(tmp_path).__enter__()

@@ -1,6 +1,8 @@
 import math
 import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, disable_progress_bars
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -20,6 +24,7 @@ from helpsteer_assets.modpo.models.tokenization import Sequence
 from helpsteer_assets.modpo.progress import silent
 from helpsteer_assets.modpo.scoring.batching import collate
 from helpsteer_assets.modpo.scoring.log_probs import BASE, padded_log_probs, score_sequences
+from helpsteer_assets.modpo.scoring.trees import unpack
 from helpsteer_assets.modpo.settings import Lora, Training
 from helpsteer_assets.modpo.training.checkpoints import checkpoint_progress
 from helpsteer_assets.modpo.training.loop import TrainingResult, training_arguments
@@ -30,8 +35,8 @@ from helpsteer_assets.modpo.training.preference import (
     PreferenceTrainer,
     train_preference,
 )
-from helpsteer_assets_tests.modpo.scoring.test_log_probs import randomize
-from helpsteer_assets_tests.modpo.scoring.test_trees import sequence
+from helpsteer_assets_tests.modpo.scoring.test_log_probs import SMALL, make_family, randomize
+from helpsteer_assets_tests.modpo.scoring.test_trees import TOKENS, sequence, tokens_of
 
 LORA = Lora(r=4, alpha=8)
 
@@ -121,6 +126,53 @@ def trainer_of(model: PeftModel, pairs: list[PreferencePair], folder: Path, *, w
     )
 
 
+def test_a_data_set_joins_tokens_references_and_margins_by_response():
+    sequences = {name: sequence([1], [5 + n]) for n, name in enumerate("abc")}
+    reference = {"a": -1.0, "b": -2.0, "c": -3.0}
+
+    def dataset(margins: dict[str, float] | None) -> PairDataset:
+        return PairDataset([("a", "b"), ("b", "c")], sequences, reference, margins)
+
+    expected = PreferencePair(sequences["b"], sequences["c"], -2.0, -3.0, 0.2, 0.3)
+    assert dataset({"a": 0.1, "b": 0.2, "c": 0.3})[1] == expected
+    assert dataset(None)[1] == replace(expected, margin_chosen=0.0, margin_rejected=0.0)
+    with pytest.raises(KeyError, match="c"):
+        dataset({"a": 0.1, "b": 0.2})[1]
+
+
+PAIRS = st.lists(
+    st.tuples(TOKENS, TOKENS, TOKENS, *[st.floats(-9, 9)] * 4).map(
+        lambda drawn: PreferencePair(sequence(drawn[0], drawn[1]), sequence(drawn[0], drawn[2]), *drawn[3:])
+    ),
+    min_size=1,
+    max_size=10,
+)
+
+
+def sides(pairs: list[PreferencePair]) -> list[Sequence]:
+    return [side for pair in pairs for side in (pair.chosen, pair.rejected)]
+
+
+@settings(deadline=None)
+@given(pairs=PAIRS, max_tokens=st.integers(1, 30))
+def test_micro_batches_hold_the_pairs_in_order_and_are_as_full_as_may_be(pairs, max_tokens):
+    rest = pairs
+    for micro_batch in PairCollator(max_tokens)(pairs)["micro_batches"]:
+        sequences, tokens = unpack(micro_batch["trees"]), micro_batch["trees"].tokens
+        columns = [micro_batch[name].t().tolist() for name in ("rows", "reference", "margin")]
+        held = [
+            PreferencePair(sequences[chosen], sequences[rejected], *reference, *margin)
+            for (chosen, rejected), reference, margin in zip(*columns, strict=True)
+        ]
+        assert held == rest[: len(held)]
+        assert micro_batch["share"] == len(held) / len(pairs)
+        assert tokens == tokens_of(sides(held))
+        assert len(held) == 1 or tokens <= max_tokens
+        assert held == rest or tokens_of(sides(rest[: len(held) + 1])) > max_tokens
+        rest = rest[len(held) :]
+    assert rest == []
+
+
 def stepped(
     model: PeftModel, pairs: list[PreferencePair], folder: Path, *, batch_tokens: int = 100, **how: Any
 ) -> tuple[float, dict[str, torch.Tensor]]:
@@ -175,6 +227,25 @@ class TestTrainingStep:
         found, found_gradients = stepped(model, crossing, tmp_path, batch_tokens=batch_tokens)
         assert found == pytest.approx(expected.item(), rel=1e-6)
         assert_near(found_gradients, gradients, 1e-6)
+
+    @pytest.mark.filterwarnings("ignore")
+    @pytest.mark.parametrize("family", ["Falcon", "Lfm2"])
+    def test_of_a_model_that_trees_do_not_fit_is_that_of_the_plain_way_too(self, pairs, tmp_path, family):
+        config = {
+            "Falcon": {"num_hidden_layers": 2, "num_attention_heads": 4},
+            "Lfm2": SMALL | {"layer_types": ["conv", "full_attention"]},
+        }[family]
+        model = randomize(attach_lora(make_family(family, config | {"vocab_size": 300, "hidden_size": 32}), LORA, 0))
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        loss, gradients = stepped(model, pairs[:3], tmp_path, batch_tokens=50)
+        model.zero_grad()
+        expected = padded_loss(model, pairs[:3], w=0.3, beta=0.2)
+        expected.backward()
+        assert loss == pytest.approx(expected.item(), rel=1e-5)
+        plain = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        largest = max(gradient.norm() for gradient in plain.values())
+        for name, gradient in plain.items():
+            assert (gradients[name] - gradient).norm() <= 1e-4 * max(gradient.norm(), 0.01 * largest), name
 
 
 def test_loss_on_held_out_pairs_is_the_mean_over_pairs_whatever_the_batches(model, pairs, tmp_path):
@@ -305,6 +376,29 @@ class TestTraining:
             for whole, parts in zip(results[first].history, results[other].history, strict=True):
                 assert whole == pytest.approx(parts, rel=1e-3)
 
+    def test_activation_checkpointing_is_switched_on_and_changes_no_result(self, tiny_model_path, pairs, tmp_path):
+        for name, checkpointing in (("with", True), ("without", False)):
+            model, _ = train(tiny_model_path, tmp_path / name, pairs, [], gradient_checkpointing=checkpointing)
+            layers = model.get_base_model().model.layers
+            assert all(layer.gradient_checkpointing == checkpointing for layer in layers)
+        assert furthest(weights(tmp_path / "with"), weights(tmp_path / "without")) < 1e-6
+
+    def test_history_and_progress_report_every_logged_step_and_the_last(self, tiny_model_path, pairs, tmp_path):
+        seen: dict[int, dict[str, float]] = {}
+
+        def progress(done: int, total: int, **numbers: float) -> None:
+            assert total == 13
+            seen[done] = numbers
+
+        how = {"steps": 13, "evaluate_every": 12, "progress": progress}
+        _, result = train(tiny_model_path, tmp_path, pairs[:16], pairs[16:], **how)
+        # The last step is logged and evaluated, though it falls between two logs and two evaluations.
+        assert [row["step"] for row in result.history] == list(seen) == [3, 6, 9, 12, 13]
+        assert all({"loss", "grad_norm", "accuracy", "learning_rate"} <= row.keys() for row in result.history)
+        assert all(0 <= row["accuracy"] <= 1 and row["grad_norm"] > 0 for row in result.history)
+        assert [row["step"] for row in result.history if {"eval_loss", "eval_accuracy"} <= row.keys()] == [12, 13]
+        assert all(n.keys() == {"loss", "accuracy", "grad_norm", "tokens_per_second"} for n in seen.values())
+
     def test_no_train_pair_is_an_error(self, tiny_model_path, pairs, tmp_path):
         with pytest.raises(HelpsteerError, match=r"training w=0.5: there is no train pair"):
             train(tiny_model_path, tmp_path, [], pairs)
@@ -369,6 +463,20 @@ class TestExploding:
         """Margins of hundreds, such as a penalty on every token makes."""
         return [replace(p, margin_chosen=300.0, margin_rejected=-300.0) for p in pairs]
 
+    def test_the_loss_that_a_training_starts_from_is_that_of_the_model_without_its_lora(
+        self, tiny_model_path, pairs, tmp_path
+    ):
+        dataset = as_dataset(pairs)
+        logits = [-(1 - 0.3) * (p.margin_chosen - p.margin_rejected) / 0.3 for p in pairs]
+        assert dataset.loss_of_reference(w=0.3) == pytest.approx(np.logaddexp(0, -np.array(logits)).mean(), rel=1e-12)
+        assert as_dataset(self.wide(pairs)).loss_of_reference(w=0.1) == pytest.approx(0.9 * 600 / 0.1)
+        without = PairDataset([("a", "b")], {}, {}, None)
+        assert without.loss_of_reference(w=0.3) == pytest.approx(math.log(2))
+        model = attach_lora(load_model(tiny_model_path, precision="fp32"), LORA, 0)
+        trainer = trainer_of(model, pairs, tmp_path, w=0.3, beta=0.1)
+        trainer.eval_dataset = dataset
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(dataset.loss_of_reference(w=0.3), rel=1e-4)
+
     def test_a_loss_beyond_what_a_training_comes_back_from_stops_it_and_says_what_to_do(
         self, tiny_model_path, pairs, tmp_path
     ):
@@ -393,3 +501,44 @@ def test_the_adapter_loads_with_plain_peft_and_says_the_same(tiny_model_path, pa
     found = score_sequences(plain, sequences, adapters=("default", BASE))
     assert found["default"] == pytest.approx(expected["default"], abs=1e-5)
     assert abs(found["default"][0] - found[BASE][0]) > 1e-2
+
+
+QUIET_TRAINING = """
+import sys
+from pathlib import Path
+import numpy as np
+from helpsteer_assets.modpo.settings import Lora, Training
+from helpsteer_assets.modpo.models.loading import attach_lora, load_adapters, load_model, load_tokenizer
+from helpsteer_assets.modpo.training.preference import PairDataset, train_preference
+from helpsteer_assets.modpo.training.sft import train_sft
+from helpsteer_assets.modpo.models.tokenization import Sequence
+
+base, folder = Path(sys.argv[1]), Path(sys.argv[2])
+sequences = [Sequence(np.array([5, 6 + i], np.int32), np.array([9 + i, 2], np.int32)) for i in range(4)]
+how = dict(steps=2, batch_size=2, learning_rate=1e-3, evaluate_every=1, early_stopping=5, gradient_checkpointing=True)
+common = dict(seed=0, report_to=[])
+for attempt in range(2):
+    model = attach_lora(load_model(base, precision="fp32"), Lora(r=2), 0)
+    train_sft(model, load_tokenizer(base), train_sequences=sequences, selection_sequences=sequences,
+              settings=Training(**how), checkpoints=folder / "sft", **common)
+    model = attach_lora(load_model(base, precision="fp32"), Lora(r=2), 0)
+    by_id = {str(n): sequence for n, sequence in enumerate(sequences)}
+    pairs = PairDataset([("0", "1"), ("1", "2"), ("2", "3")], by_id, dict.fromkeys(by_id, -9.0))
+    train_preference(model, train_pairs=pairs, selection_pairs=pairs, w=0.5, beta=0.1, settings=Training(**how),
+                     batch_tokens=100, what="w=0.5", checkpoints=folder / "modpo", **common)
+    (folder / "sft/checkpoint-2/complete.json").unlink()
+    (folder / "modpo/checkpoint-2/complete.json").unlink()
+model.save_pretrained(folder / "adapter")
+load_adapters(load_model(base, precision="fp32"), {"policy": folder / "adapter"})
+"""
+
+
+def test_training_and_resuming_say_nothing_but_through_the_progress_callback(tiny_model_path, tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONWARNINGS", "TQDM_DISABLE")}
+    done = subprocess.run(
+        [sys.executable, "-c", QUIET_TRAINING, str(tiny_model_path), str(tmp_path)],
+        env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from helpsteer_assets.modpo.models.loading import attach_lora, load_model, load_tokenizer
 from helpsteer_assets.modpo.progress import silent
 from helpsteer_assets.modpo.settings import Lora, Training
+from helpsteer_assets.modpo.training import checkpoints
 from helpsteer_assets.modpo.training import loop as training
 from helpsteer_assets.modpo.training.checkpoints import (
     checkpoint_progress,
@@ -119,18 +121,49 @@ class TestKilled:
         run_to_its_death(lambda: train(tmp_path / "killed", **how))
         assert not (tmp_path / "killed" / "adapter").exists()
 
-    @pytest.mark.parametrize(("step", "resumes_from"), [(2, None), (5, 3)])
+    @pytest.mark.parametrize(("step", "resumes_from"), [(2, None), (5, 3), (10, 9)])
     def test_between_two_checkpoints(self, train, tmp_path, whole, step, resumes_from):
         self.kill(train, tmp_path, progress=at_step(step))
         assert self.resumes_to_the_same(train, tmp_path, whole).resumed_from == resumes_from
 
     @preference_only
-    def test_after_the_last_step(self, train, tmp_path, whole):
+    def test_while_a_checkpoint_is_written(self, train, tmp_path, whole):
+        def save_half(trainer: transformers.Trainer, folder: str) -> None:
+            Path(folder, "rng_state.pth").write_bytes(b"half")
+            if trainer.state.global_step == 6:
+                die()
+
+        with pytest.MonkeyPatch.context() as patch:
+            original = transformers.Trainer._save_rng_state
+            patch.setattr(
+                transformers.Trainer,
+                "_save_rng_state",
+                lambda trainer, folder: (save_half if trainer.state.global_step == 6 else original)(trainer, folder),
+            )
+            self.kill(train, tmp_path)
+        assert checkpoint_progress(tmp_path / "killed/checkpoints") == (3, 10)
+        assert self.resumes_to_the_same(train, tmp_path, whole).resumed_from == 3
+
+    @preference_only
+    def test_while_an_old_checkpoint_is_deleted(self, train, tmp_path, whole):
+        def delete_half(folder: Path) -> None:
+            next(Path(folder).glob("*.safetensors")).unlink()
+            die()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checkpoints.shutil, "rmtree", delete_half)
+            self.kill(train, tmp_path)
+        assert self.resumes_to_the_same(train, tmp_path, whole).resumed_from >= 6
+
+    @preference_only
+    @pytest.mark.parametrize("selection", [True, False])
+    def test_after_the_last_step(self, train, tmp_path, selection):
+        whole = Whole(tmp_path / "whole", train(tmp_path / "whole", selection=selection))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(training, "set_peft_model_state_dict", lambda *_: die())
-            self.kill(train, tmp_path)
+            self.kill(train, tmp_path, selection=selection)
         assert checkpoint_progress(tmp_path / "killed/checkpoints") == (10, 10)
-        assert self.resumes_to_the_same(train, tmp_path, whole).resumed_from == 10
+        assert self.resumes_to_the_same(train, tmp_path, whole, selection=selection).resumed_from == 10
 
     @preference_only
     def test_goes_on_from_the_checkpoint_before_one_that_was_damaged_since(self, train, tmp_path, whole):
@@ -139,9 +172,8 @@ class TestKilled:
         assert self.resumes_to_the_same(train, tmp_path, whole).resumed_from == 3
 
     @preference_only
-    def test_code_in_a_checkpoint_that_vouches_for_itself_does_not_run(self, train, tmp_path):
-        file = "rng_state.pth"
-
+    @pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+    def test_code_in_a_checkpoint_that_vouches_for_itself_does_not_run(self, train, tmp_path, file):
         class Runs:
             def __reduce__(self) -> tuple[Callable[..., object], tuple[str, str]]:
                 return open, (str(tmp_path / "ran"), "w")
@@ -168,6 +200,24 @@ class TestKilled:
             self.kill(train, tmp_path, progress=at_step(step), **how)
             self.resumes_to_the_same(train, tmp_path, whole, **how)
 
+    @preference_only
+    def test_after_it_stopped_early(self, train, tmp_path):
+        how = {"steps": 60, "evaluate_every": 2, "early_stopping": 1, "learning_rate": 0.1}
+        whole = Whole(tmp_path / "whole", train(tmp_path / "whole", **how))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(training, "set_peft_model_state_dict", lambda *_: die())
+            self.kill(train, tmp_path, **how)
+        assert self.resumes_to_the_same(train, tmp_path, whole, **how).resumed_from == whole.result.steps < 60
+
+
+@preference_only
+def test_dropout_and_data_order_matter_here(train, tmp_path):
+    """Were they without effect, the tests above could not see whether random state is restored."""
+    plain = Lora(r=4, alpha=8)
+    for name, how in (("as is", {}), ("no dropout", {"lora": plain}), ("other order", {"lora": plain, "seed": 1})):
+        train(tmp_path / name, steps=3, **how)
+    assert len({adapter(folder) for folder in tmp_path.iterdir()}) == 3
+
 
 class TestCheckpoints:
     def make(self, folder: Path, step: int, *, complete: bool = True, best: int | None = None) -> Path:
@@ -187,15 +237,17 @@ class TestCheckpoints:
         assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
         assert not half.exists()
 
-    @pytest.mark.parametrize("how", ["missing", "flipped", "complete.json flipped"])
+    @pytest.mark.parametrize("how", ["truncated", "missing", "flipped", "complete.json flipped", "complete.json empty"])
     def test_a_damaged_one_is_thrown_away_with_a_warning_and_the_one_before_it_taken(self, tmp_path, how, caplog):
         self.make(tmp_path, 2)
         damaged = self.make(tmp_path, 4)
         file = damaged / ("complete.json" if "complete" in how else "optimizer.pt")
         if "flipped" in how:
             flip_a_bit(file)
-        else:
+        elif how == "missing":
             file.unlink()
+        else:
+            file.write_bytes(file.read_bytes()[: 0 if "empty" in how else 2])
         assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
         assert not damaged.exists()
         assert f"{damaged} is damaged" in caplog.text
